@@ -1,0 +1,1 @@
+"""Machinery behind the notebooks: flat, thin, imported downward only (paths -> ... -> chain)."""
