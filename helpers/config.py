@@ -43,7 +43,7 @@ class Profile:
     taus: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     resamples: int = 2000
     controls: int = 10
-    ablation_rows: int = 40
+    ablation_rows: int = 20
 
 
 def _build(kind, values: dict, where: str):
