@@ -1,5 +1,6 @@
 """Files that can be trusted: written whole or not at all, and never read under another setting than they were made."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from helpers.paths import short
+from helpers.paths import results_dir, short
 
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "scipy", "statsmodels", "safetensors", "tokenizers")
 
@@ -143,12 +144,50 @@ def read_tensors(path, expect: dict | None = None) -> tuple[dict[str, np.ndarray
     try:
         return load_file(path), record
     except SafetensorError as error:
-        raise DamagedFile(f"{short(path)} is not a readable safetensors file ({error}). Delete it, run again.") from error
+        raise DamagedFile(f"{short(path)} is no readable safetensors file ({error}). Delete it, run again.") from error
 
 
 def verify(record: dict, expect: dict, where) -> None:
-    """Raise RecordMismatch unless every key of `expect` stands in `record` with the same value."""
+    """Raise RecordMismatch unless every key of `expect` stands in `record` with the same value; names what differs."""
     for key, value in expect.items():
-        if record.get(key) != value:
-            raise RecordMismatch(f"{short(where)} was made with {key} = {record.get(key)!r}, this run has {value!r}. "
-                                 f"Delete {short(Path(where).parent)} to compute it anew, or use the former setting.")
+        found = record.get(key)
+        if found == value:
+            continue
+        if isinstance(found, dict) and isinstance(value, dict):
+            name = min(k for k in found.keys() | value.keys() if found.get(k) != value.get(k))
+            key, found, value = f"{key}.{name}", found.get(name), value.get(name)
+        raise RecordMismatch(f"{short(where)} was made with {key} = {found!r}, this run has {value!r}. "
+                             f"Delete {short(Path(where).parent)} to compute it anew, or use the former setting.")
+
+
+def stamp(profile) -> dict:
+    """What decides a profile's results: its name, its settings (as JSON has them) and the package versions."""
+    settings = json.loads(json.dumps(dataclasses.asdict(profile)))
+    return {"profile": profile.name, "settings": settings, "versions": versions()}
+
+
+def _part(profile, notebook: str) -> Path:
+    return results_dir(profile.name) / "summary" / f"{notebook}.json"
+
+
+def write_part(profile, notebook: str, pairs: dict[str, dict]) -> None:
+    """Write one notebook's headline numbers: {pair: {dotted key: number, list or text}}; floats to 6 decimals."""
+    def rounded(value):
+        if isinstance(value, dict):
+            return {k: rounded(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple, np.ndarray)):
+            return [rounded(v) for v in value]
+        return round(float(value), 6) if isinstance(value, (float, np.floating)) else value
+
+    write_json(_part(profile, notebook), stamp(profile) | {"pairs": rounded(pairs)})
+
+
+def read_parts(profile, notebooks) -> dict[str, dict]:
+    """The merged headline numbers of several notebooks: {pair: {key: value}}; refuses parts of other settings."""
+    merged = {pair.name: {} for pair in profile.pairs}
+    for notebook in notebooks:
+        part = read_json(_part(profile, notebook))
+        verify(part, stamp(profile), _part(profile, notebook))
+        for pair, numbers in part["pairs"].items():
+            merged[pair] |= numbers
+    return merged
