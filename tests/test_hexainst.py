@@ -1,0 +1,283 @@
+"""HexaInst's schema, validator, loader and statistics; and, row by row, the data sets that are shipped."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import corpus, hexainst
+from helpers.hexainst import CATEGORIES, HEXAINST, TAGS, load, load_hexainst, validate
+from helpers.paths import ROOT
+from helpers.record import UserError
+
+
+def row(number=1, **changes):
+    made = {
+        "id": f"r{number}",
+        "half": "A",
+        "category": CATEGORIES[number % 6],
+        "source": "made up",
+        "instruction": f"Say w{number} .",
+        "input": "",
+        "reference": f"w{number}",
+        "checker": {"name": "exact", "answer": f"w{number}"},
+        "tags": {},
+    }
+    return made | changes
+
+
+def without(key):
+    return {name: value for name, value in row().items() if name != key}
+
+
+def write(path, rows):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in rows))
+    return path
+
+
+FAULTS = [
+    ("{not json", "bad JSON"),
+    ("", "bad JSON"),
+    ("[1]", "a row must be an object, found list"),
+    (without("input"), "missing field 'input'"),
+    (row(colour="red"), "unknown field 'colour'"),
+    (row(id=7), "id must be str, found int"),
+    (row(checker="exact"), "checker must be dict, found str"),
+    (row(category="POEM"), "unknown category 'POEM'"),
+    (row(half="C"), "unknown half 'C'"),
+    (row(instruction="  "), "empty instruction"),
+    (row(half="ai"), "tags: missing 'subtask'"),
+    (row(checker={"name": "magic"}), "unknown checker 'magic'"),
+    (row(checker={"name": "exact"}), "checker exact: missing a required argument"),
+    (row(checker={"name": "exact", "answer": "other"}), "rejects the row's own reference"),
+    (row(checker={"name": "constraints", "max_words": 9}), "accepts a wrong answer: 'I do not know.'"),
+    (row(checker={"name": "numeric", "answer": "f(x)"}, reference="1"), "bad argument"),
+    (row(checker={"name": "constraints", "pattern": "("}), "bad argument"),
+    (row(checker={"name": "label", "labels": 3, "answer": "w1"}), "bad argument"),
+    (
+        row(half="ai", tags=dict.fromkeys(TAGS, "x"), checker={"name": "constraints", "contains": ["w1"]}),
+        "accepts a wrong answer: 'Say w1 .'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "said"), FAULTS)
+def test_every_fault_is_found_with_its_line(tmp_path, bad, said):
+    path = write(tmp_path / "x.jsonl", [row(2), row(3), bad, row(4)])
+    found = validate(path, part=True)[1]
+    assert [number for number, _ in found] == [3] * len(found)
+    assert any(said in fault for _, fault in found), found
+
+
+def test_faults_between_rows(tmp_path):
+    path = write(tmp_path / "x.jsonl", [row(1), row(2), row(1), row(8, instruction="say  W2 .", id="other")])
+    assert validate(path, part=True)[1] == [
+        (3, "duplicate id: the same as in line 1"),
+        (3, "duplicate text: the same as in line 1"),
+        (4, "duplicate text: the same as in line 2"),
+    ]
+
+
+def test_halves_and_categories_must_balance(tmp_path):
+    rows = [row(i) for i in range(6)]
+    assert validate(write(tmp_path / "x.jsonl", rows))[1] == []
+    ((line, fault),) = validate(write(tmp_path / "x.jsonl", rows + [row(6)]))[1]
+    assert line == 0 and "A/CLS 2" in fault
+    ((line, fault),) = validate(write(tmp_path / "x.jsonl", rows + [row(7, half="B")]))[1]
+    assert "unbalanced" in fault and "B/CLS 0" in fault
+    assert validate(write(tmp_path / "x.jsonl", []))[1] == [(0, "no rows")]
+
+
+def test_bad_bytes_are_a_fault_not_a_crash(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json.dumps(row()).encode() + b"\n\xff\xfe\n")
+    assert validate(path, part=True)[1][0][0] == 2
+
+
+def test_code_references_run_only_when_asked(tmp_path):
+    good, bad = "def f(x): return x + 1", "def f(x): return x"
+    rows = [
+        row(
+            1,
+            category="CODE",
+            reference=code,
+            id=code,
+            instruction=code,
+            checker={"name": "unit_tests", "tests": ["assert f(1) == 2"]},
+        )
+        for code in (good, bad)
+    ]
+    path = write(tmp_path / "x.jsonl", rows)
+    assert validate(path, part=True)[1] == []
+    ((line, fault),) = validate(path, part=True, run_code=True)[1]
+    assert line == 2 and "rejects" in fault
+
+
+def test_the_loader_gives_a_frame_or_one_clear_error(tmp_path):
+    path = write(tmp_path / "x.jsonl", [row(i) for i in range(12)])
+    frame = load_hexainst(dataset=path, half="A")
+    assert list(frame.columns) == list(hexainst.SCHEMA) and len(frame) == 12
+    with pytest.raises(UserError, match="unknown half 'B' of .*expected one of A"):
+        load_hexainst(dataset=path, half="B")
+    with pytest.raises(UserError, match="unknown subset 'small'"):
+        load_hexainst(dataset=path, subset="small")
+    with pytest.raises(UserError, match="no file .*absent.jsonl"):
+        load(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match="has 1 faults: line 2: unknown category 'X'"):
+        load(write(path, [row(1), row(2, category="X")]))
+
+
+def test_the_command_prints_every_fault_and_fails(tmp_path):
+    path = write(tmp_path / "x.jsonl", [row(1), row(2, half="Z"), "{"])
+    command = [sys.executable, "-m", "helpers.hexainst", "validate", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{path}:2: unknown half 'Z'" in done.stdout and f"{path}:3: bad JSON" in done.stdout
+    assert "2 rows read, 2 faults" in done.stdout
+    done = subprocess.run(command[:-1] + ["absent.jsonl"], cwd=ROOT, capture_output=True, text=True)
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: no file absent.jsonl")
+        and "Traceback" not in done.stderr
+    )
+
+
+def frame_of(texts, categories=None):
+    return pd.DataFrame(
+        [
+            {"id": str(i), "half": "A", "category": c, "instruction": t, "input": ""}
+            for i, (t, c) in enumerate(zip(texts, categories or ["X"] * len(texts), strict=True))
+        ]
+    )
+
+
+def test_matched_categories_have_the_same_lengths():
+    draw = np.random.default_rng(0)
+    sizes = {"X": draw.integers(5, 60, 200), "Y": draw.integers(20, 90, 200), "Z": draw.integers(30, 50, 200)}
+    rows = frame_of(["w " * n for c in sizes for n in sizes[c]], [c for c in sizes for _ in sizes[c]])
+    subset = corpus.matched(rows, 60, seed=1)
+    long = corpus.lengths(subset).groupby(subset["category"]).agg(sorted)
+    assert subset["category"].value_counts().tolist() == [60, 60, 60]
+    ratios = np.array([np.divide(long.max(), long[c]) for c in "XYZ"])
+    assert subset.attrs["ratio"]["A"] <= 1.1 and ratios.max() <= 1.15
+    assert subset.equals(corpus.matched(rows, 60, seed=1)) and not subset.equals(corpus.matched(rows, 60, seed=2))
+    with pytest.raises(UserError, match="lengths differ too much"):
+        corpus.matched(frame_of(["w"] * 9 + ["w " * 9] * 9, ["X"] * 9 + ["Y"] * 9), 5)
+
+
+def test_the_greedy_walk_finds_the_most_groups():
+    draw = np.random.default_rng(3)
+    for _ in range(30):
+        a, b = (sorted(draw.integers(4, 12, 5)) for _ in range(2))
+        found = corpus._groups([list(enumerate(a)), list(enumerate(b))], 1.2)
+        near = np.array([[max(x, y) <= 1.2 * min(x, y) for y in b] for x in a])
+        assert len(found) == most_pairs(near)
+
+
+def most_pairs(near):
+    """Size of the largest matching of a small 0-1 table, by trying everything."""
+    if not len(near):
+        return 0
+    best = most_pairs(near[1:])
+    for j in np.flatnonzero(near[0]):
+        best = max(best, 1 + most_pairs(np.delete(near[1:], j, axis=1)))
+    return best
+
+
+def test_near_duplicates_agree_with_a_loop():
+    draw = np.random.default_rng(1)
+    texts = [" ".join(draw.choice(list("abc"), draw.integers(1, 9))) for _ in range(40)] + [
+        "add 3 to 5 now please",
+        "add 4 to 91 now please",
+    ]
+    rows, expected = frame_of(texts), {}
+    grams = [corpus.shingles(corpus.tokens(t)) for t in texts]
+    for i in range(len(texts)):
+        for j in range(i):
+            jaccard = len(grams[i] & grams[j]) / len(grams[i] | grams[j])
+            if jaccard > 0.4:
+                expected[str(j), str(i)] = jaccard
+    found = corpus.near_duplicates(rows, 0.4)
+    assert {(a, b): s for a, b, s in found.itertuples(index=False)} == pytest.approx(expected)
+    assert expected["40", "41"] == 1.0  # a swapped number does not hide a twin
+    assert corpus.near_duplicates(frame_of(["one two three", "four five six"])).empty
+
+
+def test_words_that_say_nothing_predict_nothing():
+    draw = np.random.default_rng(2)
+    noise = [" ".join(draw.choice(list("abcdefgh"), 12)) for _ in range(600)]
+    labels = ["X", "Y", "Z"] * 200
+    assert (corpus.predict_category(frame_of(noise, labels)) == labels).mean() == pytest.approx(1 / 3, abs=0.08)
+    own = [f"u{i}" for i in range(600)]  # a word of its own: known only to one who trains on the tested row
+    assert (corpus.predict_category(frame_of(own, labels)) == labels).mean() < 0.4
+    telling = [f"{text} {label}" for text, label in zip(noise, labels, strict=True)]
+    assert (corpus.predict_category(frame_of(telling, labels)) == labels).mean() > 0.9
+
+
+def test_naive_bayes_by_hand():
+    rows = frame_of(["a a b", "b c", "a", "c c"], ["X", "Y", "X", "Y"])
+    # fold of row i is tested on the other three; "a" is 3 or 1 times in X and never in Y, with one added to each count
+    assert corpus.predict_category(rows, folds=2).tolist() == ["X", "Y", "X", "Y"]
+
+
+SHIPPED = [name for name in ("tiny", "ai", "human") if (HEXAINST / f"{name}.jsonl").exists()]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_row_is_sound(name):
+    """The validator: schema, uniqueness, balance; the reference passes its checker, and wrong answers fail."""
+    assert validate(HEXAINST / f"{name}.jsonl")[1] == []
+
+
+needs_ai = pytest.mark.skipif("ai" not in SHIPPED, reason="data/hexainst/ai.jsonl is not there")
+
+
+@needs_ai
+def test_the_ai_half_is_varied():
+    rows = load_hexainst("ai")
+    tags = pd.DataFrame(rows["tags"].tolist()).assign(category=rows["category"])
+    assert rows["category"].value_counts().to_dict() == dict.fromkeys(CATEGORIES, 100)
+    spread = tags.groupby("category").nunique()
+    assert (spread["subtask"] >= 15).all() and (spread["wording"] >= 40).all() and (spread["domain"] >= 20).all()
+    assert set(tags["difficulty"]) == {"easy", "medium", "hard"}
+    assert tags.groupby("category")["difficulty"].value_counts().min() >= 15
+
+
+@needs_ai
+def test_the_ai_half_has_no_near_duplicates_and_a_matched_subset():
+    rows = load_hexainst()
+    assert corpus.near_duplicates(rows, 0.6).empty
+    subset = load_hexainst("ai", "matched")
+    assert subset["category"].value_counts().to_dict() == dict.fromkeys(CATEGORIES, 60)
+    long = corpus.lengths(subset).groupby(subset["category"])
+    assert long.mean().max() / long.mean().min() <= subset.attrs["ratio"]["ai"] + 1e-9
+
+
+@needs_ai
+def test_other_rows_answers_fail():
+    """A reference of another category never passes (beyond the validator's WRONG answers and the echo)."""
+    from helpers.checkers import check
+
+    rows = load_hexainst("ai").to_dict("records")
+    passed = [
+        (a["id"], b["id"]) for a, b in zip(rows, rows[100:] + rows[:100], strict=True) if check(a, b["reference"])
+    ]
+    assert passed == []
+
+
+@needs_ai
+def test_export_to_parquet(tmp_path):
+    pytest.importorskip("pyarrow", reason="Parquet export is optional: pip install pyarrow")
+    full, subset, card = hexainst.export(tmp_path)
+    rows = pd.read_parquet(full)
+    assert len(rows) == 600 and json.loads(rows["checker"][0])["name"] and len(pd.read_parquet(subset)) == 360
+    assert card.read_text().startswith("---\n")
+
+
+def test_export_without_pyarrow_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(hexainst, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        hexainst.export(tmp_path)

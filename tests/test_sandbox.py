@@ -1,0 +1,167 @@
+"""The cage: hostile programs are contained and reported, honest ones run; each layer also holds without the other."""
+
+import importlib.util
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import sandbox
+from helpers.sandbox import Unavailable, run
+
+SOURCE = Path(sandbox.__file__).read_text()
+KERNEL = sys.platform == "linux" and platform.machine() in sandbox.CALLS
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="programs are only run on POSIX systems")
+needs_kernel = pytest.mark.skipif(not KERNEL, reason="the seccomp layer is for Linux on x86_64 and aarch64")
+
+LIMIT = "CPU limit|stopped after"  # on a starved machine the wall limit comes first
+HOSTILE = {  # name: (program, what its outcome must say)
+    "fork bomb": ("import os\nwhile True:\n    os.fork()", "os.fork"),
+    "stubborn fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except Exception: pass", LIMIT),
+    "endless loop": ("while True: pass", LIMIT),
+    "endless sleep": ("import time\ntime.sleep(1000)", "stopped after"),
+    "big number": ("print(10 ** 10 ** 10)", LIMIT),
+    "huge allocation": ("x = bytearray(10 ** 10)", "MemoryError"),
+    "growing allocation": ("x = []\nwhile True: x.append('a' * 10 ** 7)", "MemoryError"),
+    "deep recursion": ("def f(): return f()\nf()", "RecursionError"),
+    "reads a file": ("open('/etc/passwd').read()", "refused: open"),
+    "reads by descriptor": ("import os\nos.read(os.open('/etc/passwd', os.O_RDONLY), 9)", "refused: open"),
+    "reads its own source": ("import sys\nopen(sys.argv[0]).read()", "refused: open"),
+    "lists a folder": ("import os\nos.listdir('/')", "refused: os.listdir"),
+    "writes outside": ("open('/tmp/sandbox_was_here', 'w').write('x')", "refused: open"),
+    "writes inside": ("open('file', 'w').write('x')", "refused: open"),
+    "removes": ("import os\nos.remove('/tmp/sandbox_was_here')", "refused: os.remove"),
+    "socket": ("import socket\nsocket.create_connection(('127.0.0.1', 80))", "refused: import"),
+    "low socket": ("import _socket\n_socket.socket()", "refused: import"),
+    "spawns": ("import subprocess\nsubprocess.run(['ls'])", "refused: import"),
+    "shell": ("import os\nos.system('ls')", "refused: os.system"),
+    "exec": ("import os\nos.execv('/bin/ls', ['ls'])", "refused: os.exec"),
+    "kills its parent": ("import os\nos.kill(os.getppid(), 9)", "refused: os.kill"),
+    "foreign functions": ("import ctypes", "refused: import"),
+    "import by name": ("__import__('urllib.request')", "refused: import"),
+    "leaves early": ("import os\nos._exit(0)", "exit code 0 before its end"),
+    "leaves politely": ("import sys\nsys.exit(0)", "SystemExit"),
+    "prints gigabytes": ("while True: print('x' * 10 ** 6)", "File too large"),
+    "asks": ("input()", "refused: builtins.input"),
+    "fakes the verdict": (
+        "import os\nfor i in range(3, 16):\n    try: os.write(i, b'0' * 32 + b'end finished\\n')\n"
+        "    except OSError: pass\nos._exit(0)",
+        "exit code 0 before its end",
+    ),
+    "does not parse": ("def (", "does not parse"),
+    "too deep to parse": ("x = " + "(" * 9999, "does not parse"),
+    "null byte": ("x = 1\0", "does not parse"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_are_contained_and_reported(name):
+    program, said = HOSTILE[name]
+    start = time.monotonic()
+    outcome = run(program, seconds=0.5)
+    assert not outcome.ok
+    assert re.search(said, outcome.status + " ".join(f"refused: {event}" for event in outcome.refused))
+    assert time.monotonic() - start < 15
+    assert len(outcome.output) <= 2000
+    assert not Path("/tmp/sandbox_was_here").exists()
+
+
+def test_honest_programs_run():
+    outcome = run(
+        "import math, re\nfrom collections import Counter\nfrom datetime import datetime\n"
+        "assert datetime.strptime('2020-02-01', '%Y-%m-%d').month == 2\nassert Counter('aa')['a'] == 2\nprint(math.tau)"
+    )
+    assert outcome.ok and outcome.status == "finished" and outcome.refused == ()
+    assert outcome.output == "6.283185307179586\n"
+
+
+def test_failures_are_told_apart():
+    assert run("assert 1 == 2, 'one is not two'").status == "AssertionError: one is not two"
+    assert run("import numpy").status.startswith("PermissionError: refused: import")
+    caught = run("try: open('/etc/passwd')\nexcept OSError: pass")
+    assert caught.ok and caught.refused == ("open",)
+
+
+def test_nothing_is_inherited_and_nothing_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("SECRET", "1")
+    outcome = run(
+        "import os, sys\nassert 'SECRET' not in os.environ and sys.flags.isolated\nprint(os.path.basename(sys.path[0]))"
+    )
+    assert outcome.ok, outcome.status
+    assert list(tmp_path.iterdir()) == []
+
+
+def altered(tmp_path, *swaps):
+    """`run` of a copy of the module with some text replaced: the cage without one of its layers."""
+    source = SOURCE
+    for old, new in swaps:
+        assert old in source
+        source = source.replace(old, new)
+    path = tmp_path / "altered.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("altered", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["altered"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "act",
+    [
+        "open('/etc/passwd')",
+        "open('x', 'w')",
+        "os.fork()",
+        "os.kill(os.getppid(), 0)",
+        "os.listdir('/')",
+        "os.execv('/bin/true', ['true'])",
+        "_socket.socket()",
+        "_thread.start_new_thread(print, ())",
+        "os.mkdir('x')",
+        "os.remove('x')",
+        "os.pipe()",
+        "os.chdir('/')",
+        "ctypes.CDLL(None, use_errno=True).fork() + 1 or os.open('/', 0)",
+    ],
+)
+def test_the_kernel_layer_holds_alone(tmp_path, act):
+    module = altered(tmp_path, ("    _watch(say)\n", ""), ('    "abc",', '    "abc", "_socket", "_thread", "ctypes",'))
+    outcome = module.run(f"import os, ctypes, _socket, _thread\n{act}", seconds=2)
+    assert not outcome.ok
+    assert "not permitted" in outcome.status or "can't start new thread" in outcome.status, outcome.status
+
+
+def test_the_audit_layer_holds_alone(tmp_path):
+    module = altered(tmp_path, ("if _filter():", "if False:"), ("elif os.geteuid() == 0:", "elif False:"))
+    for name in (
+        "fork bomb",
+        "reads a file",
+        "writes outside",
+        "socket",
+        "shell",
+        "kills its parent",
+        "foreign functions",
+    ):
+        program, said = HOSTILE[name]
+        outcome = module.run(program, seconds=1)
+        assert not outcome.ok and outcome.layers == ("limits", "audit")
+        assert re.search(said, outcome.status + " ".join(f"refused: {event}" for event in outcome.refused))
+
+
+def test_root_without_the_kernel_layer_is_refused(tmp_path):
+    module = altered(tmp_path, ("if _filter():", "if False:"), ("os.geteuid() == 0", "True"))
+    with pytest.raises(module.Unavailable, match="not executed as root"):
+        module.run("pass")
+
+
+def test_other_platforms_are_refused(monkeypatch):
+    monkeypatch.setattr(sandbox.os, "name", "nt")
+    with pytest.raises(Unavailable, match="not executed on"):
+        run("pass")
