@@ -1,0 +1,270 @@
+"""Capture on strings and on profiles: positions, reuse, refusal, generation with the cache, several processes."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import zoo
+from test_counting import differing
+
+from helpers import capture as room
+from helpers.capture import capture, capture_shards, count, count_activations, flips, main
+from helpers.config import Pair, Profile
+from helpers.models import encode, generate, load_model
+from helpers.paths import MODELS, results_dir
+from helpers.record import RecordMismatch, UserError
+
+TEXTS = ["add 1 and 2.", "name a fish", "is it so? yes or no: a, b, c", "go", "sum: a long one, then another one."]
+ROWS = pd.DataFrame([{"instruction": t, "input": "" if i % 2 else f"no {i}.", "reference": f"it is {i}"}
+                     for i, t in enumerate(TEXTS * 2)])
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2_moe"])
+def checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    zoo.build(request.param).save_pretrained(folder, max_shard_size="100KB")
+    zoo.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def setting(checkpoint, tmp_path, monkeypatch):
+    """(profile, pair) whose counts go to a folder of their own, three instructions to a shard."""
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path.joinpath(*names))
+    monkeypatch.setattr(room, "SHARD", 3)
+    pair = Pair("pair", str(checkpoint), str(checkpoint))
+    return Profile("test", "none", (pair,), batch_size=2, max_new_tokens=5), pair
+
+
+def by_hand(model, tokenizer, text):
+    """One text, one character (here: token) after the other, read from the activation modules' outputs."""
+    ids, seen, hooks = tokenizer(text, return_tensors="pt")["input_ids"], [], []
+    for layer in model.model.layers:
+        hooks.append(layer.mlp.act_fn.register_forward_hook(lambda m, a, out: seen.append(out)))
+    model(ids)
+    [hook.remove() for hook in hooks]
+    return np.stack([(a[0] > 0).sum(0).numpy() for a in seen])
+
+
+def test_five_lines_count_any_model_on_any_strings():
+    model, tokenizer = zoo.build("llama"), zoo.tokenizer()
+    counts = count(model, tokenizer, TEXTS, batch_size=2)
+    for i, text in enumerate(TEXTS):
+        assert counts.tokens[i] == len(text)
+        assert (counts.neurons["dense"][i] == by_hand(model, tokenizer, text)).all()
+    inputs = tokenizer(TEXTS[:2], return_tensors="pt", padding=True)
+    with count_activations(model) as counter:
+        streamed = counter(inputs["input_ids"], inputs["attention_mask"])
+    assert (streamed.neurons["dense"] == counts.neurons["dense"][:2]).all()
+    assert counts.layers == {"dense": (0, 1, 2)} and counts.routed is None
+    assert counts.neurons["dense"].dtype == np.uint16 and counts.tokens.dtype == np.int32
+
+
+def test_the_template_changes_what_is_read_but_not_what_is_counted():
+    model, tokenizer = zoo.build("llama"), zoo.tokenizer()
+    bare, wrapped = (count(model, tokenizer, TEXTS, template=t) for t in ("{instruction}", "do: {instruction}\nthen"))
+    assert (bare.tokens == wrapped.tokens).all() and differing(bare, wrapped) > 100
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_generated_tokens_count_as_they_do_step_by_step_with_the_cache(family):
+    model, tokenizer = zoo.build(family), zoo.tokenizer()
+    model.generation_config.eos_token_id = None
+    prompts = encode(tokenizer, TEXTS[:3])
+    answers = generate(model, prompts, max_new_tokens=9)
+    one_pass = count(model, tokenizer, TEXTS[:3], responses=answers)
+    for i, prompt in enumerate(prompts):
+        total, step = {}, 0
+        with room.watching(model) as counter, torch.no_grad():
+            cache = [None]
+
+            def cached(run=model.base_model.forward, cache=cache, **inputs):
+                out = run(**inputs | {"use_cache": True}, past_key_values=cache[0])
+                cache[0] = out.past_key_values
+                return out
+            model.base_model.forward, plain = cached, model.base_model.forward
+            try:
+                counter(torch.tensor([prompt.ids]))
+                for step, token in enumerate(answers[i], 1):
+                    mask = torch.ones(1, len(prompt.ids) + step, dtype=torch.long)
+                    counter.trunk = lambda mask=mask, **inputs: cached(**inputs | {"attention_mask": mask})
+                    for name, a in counter(torch.tensor([[token]])).arrays().items():
+                        total[name] = total.get(name, 0) + a[0].astype(int)
+            finally:
+                model.base_model.forward = plain
+        assert step == 9
+        for name, a in one_pass.arrays().items():
+            assert (a[i] == total[name]).all(), name
+
+
+def test_a_model_split_over_memory_and_disk_gives_the_same_counts(checkpoint):
+    split = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk",
+             "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    whole, parted = (count(*load_model(str(checkpoint), device_map=device_map), TEXTS) for device_map in (None, split))
+    assert differing(whole, parted) == 0
+
+
+# ---- a profile's counts --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("positions", room.POSITIONS)
+def test_capture_keeps_what_count_gives_and_reuses_it(setting, positions, tmp_path, monkeypatch):
+    profile, pair = setting
+    model, tokenizer = load_model(pair.base)
+    texts = [i + ("\n" + x if x else "") for i, x in zip(ROWS["instruction"], ROWS["input"], strict=True)]
+    found = capture(profile, pair, "base", positions, ROWS)
+    responses = {"response": list(ROWS["reference"]), "generated": [
+        r for t in texts for r in generate(model, encode(tokenizer, [t], template=profile.template), max_new_tokens=5)]}
+    expected = count(model, tokenizer, texts, template=profile.template, responses=responses.get(positions))
+    if positions.startswith("prompt-"):
+        other = capture(profile, pair, "base", {"prompt-even": "prompt-odd"}.get(positions, "prompt-even"), ROWS)
+        assert (found.tokens + other.tokens == expected.tokens).all() and abs(found.tokens - other.tokens).max() <= 1
+        assert all((found.neurons[f] + other.neurons[f] == expected.neurons[f]).all() for f in expected.neurons)
+    else:
+        assert differing(found, expected) == 0
+    record = json.loads((tmp_path / "test/pair/base" / positions / "record.json").read_text())
+    assert record["total"] == 10 and record["size"] == 3 and len(record["shards"]) == 4
+    assert record["found"][0] | {"batching": 0} == {"device": "cpu", "attention": "sdpa", "batching": 0}
+    monkeypatch.setattr(room, "load_model", None)                                              # nothing is loaded again
+    assert differing(capture(profile, pair, "base", positions, ROWS), found) == 0
+
+
+def test_the_even_positions_are_the_first_third_and_so_on(setting):
+    profile, pair = setting
+    one = ROWS.iloc[3:4].assign(instruction="abc")
+    model, tokenizer = load_model(pair.base)
+    with count_activations(model) as counter:
+        head = len(profile.template.partition("{")[0])
+        ids = torch.tensor([encode(tokenizer, ["abc"], template=profile.template)[0].ids])
+        mask = torch.zeros_like(ids)
+        mask[0, [head, head + 2]] = 1
+        expected = counter(ids, count_mask=mask)
+    assert differing(capture(profile, pair, "base", "prompt-even", one), expected) == 0
+    with pytest.raises(UserError, match="cannot be split in two"):
+        capture(profile, pair, "tuned", "prompt-odd", one.assign(instruction="a"))
+
+
+def test_the_twin_has_random_weights_and_its_own_folder(setting):
+    profile, pair = setting
+    base, twin = (capture(profile, pair, variant, "prompt", ROWS) for variant in ("base", "twin"))
+    assert (base.tokens == twin.tokens).all() and differing(base, twin) > 100
+    with pytest.raises(RecordMismatch, match="seed"):
+        capture(dataclasses.replace(profile, seed=1), pair, "twin", "prompt", ROWS)
+
+
+@pytest.mark.parametrize(("change", "key"), [
+    (lambda p, pair, rows: (dataclasses.replace(p, template="{instruction}"), pair, rows), "template"),
+    (lambda p, pair, rows: (dataclasses.replace(p, batch_size=3), pair, rows), "batch_size"),
+    (lambda p, pair, rows: (dataclasses.replace(p, name="other"), pair, rows), "profile"),
+    (lambda p, pair, rows: (p, dataclasses.replace(pair, dtype="bfloat16"), rows), "dtype"),
+    (lambda p, pair, rows: (p, pair, rows[::-1]), "data"),
+    (lambda p, pair, rows: (p, pair, rows.assign(reference="else")), "data"),
+])
+def test_counts_made_under_other_settings_are_refused(setting, tmp_path, monkeypatch, change, key):
+    profile, pair = setting
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one")
+    capture(profile, pair, "base", "response", ROWS)
+    profile, pair, rows = change(profile, pair, ROWS)
+    with pytest.raises(RecordMismatch, match=f"was made with {key} ="):
+        capture(profile, pair, "base", "response", rows)
+
+
+def test_counts_of_other_weights_are_refused(setting, tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    profile, pair = setting[0], dataclasses.replace(setting[1], base=str(tmp_path / "copy"))
+    capture(profile, pair, "base", "prompt", ROWS)
+    weights = next((tmp_path / "copy").glob("model-00001*"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(RecordMismatch, match="was made with weights ="):
+        capture(profile, pair, "base", "prompt", ROWS)
+
+
+def test_counts_of_other_versions_are_refused(setting, monkeypatch):
+    profile, pair = setting
+    capture(profile, pair, "base", "prompt", ROWS)
+    monkeypatch.setattr(room, "versions", lambda: {"torch": "0.1"})
+    with pytest.raises(RecordMismatch, match="versions"):
+        capture(profile, pair, "base", "prompt", ROWS)
+
+
+@pytest.mark.parametrize(("variant", "positions", "rows", "message"), [
+    ("chat", "prompt", ROWS, "variant is 'chat'"), ("base", "all", ROWS, "positions is 'all'"),
+    ("base", "prompt", ROWS[:0], "no rows"), ("base", "response", ROWS.assign(reference=""), "no counted token"),
+    ("base", "prompt", ROWS.assign(instruction="x" * 300), "more than the 256"),
+])
+def test_what_cannot_be_captured_is_one_clear_error(setting, variant, positions, rows, message):
+    with pytest.raises(UserError, match=message):
+        capture(*setting, variant, positions, rows)
+
+
+def test_a_generation_that_ends_at_once_has_no_tokens(setting, monkeypatch):
+    monkeypatch.setattr(room, "generate", lambda model, encoded, **options: [[] for _ in encoded])
+    counts = capture(*setting, "base", "generated", ROWS)
+    assert not counts.tokens.any() and not any(c.any() for c in counts.neurons.values())
+
+
+def test_flips_counts_the_cells_that_batching_moved():
+    model = zoo.build("llama")
+    encoded = encode(zoo.tokenizer(), TEXTS)
+    counts = room.count_encoded(model, encoded)
+    assert flips(model, encoded[:2], counts) == {"cells": 2 * (3 * zoo.N + 1), "differ": 0, "most": 0}
+    counts.neurons["dense"][1, 2, 3] += 2
+    assert flips(model, encoded[:2], counts) == {"cells": 2 * (3 * zoo.N + 1), "differ": 1, "most": 2}
+
+
+@pytest.mark.parametrize("pair", sorted(p.name for p in MODELS.glob("tiny-*")))
+def test_the_shipped_models_are_read_exactly(pair):
+    model, tokenizer = load_model(str(MODELS / pair / "tuned"))
+    alone, together = (count(model, tokenizer, ["Add 3 and 4.", "Name a town."], n) for n in (1, 2))
+    assert differing(alone, together) == 0
+
+
+# ---- several processes ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def profile_of_two(tmp_path):
+    """A profile for two processes, whose results lie where the command line puts them."""
+    checkpoint = tmp_path / "model"
+    zoo.build("qwen2_moe").save_pretrained(checkpoint)
+    zoo.tokenizer().save_pretrained(checkpoint)
+    pair = Pair("pair", str(checkpoint), str(checkpoint))
+    profile = Profile(f"test-{os.getpid()}", "none", (pair,), batch_size=2, processes=2)
+    yield profile, pair
+    shutil.rmtree(results_dir(profile.name), ignore_errors=True)
+
+
+def test_two_processes_leave_the_same_bytes_as_one(profile_of_two, tmp_path, monkeypatch):
+    profile, pair = profile_of_two
+    rows = pd.concat([ROWS] * 20, ignore_index=True)                                           # two shards of 128, 72
+    capture_shards(profile, pair, "base", "prompt", rows)
+    two = {p.name: p.read_bytes() for p in (results_dir(profile.name) / "pair/base/prompt").iterdir()}
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one")
+    capture(dataclasses.replace(profile, processes=1), pair, "base", "prompt", rows)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()} == two and len(two) == 5
+
+
+def test_a_failure_in_the_processes_is_an_error_here(profile_of_two, capfd):
+    profile, pair = profile_of_two
+    with pytest.raises(UserError, match="2 capture processes ended with exit code"):
+        capture(profile, pair, "base", "prompt", ROWS.assign(instruction="x" * 300))
+    assert "more than the 256 that can be read" in capfd.readouterr().err
+
+
+def test_the_command_line_captures_a_profile_or_says_what_is_wrong(setting, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(room, "load_profile", lambda name: dataclasses.replace(setting[0], name=name, processes=2))
+    monkeypatch.setattr(room, "load_hexainst", lambda dataset: ROWS)
+    assert main(["--profile", "mine", "--variants", "tuned"]) == 0
+    assert sorted(p.name for p in (tmp_path / "mine/pair/tuned").iterdir()) == ["prompt", "response"]
+    assert "pair tuned response: 10 instructions" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(["--profile", "no-such-profile"]) == 1
+    assert "unknown profile 'no-such-profile'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["--profile", "tiny", "--positions", "all"])
+    assert "invalid choice: 'all'" in capsys.readouterr().err
