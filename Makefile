@@ -1,0 +1,64 @@
+# The one door. `make` alone prints what there is.
+PROFILE   ?= tiny
+NOTEBOOKS := 00_start_here 01_hexainst 02_capture 03_neurons 04_experts 05_generality_uniqueness 06_ablation 07_alteration 08_claims
+MODELS    := tiny-dense:0 tiny-dense:1 tiny-dense:2 tiny-moe:0
+
+CONDA  := $(firstword $(foreach c,mamba micromamba conda,$(shell command -v $(c) 2>/dev/null)))
+PYTHON ?= python3
+PY     := .venv/bin/python
+READY  := .venv/.ready
+PATHS  := $(NOTEBOOKS:%=notebooks/%.ipynb)
+# One thread and no hub traffic unless the caller says otherwise: small matrices run fastest, and two runs agree bit for bit.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM = false
+export PYTHONHASHSEED = 0
+export MPLBACKEND = Agg
+
+.DEFAULT_GOAL := help
+.PHONY: help env reproduce test lint refresh models bench plan hexainst-human clean
+
+help: ## print this list
+	@echo "make TARGET [PROFILE=$(PROFILE)]"; grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
+	  || grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST)
+
+env: $(READY) ## build .venv from the pins (conda, mamba or micromamba where there is one, else venv + pip)
+
+$(READY): requirements.txt environment.yml
+ifneq ($(CONDA),)
+	$(CONDA) env create --yes --prefix $(CURDIR)/.venv --file environment.yml
+else
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d found, 3.11 or newer needed: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+endif
+	echo $(CURDIR) > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sparcom.pth"
+	touch $@
+
+reproduce: $(READY) ## run the whole chain headless; results in data/results/PROFILE, figures in figures/PROFILE
+	$(PY) -m helpers.chain run --profile $(PROFILE) $(PATHS)
+
+test: $(READY) lint ## unit tests, then strict nbval over the committed notebooks
+	$(PY) -m pytest tests helpers
+	$(PY) -m pytest --nbval --nbval-current-env $(PATHS)
+
+lint: $(READY) ## ruff over code and notebooks
+	$(PY) -m ruff check --quiet .
+
+refresh: $(READY) ## re-execute the committed notebooks in place (profile tiny) and make them canonical
+	$(PY) -m helpers.chain refresh $(PATHS)
+
+models: $(READY) ## retrain the tiny models from nothing (about an hour on one core)
+	for m in $(MODELS); do $(PY) -m helpers.training --pair $${m%:*} --seed $${m#*:} || exit 1; done
+
+bench: $(READY) ## cost of capture as ratios in one run; writes data/results/bench.json
+	$(PY) -m tests.bench
+
+plan: $(READY) ## what PROFILE will cost: neurons, passes, disk
+	$(PY) -m helpers.plan --profile $(PROFILE)
+
+hexainst-human: $(READY) ## fetch the human half's sources and build data/hexainst/human.jsonl
+	$(PY) -m helpers.human
+
+clean: ## delete PROFILE's results (asks first)
+	@printf 'Delete data/results/$(PROFILE)? Counts may take long to compute again. [y/N] '; read answer; \
+	  [ "$$answer" = y ] && rm -rf data/results/$(PROFILE) || echo kept

@@ -1,0 +1,140 @@
+"""The chain of notebooks, run headless: `python -m helpers.chain run|refresh`; the Makefile holds the list."""
+
+import argparse
+import os
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import papermill
+import yaml
+from nbclient.exceptions import DeadKernelError
+
+from helpers.config import Profile, load_profile
+from helpers.paths import CLAIMS, NOTEBOOKS, ROOT, figures_dir, results_dir, short
+from helpers.record import UserError, read_json, write_json
+
+README = ROOT / "README.md"
+
+
+def check_parameters(path, parameters: dict) -> None:
+    """Refuse a parameter that the notebook does not declare (papermill itself only logs a warning)."""
+    known = papermill.inspect_notebook(str(path))
+    for name in parameters:
+        if name not in known:
+            raise UserError(f"{short(path)} has no parameter {name!r}. Its parameters: {', '.join(known) or 'none'}.")
+
+
+def execute(path: Path, target: Path, parameters: dict) -> float:
+    """Run one notebook into `target` and return its seconds.
+
+    `target` is replaced only when every cell ran; a failed run is kept beside it as <name>.failed.ipynb.
+    """
+    check_parameters(path, parameters)
+    failed = target.with_suffix(".failed.ipynb")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    try:
+        papermill.execute_notebook(str(path), str(failed), parameters, kernel_name="python3", cwd=str(NOTEBOOKS),
+                                   progress_bar={"desc": path.stem, "file": sys.stderr}, log_output=False)
+    except papermill.PapermillExecutionError as error:
+        raise UserError(f"{short(path)}, cell {error.exec_count}: {error.ename}: {error.evalue}\n"
+                        f"The run so far, for reading only: {short(failed)}") from error
+    except DeadKernelError as error:
+        raise UserError(f"{short(path)}: its kernel died, most likely for lack of memory. "
+                        "Lower batch_size in the profile, then run again; finished counts are kept.") from error
+    os.replace(failed, target)
+    return time.perf_counter() - start
+
+
+def run(profile: Profile, paths: list[Path], parameters: dict) -> list[Path]:
+    """Execute the notebooks in order, add what they cost to summary.json, say where to look; the executed files."""
+    for path in paths:
+        check_parameters(path, parameters)
+    folder = results_dir(profile.name)
+    targets = [folder / "notebooks" / path.name for path in paths]
+    seconds = {path.stem: round(execute(path, target, parameters), 1)
+               for path, target in zip(paths, targets, strict=True)}
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+    if (summary := folder / "summary.json").exists():
+        write_json(summary, read_json(summary) | {"seconds": seconds, "peak_rss_mb": round(peak)})
+    print(f"\n{len(paths)} notebooks in {sum(seconds.values()):.0f} s, peak {peak:.0f} MB. Look at "
+          f"{short(folder)}/notebooks/, {short(folder)}/summary.json and {short(figures_dir(profile.name))}/.")
+    return targets
+
+
+def canonical(notebook):
+    """An executed notebook without what changes from run to run: timings, stderr, papermill's traces."""
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+                         "language_info": {"name": "python"}}
+    for cell in notebook.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags" and v}
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    return notebook
+
+
+def refresh(paths: list[Path]) -> None:
+    """Execute every notebook with its own defaults and put the canonical results in place, all or none."""
+    for path, target in zip(paths, run(load_profile("tiny"), paths, {}), strict=True):
+        nbformat.write(canonical(nbformat.read(target, as_version=4)), path)
+    summary = read_json(results_dir("tiny") / "summary.json")
+    README.write_text(with_results(README.read_text(), summary, pd.read_csv(figures_dir("tiny") / "08_claims.csv")))
+
+
+def with_results(text: str, summary: dict, tests: pd.DataFrame) -> str:
+    """The README with its two generated blocks, `cost` and `claims`, made anew."""
+    minutes = sum(summary["seconds"].values()) / 60
+    cost = (f"`make reproduce` took {minutes:.0f} minutes and {summary['peak_rss_mb'] / 1024:.1f} GB of memory on two "
+            "cores without a GPU, once the environment was there.")
+    blocks = {"cost": cost, "claims": claims_table(summary["claims"], tests)}
+    for name, block in blocks.items():
+        pattern = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.S)
+        if not pattern.search(text):
+            raise UserError(f"README.md has no block <!-- {name}: begin --> ... <!-- {name}: end -->. Put it back.")
+        text = pattern.sub(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
+    return text
+
+
+def claims_table(verdicts: dict[str, str], tests: pd.DataFrame) -> str:
+    """A Markdown row per claim and unit: the claim, its verdict, each pair's first test (all data, or one half)."""
+    words, pairs = pd.read_csv(CLAIMS).set_index("id")["claim"], list(pd.unique(tests["pair"]))
+    first = tests.drop_duplicates(["id", "unit", "pair"]).set_index(["id", "unit", "pair"])
+    cells = {key: f"{t.effect:.2f} [{t.low:.2f}, {t.high:.2f}] / {t.null:.2f}" for key, t in first.iterrows()}
+    lines = ["| claim | unit | verdict | " + " | ".join(f"{pair}: effect [95 % CI] / null" for pair in pairs) + " |",
+             "|---|---|---|" + "---|" * len(pairs)]
+    for key, verdict in verdicts.items():
+        name, unit = key.rsplit(".", 1)
+        found = " | ".join(cells.get((name, unit, pair), "-") for pair in pairs)
+        lines.append(f"| {words[name]} | {unit} | **{verdict}** | {found} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=("run", "refresh"))
+    parser.add_argument("notebooks", nargs="*", type=Path)
+    parser.add_argument("--profile", default="tiny")
+    parser.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    options = parser.parse_intermixed_args()
+    try:
+        profile = load_profile(options.profile)
+        paths = [path.resolve() for path in options.notebooks]
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"{short(path)} does not exist.")
+        if options.action == "run":
+            given = {name: yaml.safe_load(value) for name, value in options.parameters}
+            run(profile, paths, {"profile": profile.name} | given)
+        elif options.action == "refresh":
+            refresh(paths)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The runner: a failed notebook is never taken for a finished one, and a mistake is one line on stderr."""
+
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from helpers import chain
+from helpers.paths import ROOT
+from helpers.record import UserError
+
+
+def notebook(path, *cells):
+    book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    book.cells = [nbformat.v4.new_code_cell('profile = "tiny"', metadata={"tags": ["parameters"]}),
+                  *map(nbformat.v4.new_code_cell, cells)]
+    nbformat.write(book, path)
+    return path
+
+
+def test_a_finished_notebook_takes_its_place(tmp_path):
+    source, target = notebook(tmp_path / "a.ipynb", "print(profile)"), tmp_path / "out" / "a.ipynb"
+    seconds = chain.execute(source, target, {"profile": "mine"})
+    assert 0 < seconds < 60 and [p.name for p in target.parent.iterdir()] == ["a.ipynb"]
+    assert "mine" in nbformat.read(target, as_version=4).cells[-1].outputs[0].text
+
+
+def test_a_failed_notebook_leaves_the_former_result(tmp_path):
+    target = tmp_path / "a.ipynb"
+    target.write_text("former")
+    source = notebook(tmp_path / "bad.ipynb", "from helpers.record import UserError\nraise UserError('found x, expected y')")
+    with pytest.raises(UserError, match=r"bad\.ipynb, cell 2: UserError: found x, expected y"):
+        chain.execute(source, target, {})
+    assert target.read_text() == "former" and target.with_suffix(".failed.ipynb").exists()
+
+
+def test_a_misspelt_parameter_is_refused_before_anything_runs(tmp_path):
+    source = notebook(tmp_path / "a.ipynb", "print(1)")
+    with pytest.raises(UserError, match="no parameter 'profil'. Its parameters: profile"):
+        chain.execute(source, tmp_path / "out.ipynb", {"profil": "tiny"})
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_canonical_notebooks_hold_nothing_that_changes_from_run_to_run(tmp_path):
+    source = notebook(tmp_path / "a.ipynb", "import sys\nprint('out'); print('err', file=sys.stderr)")
+    chain.execute(source, tmp_path / "1.ipynb", {})
+    chain.execute(source, tmp_path / "2.ipynb", {})
+    one, two = (chain.canonical(nbformat.read(tmp_path / f"{n}.ipynb", as_version=4)) for n in (1, 2))
+    assert one == two and "papermill" not in str(one) and "err\n" not in str([c.get("outputs") for c in one.cells])
+    assert [c.execution_count for c in one.cells] == [1, 2]
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["run", "--profile", "tny"], "unknown profile 'tny'"),
+    (["run", "notebooks/99_none.ipynb"], "notebooks/99_none.ipynb does not exist"),
+    (["run", "-p", "profil", "tiny", "notebooks/00_start_here.ipynb"], "no parameter 'profil'"),
+])
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_1(arguments, says):
+    done = subprocess.run([sys.executable, "-m", "helpers.chain", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr

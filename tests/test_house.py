@@ -1,0 +1,96 @@
+"""The house keeps its shape: imports run downward, files stay thin, notebooks stay executed and readable."""
+
+import ast
+import re
+import subprocess
+
+import nbformat
+import papermill
+import pytest
+
+from helpers.paths import NOTEBOOKS, ROOT
+
+ORDER = ["paths", "record", "config", "expressions", "sandbox", "checkers", "corpus", "hexainst", "human", "world", "sites", "checkpoints", "models", "optim", "blueprint", "training", "shards", "counting", "selfcheck", "capture", "ablation", "controls", "evaluate", "scores", "components", "overlap", "stats", "nulls", "plots", "plan", "chain"]
+FILES = sorted((ROOT / "helpers").glob("*.py"))
+BOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def makefile(variable):
+    return re.search(rf"^{variable}\s*:= (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+
+
+def code_cells(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_helpers_are_thin_and_import_downward(path):
+    assert len(path.read_text().splitlines()) < 250
+    if path.stem == "__init__":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module + "." + a.name if node.module == "helpers" else node.module for a in node.names] \
+            if isinstance(node, ast.ImportFrom) and node.module else [a.name for a in node.names] \
+            if isinstance(node, ast.Import) else []
+        for name in names:
+            if name.startswith("helpers."):
+                assert ORDER.index(name.split(".")[1]) < ORDER.index(path.stem), f"{path.stem} imports {name}"
+
+
+def test_the_makefile_lists_the_committed_notebooks_once():
+    assert makefile("NOTEBOOKS") == [path.stem for path in BOOKS]
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
+def test_notebook_is_executed_and_nbval_has_something_to_compare(path):
+    """A stripped notebook passes nbval whatever its formulas say; so outputs must be there, in order, and compared."""
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+    shown = [cell for cell in cells if cell.outputs]
+    compared = [cell for cell in shown if "NBVAL_IGNORE_OUTPUT" not in cell.source and any(
+        o.output_type == "stream" and o.name == "stdout" or "text/plain" in o.get("data", {}) for o in cell.outputs)]
+    assert len(compared) >= 0.8 * len(shown) >= 4
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
+def test_notebook_is_readable(path):
+    cells = code_cells(path)
+    sizes = sorted(len(cell.source.splitlines()) for cell in cells)
+    assert sizes[-1] <= 25 and sizes[len(sizes) // 2] <= 6
+    for cell in cells:
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, ast.ClassDef)
+            assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 10
+            assert not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("notebooks")
+    first = nbformat.read(path, as_version=4).cells[0].source
+    assert first.startswith("# ") and "\n> " in first and all(f"**{word}**" in first for word in ("Needs", "Writes", "Takes"))
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
+def test_notebook_takes_the_same_parameters_as_all(path):
+    assert set(papermill.inspect_notebook(str(path))) == {"profile", "seed", "epsilon"}
+
+
+def test_plain_make_prints_help():
+    shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert all(target in shown for target in ("reproduce", "test", "refresh", "models", "bench", "plan", "clean"))
+
+
+@pytest.mark.parametrize("tool", ["conda", "micromamba"])
+def test_make_env_prefers_conda_where_there_is_one(tool, tmp_path):
+    """The environment of the first of mamba, micromamba, conda on the PATH is built from environment.yml."""
+    fake = tmp_path / tool
+    fake.write_text("#!/bin/sh\nexit 0\n")
+    fake.chmod(0o755)
+    plan = subprocess.run(["make", "-n", "-B", "env"], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env={"PATH": f"{tmp_path}:/usr/bin:/bin"}).stdout
+    assert f"{tmp_path}/{tool}" in plan and "environment.yml" in plan and " -m venv" not in plan
+
+
+def test_the_pins_are_exact_and_stand_once():
+    pins = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert all(re.fullmatch(r"[\w-]+==[\w.]+", pin) for pin in pins if pin)
+    assert "requirements.txt" in (ROOT / "environment.yml").read_text()
+    assert "==" not in (ROOT / "environment.yml").read_text()
