@@ -15,10 +15,8 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 
 from helpers.config import Profile, load_profile
-from helpers.paths import CLAIMS, NOTEBOOKS, ROOT, figures_dir, results_dir, short
+from helpers.paths import CLAIMS, DATA, HEXAINST, NOTEBOOKS, ROOT, figures_dir, results_dir, short
 from helpers.record import UserError, read_json, write_json
-
-README = ROOT / "README.md"
 
 
 def check_parameters(path, parameters: dict) -> None:
@@ -83,28 +81,44 @@ def refresh(paths: list[Path]) -> None:
     for path, target in zip(paths, run(load_profile("tiny"), paths, {}), strict=True):
         nbformat.write(canonical(nbformat.read(target, as_version=4)), path)
     summary = read_json(results_dir("tiny") / "summary.json")
-    README.write_text(with_results(README.read_text(), summary, pd.read_csv(figures_dir("tiny") / "08_claims.csv")))
+    tests = pd.read_csv(figures_dir("tiny") / "08_claims.csv")
+    readme, sheet = ROOT / "README.md", DATA / "README.md"
+    readme.write_text(fill(readme, {"cost": cost(summary), "claims": claims_table(summary["claims"], tests)}))
+    sheet.write_text(fill(sheet, {"review": review_table()}))
 
 
-def with_results(text: str, summary: dict, tests: pd.DataFrame) -> str:
-    """The README with its two generated blocks, `cost` and `claims`, made anew."""
-    minutes = sum(summary["seconds"].values()) / 60
-    cost = (f"`make reproduce` took {minutes:.0f} minutes and {summary['peak_rss_mb'] / 1024:.1f} GB of memory on two "
-            "cores without a GPU, once the environment was there.")
-    blocks = {"cost": cost, "claims": claims_table(summary["claims"], tests)}
+def fill(path: Path, blocks: dict[str, str]) -> str:
+    """The text of a Markdown file with its generated blocks, <!-- name: begin --> ... <!-- name: end -->, made anew."""
+    text = path.read_text()
     for name, block in blocks.items():
         pattern = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.S)
         if not pattern.search(text):
-            raise UserError(f"README.md has no block <!-- {name}: begin --> ... <!-- {name}: end -->. Put it back.")
+            raise UserError(f"{short(path)} has no block <!-- {name}: begin --> ... <!-- {name}: end -->. Put it back.")
         text = pattern.sub(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
     return text
+
+
+def cost(summary: dict) -> str:
+    """A sentence: what a run of the chain took."""
+    minutes, memory = sum(summary["seconds"].values()) / 60, summary["peak_rss_mb"] / 1024
+    return (f"`make reproduce` took {minutes:.0f} minutes and {memory:.1f} GB of memory on two cores without a GPU, "
+            "the environment set up before.")
+
+
+def review_table() -> str:
+    """What the review of the AI half changed, from data/hexainst/review.json: a Markdown row per category."""
+    tallies = read_json(HEXAINST / "review.json")
+    points = list(tallies[0]["by_point"])
+    rows = [["category", "rows read", "changed", "of these replaced", *points], ["---"] * (4 + len(points))]
+    rows += [[t["category"], t["read"], t["changed"], t["replaced"], *t["by_point"].values()] for t in tallies]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 def claims_table(verdicts: dict[str, str], tests: pd.DataFrame) -> str:
     """A Markdown row per claim and unit: the claim, its verdict, each pair's first test (all data, or one half)."""
     words, pairs = pd.read_csv(CLAIMS).set_index("id")["claim"], list(pd.unique(tests["pair"]))
     first = tests.drop_duplicates(["id", "unit", "pair"]).set_index(["id", "unit", "pair"])
-    cells = {key: f"{t.effect:.2f} [{t.low:.2f}, {t.high:.2f}] / {t.null:.2f}" for key, t in first.iterrows()}
+    cells = {key: f"{t.effect:.3f} [{t.low:.3f}, {t.high:.3f}] / {t.null:.3f}" for key, t in first.iterrows()}
     lines = ["| claim | unit | verdict | " + " | ".join(f"{pair}: effect [95 % CI] / null" for pair in pairs) + " |",
              "|---|---|---|" + "---|" * len(pairs)]
     for key, verdict in verdicts.items():

@@ -9,7 +9,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from helpers.record import UserError
 from helpers.shards import Counts
-from helpers.sites import find_sites
+from helpers.sites import Site, find_sites
 
 IMPLEMENTATION = "observed"             # our experts function's name in transformers' registry
 BLOCK = {"cpu": 2**19}                  # cells compared with 0 at a time: fits the cache, bounds the memory
@@ -203,8 +203,7 @@ def input_device(model):
 def watching(model):
     """Yield a Counter whose hooks are on the model while the context is open. Raises UserError for a model that
     cannot be counted as it is, or if nothing was counted."""
-    refuse_unready(model)
-    counter = Counter(model, find_sites(model))
+    counter = Counter(model, ready_sites(model))
     with ExitStack() as stack:
         if any(s.family == "expert" for s in counter.sites):
             stack.enter_context(observed(model))
@@ -220,9 +219,11 @@ def watching(model):
         raise UserError("nothing was counted: call counter(input_ids, attention_mask) inside the context.")
 
 
-def refuse_unready(model) -> None:
-    """Raise UserError for a model that is compiled, in training mode, quantised, split by tensor parallelism, without
-    weights, of uneven width, or being counted already; say what to do."""
+def ready_sites(model) -> list[Site]:
+    """The sites of a model that can be counted as it is. Raises UserError for one that is compiled, in training mode,
+    quantised, split by tensor parallelism, without weights, of uneven width, or being counted already."""
+    sites = []
+
     def faults():
         if hasattr(model, "_orig_mod") or any(m._compiled_call_impl is not None for m in model.modules()):
             yield "it is compiled, so hooks may not run: use the model as it was before compiling"
@@ -237,8 +238,10 @@ def refuse_unready(model) -> None:
         elif any("observer" in vars(m) for m in model.modules()):
             yield "it is being counted already: close the other count_activations first"
         else:
-            sizes = {(s.family, s.width, s.experts) for s in find_sites(model)}
+            sites.extend(find_sites(model))
+            sizes = {(s.family, s.width, s.experts) for s in sites}
             if len(sizes) > len({family for family, *_ in sizes}):
                 yield f"its layers' widths differ ({sorted(sizes)}), which these tables cannot hold"
     for fault in faults():
         raise UserError(f"{type(model).__name__} cannot be counted: {fault}.")
+    return sites

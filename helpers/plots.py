@@ -191,7 +191,8 @@ def claims(table: pd.DataFrame) -> Figure:
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     sns.despine(ax=ax, left=True, bottom=True)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in VERDICTS.values()]
-    fig.legend(handles, VERDICTS, loc="outside lower center", ncols=4, frameon=False,
+    used = {verdict: colour for verdict, colour in VERDICTS.items() if verdict in set(table["verdict"])}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in used.values()]
+    fig.legend(handles, used, loc="outside lower center", ncols=4, frameon=False,
                title="each cell: effect [95 % CI] against its null")
     return fig

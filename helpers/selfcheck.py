@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from helpers.counting import gate_part, input_device, observed, refuse_unready, watching
-from helpers.sites import UnreadableModel, find_sites
+from helpers.counting import gate_part, input_device, observed, ready_sites, watching
+from helpers.sites import UnreadableModel
 
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}    # of the largest
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])                                             # eight tokens
@@ -22,8 +22,7 @@ def self_check(model) -> None:
     the counts are those of a loop over tokens and experts, from A itself and from the experts' weights (a bank whose
     weights are offloaded is spared this last one).
     """
-    refuse_unready(model)
-    sites = find_sites(model)
+    sites = ready_sites(model)
     ids = (torch.arange(MASK.numel()).reshape(MASK.shape) * 7 + 5) % model.get_input_embeddings().num_embeddings
     mlps, banks = [s for s in sites if s.family != "expert"], [s for s in sites if s.family == "expert"]
     faults = [*_layout(model, mlps, ids), *_experts(model, banks, ids), *_loops(model, sites, ids)]

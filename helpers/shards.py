@@ -123,3 +123,22 @@ class Shards:
     def load(self) -> Counts:
         """All instructions in one Counts; for tables larger than memory use `read` shard by shard."""
         return Counts.join([self.read(shard)[0] for shard in range(len(self))])
+
+    def table(self, family: str) -> "Rows":
+        """The counts of one family ("dense", "shared", "expert", or "routed"), row by row, never all in memory."""
+        return Rows(self, family)
+
+
+class Rows:
+    """Counts [I, ...] on disk behind `shape` and `[i]`, as `top_sets` reads them: one shard is in memory at a time."""
+
+    def __init__(self, shards: Shards, family: str):
+        self.shards, self.family, self.shard = shards, family, -1
+        self.shape = (shards.total, *self[0].shape)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        shard = row // self.shards.size
+        if shard != self.shard:
+            counts = self.shards.read(shard)[0]
+            self.shard, self.counts = shard, counts.routed if self.family == "routed" else counts.neurons[self.family]
+        return self.counts[row - shard * self.shards.size]

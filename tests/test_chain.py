@@ -1,9 +1,11 @@
 """The runner: a failed notebook is never taken for a finished one, and a mistake is one line on stderr."""
 
+import re
 import subprocess
 import sys
 
 import nbformat
+import pandas as pd
 import pytest
 
 from helpers import chain
@@ -59,3 +61,15 @@ def test_canonical_notebooks_hold_nothing_that_changes_from_run_to_run(tmp_path)
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_1(arguments, says):
     done = subprocess.run([sys.executable, "-m", "helpers.chain", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_generated_blocks_say_what_the_files_say():
+    """No number is typed into the README or the datasheet: both blocks are what their sources give."""
+    assert chain.review_table() in (ROOT / "data" / "README.md").read_text()
+    tests = pd.read_csv(ROOT / "figures" / "tiny" / "08_claims.csv")
+    readme = (ROOT / "README.md").read_text()
+    printed = "".join(output.text for cell in nbformat.read(ROOT / "notebooks" / "08_claims.ipynb", as_version=4).cells
+                      for output in cell.get("outputs", ()) if output.get("name") == "stdout")
+    found = re.findall(r"^(\S+), (\w+) +(not supported|supported|mixed|not testable) +\d+ of", printed, re.M)
+    verdicts = {f"{name}.{unit}": verdict for name, unit, verdict in found}
+    assert verdicts and chain.claims_table(verdicts, tests) in readme

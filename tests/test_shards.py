@@ -56,6 +56,14 @@ def test_rows_are_dealt_out_in_order_and_come_back_whole(shards):
         assert (back.arrays()[name] == array).all() and back.arrays()[name].dtype == array.dtype
 
 
+def test_a_table_is_read_row_by_row_from_the_disk(shards):
+    fill(shards)
+    for family in ("expert", "shared", "routed"):
+        table, whole = shards.table(family), shards.load()
+        expected = whole.routed if family == "routed" else whole.neurons[family]
+        assert table.shape == expected.shape and all((table[i] == expected[i]).all() for i in (0, 9, 3, 4, 7))
+
+
 def test_writing_order_leaves_no_trace(shards, tmp_path):
     fill(shards, [2, 0, 1])
     shards.finish()
