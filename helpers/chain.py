@@ -59,7 +59,9 @@ def run(profile: Profile, paths: list[Path], parameters: dict) -> list[Path]:
                for path, target in zip(paths, targets, strict=True)}
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
     if (summary := folder / "summary.json").exists():
-        write_json(summary, read_json(summary) | {"seconds": seconds, "peak_rss_mb": round(peak)})
+        before = read_json(summary)
+        write_json(summary, before | {"seconds": before.get("seconds", {}) | seconds,
+                                      "peak_rss_mb": max(round(peak), before.get("peak_rss_mb", 0))})
     print(f"\n{len(paths)} notebooks in {sum(seconds.values()):.0f} s, peak {peak:.0f} MB. Look at "
           f"{short(folder)}/notebooks/, {short(folder)}/summary.json and {short(figures_dir(profile.name))}/.")
     return targets
@@ -116,15 +118,15 @@ def review_table() -> str:
 
 def claims_table(verdicts: dict[str, str], tests: pd.DataFrame) -> str:
     """A Markdown row per claim and unit: the claim, its verdict, each pair's first test (all data, or one half)."""
-    words, pairs = pd.read_csv(CLAIMS).set_index("id")["claim"], list(pd.unique(tests["pair"]))
+    pairs = list(pd.unique(tests["pair"]))
     first = tests.drop_duplicates(["id", "unit", "pair"]).set_index(["id", "unit", "pair"])
     cells = {key: f"{t.effect:.3f} [{t.low:.3f}, {t.high:.3f}] / {t.null:.3f}" for key, t in first.iterrows()}
     lines = ["| claim | unit | verdict | " + " | ".join(f"{pair}: effect [95 % CI] / null" for pair in pairs) + " |",
              "|---|---|---|" + "---|" * len(pairs)]
-    for key, verdict in verdicts.items():
-        name, unit = key.rsplit(".", 1)
-        found = " | ".join(cells.get((name, unit, pair), "-") for pair in pairs)
-        lines.append(f"| {words[name]} | {unit} | **{verdict}** | {found} |")
+    for row in pd.read_csv(CLAIMS).itertuples():
+        for unit in row.units.split():
+            found = " | ".join(cells.get((row.id, unit, pair), "-") for pair in pairs)
+            lines.append(f"| {row.claim} | {unit} | **{verdicts[f'{row.id}.{unit}']}** | {found} |")
     return "\n".join(lines)
 
 

@@ -117,12 +117,16 @@ def routing(table: pd.DataFrame, uniform: float) -> Figure:
 
 
 def matrices(table: pd.DataFrame, row: str, column: str, value: str, signed=(), fmt: str = ".2f", ncols=3) -> Figure:
-    """C x C panels; columns `panel`, `row`, `column`, `value`. Panels named in `signed` diverge around a white 0."""
+    """C x C panels; columns `panel`, `row`, `column`, `value`. Panels named in `signed` diverge around a white 0.
+
+    Panels of one kind whose names agree up to the colon share one colour scale.
+    """
     fig, panels = _panels(table, "panel", (4.3, 3.7), ncols=ncols)
-    reach = table.assign(size=table[value].abs()).groupby(table["panel"].isin(signed))["size"].max()
+    group = table["panel"].str.split(":").str[0]
+    reach = table[value].abs().groupby([group, table["panel"].isin(signed)]).max()
     for ax, name in panels:
-        norm = {"vmin": -reach[True] if name in signed else 0, "vmax": reach[name in signed]}
-        cmap = "PuOr_r" if name in signed else "cividis"
+        most = reach[name.split(":")[0], name in signed]
+        norm, cmap = {"vmin": -most if name in signed else 0, "vmax": most}, "PuOr_r" if name in signed else "cividis"
         _matrix(ax, table[table["panel"] == name], row, column, value, cmap, norm, True, fmt)
         ax.set_title(name, fontsize=10)
         if ax.get_subplotspec().colspan.start:
@@ -144,7 +148,7 @@ def gaps(table: pd.DataFrame) -> Figure:
         ax.set(title=name, xticks=x, xlim=(-0.5, len(part) - 0.5), xlabel="half")
         ax.set_xticklabels(part["half"])
     panels[0][0].set_ylabel("gap: within - between")
-    panels[-1][0].legend(frameon=False, fontsize=8)
+    fig.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return fig
 
 

@@ -146,6 +146,8 @@ def save(folder, model, tokenizer, record: dict, per_category: int) -> dict:
         record |= {"accuracy": accuracy(load(draft), tokenizer, per_category), "prompts": per_category,
                    "sha256": sha256(draft / "model.safetensors")}
         write_json(draft / RECORD, record)
+        for file in draft.iterdir():
+            file.chmod(0o644)                                    # safetensors makes it readable for its owner only
         draft.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)

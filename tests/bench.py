@@ -86,10 +86,15 @@ def stored(model, ids):
 
 
 @torch.no_grad()
-def one_by_one(model, ids):
-    """The whole model, head included, on one instruction after the other: what unbatched scripts do."""
+def whole(model, ids):
+    """The whole model, language-model head included."""
+    model(input_ids=ids, use_cache=False)
+
+
+def one_by_one(run, ids):
+    """The same on one instruction after the other: what a tool that knows no padding has to do."""
     for row in ids:
-        model(input_ids=row[None], use_cache=False)
+        run(row[None])
 
 
 def nnsight_counting(model):
@@ -185,11 +190,15 @@ def small(rounds, length) -> dict:
     for shape in ("dense", "moe"):
         model, ids = build(shape), token_ids(16, length)
         methods = {"plain": partial(plain, model, ids), "capture": partial(capture, model, ids),
-                   "stored activations": partial(stored, model, ids), "one by one": partial(one_by_one, model, ids)}
+                   "stored activations": partial(stored, model, ids),
+                   "whole model, one by one": partial(one_by_one, partial(whole, model), ids)}
+        peers = {}
         if shape == "dense" and importlib.util.find_spec("nnsight"):
-            methods["nnsight"] = partial(nnsight_counting(model), ids)
+            peers["nnsight"] = nnsight_counting(model)
         if shape == "dense" and importlib.util.find_spec("transformer_lens"):
-            methods["TransformerLens"] = partial(lens_counting(build(shape)), ids)
+            peers["TransformerLens"] = lens_counting(build(shape))
+        for name, run in peers.items():
+            methods |= {name: partial(run, ids), f"{name}, one by one": partial(one_by_one, run, ids)}
         table[shape] = {"methods": interleaved(methods, rounds), "hooks": share_of_hooks(model, ids, rounds),
                         "extra_mib": memory(model, length)}
     return table
@@ -261,9 +270,9 @@ def show_analysis(table) -> None:
 def show(table) -> None:
     """Print the table; a ratio is to the plain forward pass of the same model and batch."""
     for shape, found in table.items():
-        print(f"\n{shape:20} {'seconds':>9} {'ratio':>7}")
+        print(f"\n{shape:27} {'seconds':>9} {'ratio':>7}")
         for name, row in found["methods"].items():
-            print(f"{name:20} {row['seconds']:9.3f} {row['ratio']:7.3f}")
+            print(f"{name:27} {row['seconds']:9.3f} {row['ratio']:7.3f}")
         if "hooks" in found:
             print(f"counting itself is {found['hooks']:.1%} of capture's CPU time")
         for name, size in found["extra_mib"].items():
