@@ -13,6 +13,7 @@ import pandas as pd
 import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
+from nbval.plugin import coalesce_streams
 
 from helpers.config import Profile, load_profile
 from helpers.paths import CLAIMS, DATA, HEXAINST, NOTEBOOKS, ROOT, figures_dir, results_dir, short
@@ -68,13 +69,13 @@ def run(profile: Profile, paths: list[Path], parameters: dict) -> list[Path]:
 
 
 def canonical(notebook):
-    """An executed notebook without what changes from run to run: timings, stderr, papermill's traces."""
+    """An executed notebook without what changes from run to run: timings, stderr, traces of papermill, cuts in stdout."""
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                          "language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags" and v}
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = coalesce_streams([o for o in cell.outputs if o.get("name") != "stderr"])
     return notebook
 
 

@@ -85,7 +85,7 @@ def layer_share(table: pd.DataFrame, null: str) -> Figure:
         ax.plot(floor["layer"], floor["null"], label=null, **NULL)
         ax.set(title=pair, xlabel="layer")
         ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    panels[0][0].set_ylabel("share of the layer's components in the set")
+    panels[0][0].set_ylabel("share of the layer in the set")
     panels[-1][0].legend(frameon=False, fontsize=8)
     return fig
 

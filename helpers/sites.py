@@ -58,18 +58,20 @@ def find_sites(model) -> list[Site]:
             unknown.append(f"{name} ({type(module).__name__} with {', '.join(own)})")
         elif act is not None and down is not None:
             width, out = _in_out(down)
-            if out == text.hidden_size:
+            if out == getattr(text, "hidden_size", None):
                 found.append(Site(name, layer, "dense", width, 1, module, act, down, None))
     banks = {s.layer for s in found if s.family == "expert"}
     sites = [Site(s.name, s.layer, "shared", s.width, 1, s.module, s.act, s.down, None)
              if s.family == "dense" and s.layer in banks else s for s in found]
-    _refuse_doubts(sites, unknown, text.num_hidden_layers, type(model).__name__)
+    _refuse_doubts(sites, unknown, getattr(text, "num_hidden_layers", 0), type(model).__name__)
     return sorted(sites, key=lambda s: (s.layer, s.family == "expert"))
 
 
 def _in_out(linear) -> tuple[int, int]:
-    """Width in and width out of a linear layer; GPT-2's Conv1D has `nf` and a transposed weight instead."""
-    return linear.weight.shape if hasattr(linear, "nf") else (linear.in_features, linear.out_features)
+    """Width in and width out of a linear layer, GPT-2's Conv1D included; (0, 0) for anything else."""
+    if hasattr(linear, "nf"):
+        return tuple(linear.weight.shape)
+    return getattr(linear, "in_features", 0), getattr(linear, "out_features", 0)
 
 
 def _router(block, bank):
@@ -86,6 +88,7 @@ def _refuse_doubts(sites, unknown, layers, model) -> None:
     doubts += [f"layer {layer} has {n} {family} MLPs" for (layer, family), n in count.items() if n > 1][:3]
     doubts += [f"no router beside {s.name}" for s in sites if s.family == "expert" and s.router is None][:3]
     doubts += [f"no MLP in layers {missing}"] if missing else []
+    doubts += [] if layers else ["its configuration has no num_hidden_layers"]
     doubts += ["layers share one activation module"] if len(set(acts)) < len(acts) else []
     if doubts:
         raise UnreadableModel(

@@ -45,12 +45,13 @@ def test_a_misspelt_parameter_is_refused_before_anything_runs(tmp_path):
 
 
 def test_canonical_notebooks_hold_nothing_that_changes_from_run_to_run(tmp_path):
-    source = notebook(tmp_path / "a.ipynb", "import sys\nprint('out'); print('err', file=sys.stderr)")
+    source = notebook(tmp_path / "a.ipynb", "import sys, time\nprint('out', flush=True); time.sleep(0.5)\nprint('put'); print('err', file=sys.stderr)")
     chain.execute(source, tmp_path / "1.ipynb", {})
     chain.execute(source, tmp_path / "2.ipynb", {})
     one, two = (chain.canonical(nbformat.read(tmp_path / f"{n}.ipynb", as_version=4)) for n in (1, 2))
     assert one == two and "papermill" not in str(one) and "err\n" not in str([c.get("outputs") for c in one.cells])
     assert [c.execution_count for c in one.cells] == [1, 2]
+    assert [o.text for o in one.cells[1].outputs] == ["out\nput\n"]
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

@@ -76,6 +76,9 @@ def test_other_architectures_are_refused_with_what_is_missing(kind, extra, messa
     (lambda m: delattr(m.model.layers[1].mlp, "act_fn"), r"no MLP in layers \[1\]"),
     (lambda m: m.model.layers[1].add_module("second", zoo.build("llama").model.layers[0].mlp), "layer 1 has 2 dense"),
     (lambda m: setattr(m.model.layers[1].mlp, "down_proj", torch.nn.Linear(zoo.N, 7)), r"no MLP in layers \[1\]"),
+    (lambda m: setattr(m.model.layers[1].mlp, "down_proj", torch.nn.Identity()), r"no MLP in layers \[1\]"),
+    (lambda m: delattr(m.config, "hidden_size"), r"no MLP in layers \[0, 1, 2\]"),
+    (lambda m: delattr(m.config, "num_hidden_layers"), "no num_hidden_layers"),
     (lambda m: m.model.layers[2].register_parameter("bank", torch.nn.Parameter(torch.ones(2, 3, 4))), "unknown layout"),
 ])
 def test_a_doubtful_model_is_refused(spoil, message):
