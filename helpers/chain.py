@@ -69,7 +69,7 @@ def run(profile: Profile, paths: list[Path], parameters: dict) -> list[Path]:
 
 
 def canonical(notebook):
-    """An executed notebook without what changes from run to run: timings, stderr, traces of papermill, cuts in stdout."""
+    """An executed notebook without what changes from run to run: timings, stderr, papermill traces, cuts in stdout."""
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                          "language_info": {"name": "python"}}
     for cell in notebook.cells:
