@@ -15,7 +15,7 @@ export PYTHONHASHSEED = 0
 export MPLBACKEND = Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lint refresh models bench plan hexainst-human clean
+.PHONY: help env reproduce test lint refresh models bench bench-peers plan hexainst-human clean
 
 help: ## print this list
 	@echo "make TARGET [PROFILE=$(PROFILE)]"; grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -52,6 +52,11 @@ models: $(READY) ## retrain the tiny models from nothing (about an hour on one c
 
 bench: $(READY) ## cost of capture as ratios in one run; writes data/results/bench.json
 	$(PY) -m tests.bench
+
+bench-peers: ## the same beside nnsight and TransformerLens, in an environment of their own
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -r requirements.txt nnsight==0.8.1 transformer-lens==4.3.0
+	.venv-peers/bin/python -m tests.bench
 
 plan: $(READY) ## what PROFILE will cost: neurons, passes, disk
 	$(PY) -m helpers.plan --profile $(PROFILE)

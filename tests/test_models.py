@@ -78,7 +78,7 @@ def test_other_architectures_are_refused_with_what_is_missing(kind, extra, messa
     (lambda m: setattr(m.model.layers[1].mlp, "down_proj", torch.nn.Linear(zoo.N, 7)), r"no MLP in layers \[1\]"),
     (lambda m: setattr(m.model.layers[1].mlp, "down_proj", torch.nn.Identity()), r"no MLP in layers \[1\]"),
     (lambda m: delattr(m.config, "hidden_size"), r"no MLP in layers \[0, 1, 2\]"),
-    (lambda m: delattr(m.config, "num_hidden_layers"), "no num_hidden_layers"),
+    (lambda m: setattr(m.config, "num_hidden_layers", 0), "no num_hidden_layers"),
     (lambda m: m.model.layers[2].register_parameter("bank", torch.nn.Parameter(torch.ones(2, 3, 4))), "unknown layout"),
 ])
 def test_a_doubtful_model_is_refused(spoil, message):
