@@ -15,7 +15,7 @@ export PYTHONHASHSEED = 0
 export MPLBACKEND = Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lint refresh models bench bench-peers plan hexainst-human clean
+.PHONY: help env reproduce test lint refresh models bench bench-peers bench-analysis plan hexainst-human clean
 
 help: ## print this list
 	@echo "make TARGET [PROFILE=$(PROFILE)]"; grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -57,6 +57,9 @@ bench-peers: ## the same beside nnsight and TransformerLens, in an environment o
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet -r requirements.txt nnsight==0.8.1 transformer-lens==4.3.0
 	.venv-peers/bin/python -m tests.bench
+
+bench-analysis: $(READY) ## analysis at the paper's scale: 1,200 instructions, up to 2.2 million neurons (6 GB of disk)
+	$(PY) -m tests.bench --analysis
 
 plan: $(READY) ## what PROFILE will cost: neurons, passes, disk
 	$(PY) -m helpers.plan --profile $(PROFILE)

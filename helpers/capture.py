@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from weakref import WeakSet
 
@@ -179,7 +180,7 @@ def _processes():
     """(rank, processes, wait for all): what `accelerate launch` or torchrun set up, or this process alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, lambda: None
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=30))    # the others may take long
     return state.process_index, state.num_processes, state.wait_for_everyone
 
 
