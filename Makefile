@@ -12,7 +12,6 @@ PATHS  := $(NOTEBOOKS:%=notebooks/%.ipynb)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export PYTHONHASHSEED = 0
-export MPLBACKEND = Agg
 
 .DEFAULT_GOAL := help
 .PHONY: help env reproduce test lint refresh models bench bench-peers bench-analysis plan hexainst-human clean

@@ -55,6 +55,16 @@ def test_notebook_is_executed_and_nbval_has_something_to_compare(path):
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
+def test_every_figure_is_on_the_page_and_on_disk(path):
+    """A backend without a screen executes a notebook without showing its figures; then the page has none."""
+    for cell in code_cells(path):
+        if "save_figure" in cell.source:
+            assert any("image/png" in output.get("data", {}) for output in cell.outputs)
+    for name in re.findall(r'save_figure\(fig, \w+, "(\w+)"', "".join(cell.source for cell in code_cells(path))):
+        assert all((ROOT / "figures" / "tiny" / f"{name}{end}").is_file() for end in (".png", ".svg", ".csv"))
+
+
+@pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
 def test_notebook_is_readable(path):
     cells = code_cells(path)
     sizes = sorted(len(cell.source.splitlines()) for cell in cells)
