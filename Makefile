@@ -46,7 +46,7 @@ lint: $(READY) ## ruff over code and notebooks
 refresh: $(READY) ## re-execute the committed notebooks in place (profile tiny) and make them canonical
 	$(PY) -m helpers.chain refresh $(PATHS)
 
-models: $(READY) ## retrain the tiny models from nothing (about an hour on one core)
+models: $(READY) ## retrain the tiny models from nothing (more than an hour on one core)
 	for m in $(MODELS); do $(PY) -m helpers.training --pair $${m%:*} --seed $${m#*:} || exit 1; done
 
 bench: $(READY) ## cost of capture as ratios in one run; writes data/results/bench.json
