@@ -1,6 +1,10 @@
 # The one door. `make` alone prints what there is.
 PROFILE   ?= tiny
 NOTEBOOKS := 00_start_here 01_hexainst 02_capture 03_neurons 04_experts 05_generality_uniqueness 06_ablation 07_alteration 08_claims
+# 03 to 07 read the counts that 02 wrote and nothing of one another: they may run side by side.
+FIRST     := $(filter 00_% 01_% 02_%,$(NOTEBOOKS))
+TOGETHER  := $(filter 03_% 04_% 05_% 06_% 07_%,$(NOTEBOOKS))
+LAST      := $(filter 08_%,$(NOTEBOOKS))
 MODELS    := tiny-dense:0 tiny-dense:1 tiny-dense:2 tiny-moe:0
 
 CONDA  := $(firstword $(foreach c,mamba micromamba conda,$(shell command -v $(c) 2>/dev/null)))
@@ -8,6 +12,8 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 READY  := .venv/.ready
 PATHS  := $(NOTEBOOKS:%=notebooks/%.ipynb)
+CHAIN  := $(PATHS) --together $(TOGETHER)
+NBVAL   = $(if $(1),$(PY) -m pytest --nbval --nbval-current-env $(2) $(1:%=notebooks/%.ipynb))
 # One thread and no hub traffic unless the caller says otherwise: small matrices run fastest, and two runs agree bit for bit.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
@@ -34,17 +40,19 @@ endif
 	touch $@
 
 reproduce: $(READY) ## run the whole chain headless; results in data/results/PROFILE, figures in figures/PROFILE
-	$(PY) -m helpers.chain run --profile $(PROFILE) $(PATHS)
+	$(PY) -m helpers.chain run --profile $(PROFILE) $(CHAIN)
 
 test: $(READY) lint ## unit tests, then strict nbval over the committed notebooks
-	$(PY) -m pytest tests helpers
-	$(PY) -m pytest --nbval --nbval-current-env $(PATHS)
+	$(PY) -m pytest -n 2 --dist loadfile tests helpers
+	$(call NBVAL,$(FIRST))
+	$(call NBVAL,$(TOGETHER),-n 2 --dist loadfile)
+	$(call NBVAL,$(LAST))
 
 lint: $(READY) ## ruff over code and notebooks
 	$(PY) -m ruff check --quiet .
 
 refresh: $(READY) ## re-execute the committed notebooks in place (profile tiny) and make them canonical
-	$(PY) -m helpers.chain refresh $(PATHS)
+	$(PY) -m helpers.chain refresh $(CHAIN)
 
 models: $(READY) ## retrain the tiny models from nothing (more than an hour on one core)
 	for m in $(MODELS); do $(PY) -m helpers.training --pair $${m%:*} --seed $${m#*:} || exit 1; done

@@ -6,6 +6,8 @@ import re
 import resource
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import groupby
 from pathlib import Path
 
 import nbformat
@@ -50,20 +52,31 @@ def execute(path: Path, target: Path, parameters: dict) -> float:
     return time.perf_counter() - start
 
 
-def run(profile: Profile, paths: list[Path], parameters: dict) -> list[Path]:
-    """Execute the notebooks in order, add what they cost to summary.json, say where to look; the executed files."""
+def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> list[Path]:
+    """Execute the notebooks in order, add what they cost to summary.json, say where to look; the executed files.
+
+    Neighbours whose names are in `together` need nothing of one another: profile.jobs of them run at a time.
+    """
     for path in paths:
         check_parameters(path, parameters)
-    folder = results_dir(profile.name)
+    folder, seconds, start = results_dir(profile.name), {}, time.perf_counter()
     targets = [folder / "notebooks" / path.name for path in paths]
-    seconds = {path.stem: round(execute(path, target, parameters), 1)
-               for path, target in zip(paths, targets, strict=True)}
+    for free, group in groupby(zip(paths, targets, strict=True), key=lambda both: both[0].stem in together):
+        group = list(group)
+        with ThreadPoolExecutor(profile.jobs if free else 1) as pool:
+            jobs = {pool.submit(execute, path, target, parameters): path.stem for path, target in group}
+            try:
+                seconds |= {jobs[job]: round(job.result(), 1) for job in as_completed(jobs)}
+            except UserError:
+                pool.shutdown(cancel_futures=True)
+                raise
+    wall = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
     if (summary := folder / "summary.json").exists():
         before = read_json(summary)
-        write_json(summary, before | {"seconds": before.get("seconds", {}) | seconds,
+        write_json(summary, before | {"seconds": before.get("seconds", {}) | seconds, "wall_seconds": round(wall),
                                       "peak_rss_mb": max(round(peak), before.get("peak_rss_mb", 0))})
-    print(f"\n{len(paths)} notebooks in {sum(seconds.values()):.0f} s, peak {peak:.0f} MB. Look at "
+    print(f"\n{len(paths)} notebooks in {wall:.0f} s, the largest process {peak:.0f} MB. Look at "
           f"{short(folder)}/notebooks/, {short(folder)}/summary.json and {short(figures_dir(profile.name))}/.")
     return targets
 
@@ -79,9 +92,9 @@ def canonical(notebook):
     return notebook
 
 
-def refresh(paths: list[Path]) -> None:
+def refresh(paths: list[Path], together=()) -> None:
     """Execute every notebook with its own defaults and put the canonical results in place, all or none."""
-    for path, target in zip(paths, run(load_profile("tiny"), paths, {}), strict=True):
+    for path, target in zip(paths, run(load_profile("tiny"), paths, {}, together), strict=True):
         nbformat.write(canonical(nbformat.read(target, as_version=4)), path)
     summary = read_json(results_dir("tiny") / "summary.json")
     tests = pd.read_csv(figures_dir("tiny") / "08_claims.csv")
@@ -103,9 +116,9 @@ def fill(path: Path, blocks: dict[str, str]) -> str:
 
 def cost(summary: dict) -> str:
     """A sentence: what a run of the chain took."""
-    minutes, memory = sum(summary["seconds"].values()) / 60, summary["peak_rss_mb"] / 1024
-    return (f"`make reproduce` took {minutes:.0f} minutes and {memory:.1f} GB of memory on two cores without a GPU, "
-            "the environment set up before.")
+    minutes, memory = summary["wall_seconds"] / 60, summary["peak_rss_mb"] / 1024
+    return (f"`make reproduce` took {minutes:.0f} minutes on two cores without a GPU, the environment set up before; "
+            f"its largest process held {memory:.1f} GB.")
 
 
 def review_table() -> str:
@@ -136,6 +149,7 @@ def main() -> None:
     parser.add_argument("action", choices=("run", "refresh"))
     parser.add_argument("notebooks", nargs="*", type=Path)
     parser.add_argument("--profile", default="tiny")
+    parser.add_argument("--together", nargs="*", default=[], metavar="NAME", help="notebooks that may run side by side")
     parser.add_argument("-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     options = parser.parse_intermixed_args()
     try:
@@ -146,9 +160,9 @@ def main() -> None:
                 raise UserError(f"{short(path)} does not exist.")
         if options.action == "run":
             given = {name: yaml.safe_load(value) for name, value in options.parameters}
-            run(profile, paths, {"profile": profile.name} | given)
+            run(profile, paths, {"profile": profile.name} | given, options.together)
         elif options.action == "refresh":
-            refresh(paths)
+            refresh(paths, options.together)
     except UserError as error:
         sys.exit(f"error: {error}")
 

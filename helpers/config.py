@@ -36,14 +36,19 @@ class Profile:
     max_new_tokens: int = 48
     threads: int = 1
     processes: int = 1
+    jobs: int = 1
     run_code: bool = False
     epsilon: float = 0.05
     epsilons: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1)
     tau: float = 0.5
     taus: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     resamples: int = 2000
-    controls: int = 10
+    twins: int = 5
+    draws: int = 20
+    controls: int = 20
     ablation_rows: int = 20
+    scores: tuple[str, ...] = ("frequency", "lape", "contrast", "attribution", "contribution")
+    sizes: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
 def _build(kind, values: dict, where: str):
@@ -88,7 +93,7 @@ def load_profile(name: str, **overrides) -> Profile:
     values["pairs"] = tuple(p if isinstance(p, Pair) else _build(Pair, p, f"{short(path)}, pairs")
                             for p in values["pairs"])
     profile = _build(Profile, {"name": name} | values, short(path))
-    for key in ("epsilon", "tau", "epsilons", "taus"):
+    for key in ("epsilon", "tau", "epsilons", "taus", "sizes"):
         for share in [getattr(profile, key)] if key in ("epsilon", "tau") else getattr(profile, key):
             if not 0 < share <= 1:
                 raise UserError(f"{short(path)}: {key} holds {share}, expected a share in (0, 1].")

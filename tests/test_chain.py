@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import nbformat
 import pandas as pd
 import pytest
 
 from helpers import chain
+from helpers.config import load_profile
 from helpers.paths import ROOT
 from helpers.record import UserError
 
@@ -52,6 +54,29 @@ def test_canonical_notebooks_hold_nothing_that_changes_from_run_to_run(tmp_path)
     assert one == two and "papermill" not in str(one) and "err\n" not in str([c.get("outputs") for c in one.cells])
     assert [c.execution_count for c in one.cells] == [1, 2]
     assert [o.text for o in one.cells[1].outputs] == ["out\nput\n"]
+
+
+def run_in(folder, monkeypatch, jobs, together, *paths):
+    monkeypatch.setattr(chain, "results_dir", lambda name: folder)
+    return chain.run(replace(load_profile("tiny"), jobs=jobs), list(paths), {}, together)
+
+
+def test_independent_notebooks_run_side_by_side_and_the_last_one_after_them(tmp_path, monkeypatch):
+    """Each of two waits for a file that only the other writes; the third needs both."""
+    meet = "import time\nfrom pathlib import Path\nhere = Path({here!r})\n(here / {own!r}).touch()\n" \
+           "deadline = time.time() + 60\nwhile not (here / {other!r}).exists(): assert time.time() < deadline; time.sleep(0.1)"
+    one, two = (notebook(tmp_path / f"{own}.ipynb", meet.format(here=str(tmp_path), own=own, other=other)) for own, other in ("ab", "ba"))
+    last = notebook(tmp_path / "c.ipynb", f"from pathlib import Path\nassert all((Path({str(tmp_path)!r}) / n).exists() for n in 'ab')")
+    targets = run_in(tmp_path / "out", monkeypatch, 2, ["a", "b"], one, two, last)
+    assert [t.name for t in targets] == ["a.ipynb", "b.ipynb", "c.ipynb"] and all(t.is_file() for t in targets)
+
+
+def test_after_a_failure_nothing_else_is_started(tmp_path, monkeypatch):
+    bad = notebook(tmp_path / "bad.ipynb", "raise ValueError('found x')")
+    others = [notebook(tmp_path / f"{name}.ipynb", "import time; time.sleep(1)") for name in "abc"]
+    with pytest.raises(UserError, match=r"bad\.ipynb, cell 2: ValueError: found x"):
+        run_in(tmp_path / "out", monkeypatch, 1, ["bad", "a", "b", "c"], bad, *others)
+    assert not (tmp_path / "out" / "notebooks" / "c.ipynb").exists()
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
