@@ -62,6 +62,7 @@ def code_of(answer: str) -> str:
 
 def numbers(text: str) -> list[tuple[float, str, str]]:
     """Every number of a text as (value, text before, text after); thousands commas, fractions a/b, tokenised minus.
+    A minus after a number or bracket of its own line subtracts; "- " at the start of a further line marks a list.
 
     >>> [value for value, _, _ in numbers("5 - 3 = 2, or - 1,200.5, or 3/4")]
     [5.0, 3.0, 2.0, -1200.5, 0.75]
@@ -69,7 +70,8 @@ def numbers(text: str) -> list[tuple[float, str, str]]:
     text, found = plain(text), []
     for match in NUMBER.finditer(text):
         sign, digits, below = match.groups()
-        minus = sign and not re.search(r"[\d)]\s*$", text[:match.start()])
+        not_sign = r"[\d)][ \t]*\Z" if sign == "-" else r"[\d)][ \t]*\Z|\n[ \t]*\Z"   # "5 - 3"; a list's "- 3"
+        minus = sign and not re.search(not_sign, text[:match.start()])
         value = float(digits.replace(",", "")) / (float(below or 1) or math.nan)
         found.append((-value if minus else value, text[:match.start()], text[match.end():]))
     return found
@@ -175,10 +177,11 @@ def _in(number, span):
     return low <= number <= high
 
 
-def rouge_facts(given, /, *, reference, facts, min_rouge=0.2, max_words=10_000):
-    """ROUGE-L against `reference` is at least `min_rouge` and every fact (a phrase or a choice of them) is there."""
+def rouge_facts(given, /, *, reference, facts, min_rouge=0.2, max_words=10_000, forbidden=()):
+    """ROUGE-L against `reference` is at least `min_rouge`; every fact (a phrase or a choice), no `forbidden` phrase."""
     return (len(words(given)) <= max_words and rouge_l(given, reference) >= min_rouge
-            and all(any(has(given, phrase) for phrase in _choice(fact)) for fact in facts))
+            and all(any(has(given, phrase) for phrase in _choice(fact)) for fact in facts)
+            and not any(has(given, phrase) for phrase in forbidden))
 
 
 def function_io(given, /, *, cases):

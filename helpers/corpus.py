@@ -37,18 +37,18 @@ def length_table(rows: pd.DataFrame, tokenize=tokens) -> pd.DataFrame:
 
 
 def matched(rows: pd.DataFrame, per_category: int = 60, seed: int = 0, tokenize=tokens) -> pd.DataFrame:
-    """A subset in which all categories have the same length distribution, drawn within each half; in file order.
+    """A subset in which all categories have the same length distribution, in file order; no half depends on another.
 
     Rows are taken in groups of one per category whose lengths lie within a ratio r, with the smallest r (from 1 in
     steps of 0.01, kept in `attrs["ratio"]`) that yields `per_category` groups; in one dimension the greedy walk over
     sorted lengths finds the most groups. `seed` orders rows of equal length and drops surplus groups. Raises UserError
     where r = 1.25 is not enough: such categories cannot be matched.
     """
-    size = lengths(rows, tokenize).sample(frac=1, random_state=seed).sort_values(kind="stable")
-    category, half = rows["category"][size.index], rows["half"][size.index]
-    kept, ratios = [], {}
+    all_sizes, kept, ratios = lengths(rows, tokenize), [], {}
     for name in rows["half"].unique():
-        queues = [list(size[(half == name) & (category == c)].items()) for c in rows["category"].unique()]
+        size = all_sizes[rows["half"] == name].sample(frac=1, random_state=seed).sort_values(kind="stable")
+        category = rows["category"][size.index]
+        queues = [list(size[category == c].items()) for c in rows["category"].unique()]
         for ratio in np.arange(100, 126) / 100:
             groups = _groups(queues, ratio)
             if len(groups) >= per_category:

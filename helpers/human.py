@@ -43,6 +43,7 @@ def fetch(source: dict, folder, local=None) -> Path:
     for path in [Path(place) / source["file"] for place in (local, folder) if place]:
         if path.is_file():
             return _verified(path, source)
+    copy = f"Copy the file, named {source['file']}, into {short(folder)} or another folder given by --local FOLDER."
     part = path.with_suffix(path.suffix + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     done = part.stat().st_size if part.exists() else 0
@@ -56,14 +57,13 @@ def fetch(source: dict, folder, local=None) -> Path:
             raise OSError(f"the connection closed after {part.stat().st_size} of {whole} bytes")
     except urllib.error.HTTPError as error:
         if error.code != 416:                                # 416: nothing is missing after `done` bytes
-            raise _offline(source, folder, error) from error
+            raise _offline(source, error, copy) from error
     except (OSError, HTTPException) as error:
-        raise _offline(source, folder, error) from error
-    try:
-        _verified(part, source)
-    except UserError:
+        raise _offline(source, error, copy) from error
+    if (found := sha256(part)) != source["sha256"]:
         part.unlink()
-        raise
+        raise UserError(f"{source['url']} gave sha256 {found}, expected {source['sha256']}: damaged on its way, or "
+                        f"another version. Run again; if it stays so, find the pinned one. {copy}")
     return part.rename(path)
 
 
@@ -74,9 +74,8 @@ def _verified(path, source):
     return path
 
 
-def _offline(source, folder, error):
-    return UserError(f"cannot fetch {source['url']} ({error}). Run again to resume; or copy the file, named "
-                     f"{source['file']}, into {short(folder)} or another folder given by --local FOLDER.")
+def _offline(source, error, copy):
+    return UserError(f"cannot fetch {source['url']} ({error}). Run again to resume, or do without the net. {copy}")
 
 
 def names(passage: str, within: str, most: int = 3) -> list[str]:

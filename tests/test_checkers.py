@@ -86,6 +86,7 @@ FAIL = [
         {"reference": "Ann lost a key and Bob found it today", "facts": ["key", "Bob"], "min_rouge": 0.5},
     ),
     ("Ann lost a key", "rouge_facts", {"reference": "Ann lost a key", "facts": [], "max_words": 3}),
+    ("Ann lost no key", "rouge_facts", {"reference": "Ann lost a key", "facts": ["key"], "forbidden": ["no key"]}),
     ("def f(x): return x + 2", "function_io", {"cases": [[[1], 3], [[2], 5]]}),
     ("x + 3", "function_io", {"cases": [[[1], 4]]}),
     ("def f(x): return x == 1", "function_io", {"cases": [[[1], 1]]}),
@@ -134,6 +135,9 @@ def test_text_and_numbers_are_read_as_documented():
         12,
         0.75,
     ]
+    # A minus subtracts only within a line; at the start of a line it is a sign, or, before a blank, a list's mark.
+    lines = "3 x 4 = 12\n-7\n(2)\n -8\nso:\n- 9\n- 10 - 1"
+    assert [value for value, _, _ in numbers(lines)] == [3, 4, 12, -7, 2, -8, 9, 10, 1]
     assert code_of("Here:\n```python\nx = 1\n```\nand more") == "x = 1"
 
 

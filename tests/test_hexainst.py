@@ -1,14 +1,17 @@
 """HexaInst's schema, validator, loader and statistics; and, row by row, the data sets that are shipped."""
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from helpers import corpus, hexainst
+from helpers.checkers import check
 from helpers.hexainst import CATEGORIES, HEXAINST, TAGS, load, load_hexainst, validate
 from helpers.paths import ROOT
 from helpers.record import UserError
@@ -164,6 +167,11 @@ def test_matched_categories_have_the_same_lengths():
     ratios = np.array([np.divide(long.max(), long[c]) for c in "XYZ"])
     assert subset.attrs["ratio"]["A"] <= 1.1 and ratios.max() <= 1.15
     assert subset.equals(corpus.matched(rows, 60, seed=1)) and not subset.equals(corpus.matched(rows, 60, seed=2))
+    # A half's subset is the same whether the other half is there or not.
+    halves = pd.concat([rows.assign(half="B", id="B" + rows["id"]), rows.iloc[::-1]], ignore_index=True)
+    both = corpus.matched(halves, 60, seed=1)
+    alone = corpus.matched(halves[halves["half"] == "A"].reset_index(drop=True), 60, seed=1)
+    assert both.loc[both["half"] == "A", "id"].tolist() == alone["id"].tolist()
     with pytest.raises(UserError, match="lengths differ too much"):
         corpus.matched(frame_of(["w"] * 9 + ["w " * 9] * 9, ["X"] * 9 + ["Y"] * 9), 5)
 
@@ -242,6 +250,8 @@ def test_the_ai_half_is_varied():
     assert rows["category"].value_counts().to_dict() == dict.fromkeys(CATEGORIES, 100)
     spread = tags.groupby("category").nunique()
     assert (spread["subtask"] >= 15).all() and (spread["wording"] >= 40).all() and (spread["domain"] >= 20).all()
+    opening = rows["instruction"].map(lambda given: tuple(corpus.tokens(given)[:3]))   # the text itself, not its tag
+    assert (opening.groupby(rows["category"]).nunique() >= 90).all()
     assert set(tags["difficulty"]) == {"easy", "medium", "hard"}
     assert tags.groupby("category")["difficulty"].value_counts().min() >= 15
 
@@ -259,8 +269,6 @@ def test_the_ai_half_has_no_near_duplicates_and_a_matched_subset():
 @needs_ai
 def test_other_rows_answers_fail():
     """A reference of another category never passes (beyond the validator's WRONG answers and the echo)."""
-    from helpers.checkers import check
-
     rows = load_hexainst("ai").to_dict("records")
     passed = [
         (a["id"], b["id"]) for a, b in zip(rows, rows[100:] + rows[:100], strict=True) if check(a, b["reference"])
@@ -269,12 +277,60 @@ def test_other_rows_answers_fail():
 
 
 @needs_ai
+def test_every_row_fails_an_obviously_wrong_answer():
+    """None of them is exempt: a shrug, noise, the row's own words, its input; for programs, one that does nothing."""
+    for row in load_hexainst("ai").to_dict("records"):
+        if row["checker"]["name"] == "unit_tests":
+            assert check(row, f"{row['checker']['entry_point']} = None", run_code=True) == 0, row["id"]
+        else:
+            for answer in (*hexainst.WRONG, corpus.text(row), row["input"]):
+                assert check(row, answer) == 0, row["id"]
+
+
+PROBES = json.loads((ROOT / "tests" / "hexainst_probes.json").read_text("utf-8"))
+
+
+@needs_ai
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_right_answers_in_other_words_pass_and_plausible_wrong_ones_fail(category):
+    """Answers written by the second reader for the random sample and the replaced rows (data/hexainst/review.json)."""
+    rows = {row["id"]: row for row in load_hexainst("ai").to_dict("records") if row["category"] == category}
+    tried = {name: answers for name, answers in PROBES.items() if name in rows}
+    assert len(tried) >= 10
+    for name, answers in tried.items():
+        assert [check(rows[name], answer, True) for answer in answers["right"]] == [1.0] * len(answers["right"]), name
+        assert [check(rows[name], answer, True) for answer in answers["wrong"]] == [0.0] * len(answers["wrong"]), name
+
+
+def masked(row):
+    """A row's text with every number, and every word with a capital letter inside a sentence, made the same."""
+    return re.sub(r"\d+(?:[.,]\d+)*", "0", re.sub(r"(?<=[\w,;:] )[A-Z]\w+", "Name", corpus.text(row))).lower()
+
+
+def test_masks_hide_numbers_and_names():
+    one, two = ({"instruction": f"How much do {n} and {a} owe {b}?", "input": ""} for n, a, b in
+                ((3, "Ann", "Bo"), (1.5, "Cy", "Di")))
+    assert masked(one) == masked(two) == "how much do 0 and name owe name?"
+
+
+@pytest.mark.parametrize("half", sorted({"ai", "human"} & set(SHIPPED)))
+def test_no_row_is_another_with_a_number_or_a_name_swapped(half):
+    """Masked texts all differ, and no two are nearly alike."""
+    rows = load_hexainst(half)
+    texts = pd.Series([masked(row) for row in rows.to_dict("records")])
+    assert texts.is_unique
+    assert corpus.near_duplicates(rows.assign(instruction=texts, input=""), 0.6).empty
+
+
+@needs_ai
 def test_export_to_parquet(tmp_path):
-    pytest.importorskip("pyarrow", reason="Parquet export is optional: pip install pyarrow")
     full, subset, card = hexainst.export(tmp_path)
     rows = pd.read_parquet(full)
     assert len(rows) == 600 and json.loads(rows["checker"][0])["name"] and len(pd.read_parquet(subset)) == 360
-    assert card.read_text().startswith("---\n")
+    front = yaml.safe_load(card.read_text("utf-8").split("---\n")[1])
+    assert {part["config_name"]: part["data_files"] for part in front["configs"]} == {
+        "full": full.name, "matched": subset.name}
+    assert front["license"] == "cc-by-4.0" and front["size_categories"] == ["n<1K"] and front["configs"][0]["default"]
 
 
 def test_export_without_pyarrow_says_what_to_do(monkeypatch, tmp_path):

@@ -7,12 +7,13 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pandas as pd
 import pytest
 import yaml
 
 from helpers import human, sandbox
 from helpers.checkers import check
-from helpers.corpus import near_duplicates, text, tokens
+from helpers.corpus import lengths, near_duplicates, text, tokens
 from helpers.hexainst import CATEGORIES, HEXAINST, load_hexainst, row_faults
 from helpers.paths import ROOT
 from helpers.record import UserError
@@ -278,7 +279,10 @@ def test_real_rows_become_sound_rows():
     ):
         found = human.candidates(category, rule, source, rows)
         assert len(found) >= 190 and not any(row_faults(row) for row in found[:40])
-        assert len(human.choose(found, 100, PLAN["bins"], PLAN["per_bin"], PLAN["near_duplicate"], "0")) == 100
+        chosen = human.choose(found, 100, PLAN["bins"], PLAN["per_bin"], PLAN["near_duplicate"], f"0 {category}")
+        chosen = pd.DataFrame(chosen).assign(id=range(100))
+        assert (pd.cut(lengths(chosen), PLAN["bins"], right=False).value_counts() >= PLAN["per_bin"]).all()
+        assert near_duplicates(pd.concat([load_hexainst("ai"), chosen], ignore_index=True), 0.6).empty
     for row in found[::12]:  # all 191 were run once; here a sample, for the time it takes
         program = "\n".join((row["reference"], row["checker"]["setup"], *row["checker"]["tests"]))
         assert sandbox.run(program).ok or row["source"] in PLAN["exclude"]
@@ -372,7 +376,7 @@ def test_a_download_complete_but_not_renamed_is_used(served, tmp_path):
 def test_another_version_is_refused(served, tmp_path):
     source, handler = served
     handler.content = b"changed upstream"
-    with pytest.raises(UserError, match="expected " + source["sha256"]):
+    with pytest.raises(UserError, match=f"expected {source['sha256']}.*Copy the file, named data.jsonl, .*--local FOLDER"):
         human.fetch(source, tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "data.jsonl").write_bytes(b"changed here")
