@@ -18,6 +18,8 @@ NBVAL   = $(if $(1),$(PY) -m pytest --nbval --nbval-current-env $(2) $(1:%=noteb
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
 export PYTHONHASHSEED = 0
+export PYTHONUTF8 = 1
+export JUPYTER_PREFER_ENV_PATH = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help env reproduce test lint refresh models bench bench-peers bench-analysis plan hexainst-human clean
@@ -30,13 +32,13 @@ env: $(READY) ## build .venv from the pins (conda, mamba or micromamba where the
 
 $(READY): requirements.txt environment.yml
 ifneq ($(CONDA),)
-	$(CONDA) env create --yes --prefix $(CURDIR)/.venv --file environment.yml
+	$(CONDA) env create --yes --prefix ./.venv --file environment.yml
 else
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d found, 3.11 or newer needed: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 endif
-	echo $(CURDIR) > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sparcom.pth"
+	echo "$(CURDIR)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sparcom.pth"
 	touch $@
 
 reproduce: $(READY) ## run the whole chain headless; results in data/results/PROFILE, figures in figures/PROFILE

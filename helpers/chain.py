@@ -16,6 +16,7 @@ import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
 from nbval.plugin import coalesce_streams
+from statsmodels.stats.proportion import proportion_confint
 
 from helpers.config import Profile, load_profile
 from helpers.paths import CLAIMS, DATA, HEXAINST, NOTEBOOKS, ROOT, figures_dir, results_dir, short
@@ -97,9 +98,10 @@ def refresh(paths: list[Path], together=()) -> None:
     for path, target in zip(paths, run(load_profile("tiny"), paths, {}, together), strict=True):
         nbformat.write(canonical(nbformat.read(target, as_version=4)), path)
     summary = read_json(results_dir("tiny") / "summary.json")
-    tests = pd.read_csv(figures_dir("tiny") / "08_claims.csv")
-    readme, sheet = ROOT / "README.md", DATA / "README.md"
-    readme.write_text(fill(readme, {"cost": cost(summary), "claims": claims_table(summary["claims"], tests)}))
+    tests, readme, sheet = pd.read_csv(results_dir("tiny") / "claims.csv"), ROOT / "README.md", DATA / "README.md"
+    tables = {block: claims_table(summary["claims"], tests, source)
+              for block, source in (("claims", "paper"), ("claims-ours", "ours"))}
+    readme.write_text(fill(readme, {"cost": cost(summary)} | tables))
     sheet.write_text(fill(sheet, {"review": review_table()}))
 
 
@@ -122,25 +124,33 @@ def cost(summary: dict) -> str:
 
 
 def review_table() -> str:
-    """What the review of the AI half changed, from data/hexainst/review.json: a Markdown row per category."""
+    """What the readings of the AI half changed (data/hexainst/review.json), and the faults of a random sample."""
     tallies = read_json(HEXAINST / "review.json")
     points = list(tallies[0]["by_point"])
-    rows = [["category", "rows read", "changed", "of these replaced", *points], ["---"] * (4 + len(points))]
-    rows += [[t["category"], t["read"], t["changed"], t["replaced"], *t["by_point"].values()] for t in tallies]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    rows = [["reading", "category", "rows read", "changed", "of these replaced", *points], ["---"] * (5 + len(points))]
+    rows += [[*map(t.get, ("reading", "category", "read", "changed", "replaced")), *t["by_point"].values()]
+             for t in tallies]
+    drawn, faulty = (sum(len(t["sample"][key]) for t in tallies if "sample" in t) for key in ("drawn", "faulty"))
+    low, high = proportion_confint(faulty, drawn, method="wilson")
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + (
+        f"\n\nOf {drawn} rows drawn at random for the second reading, {faulty} had a fault: {faulty / drawn:.1%} "
+        f"(95 % interval {low:.1%} to {high:.1%}); by category "
+        + ", ".join(f"{t['category']} {len(t['sample']['faulty'])}" for t in tallies if "sample" in t) + ".")
 
 
-def claims_table(verdicts: dict[str, str], tests: pd.DataFrame) -> str:
-    """A Markdown row per claim and unit: the claim, its verdict, each pair's first test (all data, or one half)."""
-    pairs = list(pd.unique(tests["pair"]))
+def claims_table(verdicts: dict[str, str], tests: pd.DataFrame, source: str) -> str:
+    """A Markdown row per claim and unit of a source: claim, verdict, each pair's first test (all data, or one half)."""
+    ledger = pd.read_csv(CLAIMS)
+    ledger, pairs = ledger[ledger["source"] == source], list(pd.unique(tests["pair"]))
     first = tests.drop_duplicates(["id", "unit", "pair"]).set_index(["id", "unit", "pair"])
     cells = {key: f"{t.effect:.3f} [{t.low:.3f}, {t.high:.3f}] / {t.null:.3f}" for key, t in first.iterrows()}
     lines = ["| claim | unit | verdict | " + " | ".join(f"{pair}: effect [95 % CI] / null" for pair in pairs) + " |",
              "|---|---|---|" + "---|" * len(pairs)]
-    for row in pd.read_csv(CLAIMS).itertuples():
-        for unit in row.units.split():
+    for row in ledger.itertuples():
+        for n, unit in enumerate(row.units.split()):
             found = " | ".join(cells.get((row.id, unit, pair), "-") for pair in pairs)
-            lines.append(f"| {row.claim} | {unit} | **{verdicts[f'{row.id}.{unit}']}** | {found} |")
+            claim = "as above" if n else row.claim
+            lines.append(f"| {claim} | {unit} | **{verdicts[f'{row.id}.{unit}']}** | {found} |")
     return "\n".join(lines)
 
 

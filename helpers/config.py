@@ -1,13 +1,17 @@
 """Profiles: everything a run may vary, in one YAML file each, checked before anything starts."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+import numpy as np
 import yaml
 
 from helpers.paths import PROFILES, short
 from helpers.record import UserError
+
+SCORES = ("frequency", "lape", "contrast", "attribution", "contribution", "contribution-response")
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,15 @@ class Profile:
     twins: int = 5
     draws: int = 20
     controls: int = 20
+    controls_elsewhere: int = 5
+    controls_all_rows: int = 4
     ablation_rows: int = 20
-    scores: tuple[str, ...] = ("frequency", "lape", "contrast", "attribution", "contribution")
+    grid: str | None = None
+    scores: tuple[str, ...] = SCORES[:5]
     sizes: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
+
+
+KINDS = {int: (int,), float: (int, float), str: (str,), bool: (bool,), str | None: (str, type(None))}
 
 
 def _build(kind, values: dict, where: str):
@@ -64,16 +74,17 @@ def _build(kind, values: dict, where: str):
         raise UserError(f"{where}: {', '.join(missing)} missing. Add it to the file.")
     typed = {f.name: f.type for f in dataclasses.fields(kind)}
     for key, value in values.items():
-        kinds = {int: (int,), float: (int, float), str: (str,), bool: (bool,)}.get(typed[key])
-        if kinds and (not isinstance(value, kinds) or (typed[key] is not bool and isinstance(value, bool))):
-            raise UserError(f"{where}: {key} is {value!r}, expected {typed[key].__name__}.")
+        kinds = KINDS.get(typed[key], (list, tuple))
+        if not isinstance(value, kinds) or (typed[key] is not bool and isinstance(value, bool)):
+            raise UserError(f"{where}: {key} is {value!r}, expected {' or '.join(k.__name__ for k in kinds)}.")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def load_profile(name: str, **overrides) -> Profile:
     """Read notebooks/profiles/<name>.yaml; `overrides` replace single keys (None means: keep the file's).
 
-    Raises UserError for an unknown profile, an unknown or ill-typed key, a share outside (0, 1].
+    Raises UserError for an unknown profile, an unknown or ill-typed key, a share or number out of range, two pairs of
+    one name.
 
     >>> load_profile("tiny").epsilon
     0.05
@@ -92,11 +103,20 @@ def load_profile(name: str, **overrides) -> Profile:
     values |= {key: value for key, value in overrides.items() if value is not None}
     values["pairs"] = tuple(p if isinstance(p, Pair) else _build(Pair, p, f"{short(path)}, pairs")
                             for p in values["pairs"])
-    profile = _build(Profile, {"name": name} | values, short(path))
-    for key in ("epsilon", "tau", "epsilons", "taus", "sizes"):
-        for share in [getattr(profile, key)] if key in ("epsilon", "tau") else getattr(profile, key):
-            if not 0 < share <= 1:
-                raise UserError(f"{short(path)}: {key} holds {share}, expected a share in (0, 1].")
+    profile = _build(Profile, values | {"name": name}, short(path))
+    for key, most in (("epsilon", 0.99), ("epsilons", 0.99), ("sizes", 0.99), ("tau", 1), ("taus", 1)):
+        for share in np.atleast_1d(np.array(getattr(profile, key), dtype=object)):
+            if isinstance(share, str) or not 0 < share <= most:
+                raise UserError(f"{short(path)}: {key} holds {share!r}, expected a share in (0, {most}].")
+    for field in dataclasses.fields(Profile):
+        if field.type is int and getattr(profile, field.name) < (field.name != "seed"):
+            raise UserError(f"{short(path)}: {field.name} is {getattr(profile, field.name)}, expected 1 or more.")
+    names = [pair.name for pair in profile.pairs]
+    if len(set(names)) < len(names) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
+        raise UserError(f"{short(path)}: pairs are named {names}; expected different names of letters, digits, "
+                        "'.', '_' and '-': each names a folder.")
+    if unknown := set(profile.scores) - set(SCORES):
+        raise UserError(f"{short(path)}: scores holds {sorted(unknown)}. Known: {', '.join(SCORES)}.")
     if "{instruction}" not in profile.template:
         raise UserError(f"{short(path)}: template {profile.template!r} has no {{instruction}} in it.")
     return profile

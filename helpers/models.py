@@ -4,11 +4,12 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import align_module_device
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from helpers.checkpoints import locate
 from helpers.record import DamagedFile, UserError
-from helpers.sites import find_sites
+from helpers.sites import find_sites, input_device
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 MAY_DIFFER = {"_name_or_path", "transformers_version", "dtype", "architectures", "use_cache", "bos_token_id",
@@ -81,13 +82,25 @@ def check_pair(base, tuned, lowest: float = 0.1) -> list[dict]:
         raise UserError(f"base and tuned model differ in {', '.join(differ)}: they are no pair, and no component of "
                         "one can be called the same in the other. Correct `base` and `tuned` in the profile.")
     for site, site2 in zip(find_sites(model), find_sites(other), strict=True):
-        a, b = (torch.cat([p.detach().float().cpu().flatten() for p in s.module.parameters()]) for s in (site, site2))
-        table.append({"layer": site.layer, "family": site.family, "change": float((b - a).norm() / a.norm()),
-                      "cosine": float(torch.cosine_similarity(a, b, dim=0))})
+        aa, bb, ab = _products(site.module, site2.module)
+        table.append({"layer": site.layer, "family": site.family, "change": max(aa + bb - 2 * ab, 0) ** 0.5 / aa ** 0.5,
+                      "cosine": ab / (aa * bb) ** 0.5})
         if table[-1]["cosine"] < lowest:
             raise UserError(f"the weights of {site.name} have a cosine of {table[-1]['cosine']:.3f} between base and "
                             f"tuned, expected {lowest} or more: neither was tuned from the other. Correct the pair.")
     return table
+
+
+def _products(one, other) -> tuple[float, float, float]:
+    """<a, a>, <b, b>, <a, b> of all weights of two modules of one shape, piece by piece; offloaded ones are fetched."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for part, part2 in zip(one.modules(), other.modules(), strict=True):
+        with align_module_device(part), align_module_device(part2):
+            for p, q in zip(part.parameters(recurse=False), part2.parameters(recurse=False), strict=True):
+                for a, b in zip(p.detach().flatten().split(2**22), q.detach().flatten().split(2**22), strict=True):
+                    a, b = a.cpu().double(), b.cpu().double()
+                    total += torch.stack([a @ a, b @ b, a @ b])
+    return tuple(total.tolist())
 
 
 @dataclass(frozen=True)
@@ -133,9 +146,7 @@ def encode(tokenizer, texts, *, template: str = "{instruction}", responses=None)
         if isinstance(response, str):
             start, full = len(prompt + gap), prompt + gap + response
             end = len(full)
-        tokens = tokenizer(full, add_special_tokens=special, return_offsets_mapping=True)
-        counted = [max(a, start) < min(b, end) for a, b in tokens["offset_mapping"]]
-        ids = list(tokens["input_ids"])
+        ids, counted = _marked(tokenizer, full, special, start, end)
         if response is not None and not isinstance(response, str):
             ids, counted = ids + list(response), [False] * len(ids) + [True] * len(response)
         elif not any(counted):
@@ -143,6 +154,21 @@ def encode(tokenizer, texts, *, template: str = "{instruction}", responses=None)
                             "Remove the row, or use the tokenizer that belongs to the model.")
         encoded.append(Encoded(tuple(ids), tuple(counted)))
     return encoded
+
+
+def _marked(tokenizer, full, special, start, end):
+    """Token ids of `full`, without what a tokenizer puts behind it, and which of them hold a character of start:end.
+
+    Some tokenizers trim white space from offsets until (of a code's indentation) nothing is left; such a token holds
+    the characters since the last one.
+    """
+    tokens = tokenizer(full, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, added, counted, last = list(tokens["input_ids"]), tokens["special_tokens_mask"], [], 0
+    for (a, b), extra in zip(tokens["offset_mapping"], added, strict=True):
+        counted.append(not extra and max(a if a < b else min(last, a), start) < min(b, end))
+        last = last if extra else max(last, b)
+    size = max((i + 1 for i, extra in enumerate(added) if not extra), default=0)
+    return ids[:size], counted[:size]
 
 
 def batches(encoded: list[Encoded], batch_size: int = 32, side: str = "right"):
@@ -167,14 +193,13 @@ def batches(encoded: list[Encoded], batch_size: int = 32, side: str = "right"):
 def generate(model, encoded: list[Encoded], *, max_new_tokens: int, batch_size: int = 32) -> list[list[int]]:
     """Greedy continuations as token ids, without the end-of-sequence token; order as given. Sampling and penalties that
     a chat model's own generation settings name are put aside meanwhile: base and tuned are decoded alike. (Ours.)"""
-    own, out = model.generation_config, [[] for _ in encoded]
+    own, out, device = model.generation_config, [[] for _ in encoded], input_device(model)
     stops = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]) - {None}
     model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0,
                                                eos_token_id=own.eos_token_id)
     try:
         for batch in batches(encoded, batch_size, side="left"):
-            ids = model.generate(batch.input_ids.to(model.device),
-                                 attention_mask=batch.attention_mask.to(model.device))           # [B, T + new]
+            ids = model.generate(batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device))
             for row, new in zip(batch.rows, ids[:, batch.input_ids.shape[1]:].tolist(), strict=True):
                 out[row] = new[:next((i for i, t in enumerate(new) if t in stops), len(new))]
     finally:

@@ -4,7 +4,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from helpers.hexainst import CATEGORIES
@@ -74,13 +73,19 @@ def frequencies(table: pd.DataFrame) -> Figure:
 
 
 def layer_share(table: pd.DataFrame, null: str) -> Figure:
-    """Share of each layer's components in the set; columns pair, category, layer, share, null (label: `null`)."""
+    """Share of each layer's components in the set; columns pair, category, layer, share, null (label: `null`).
+
+    Rows whose category is none of the six (the base, an untrained twin) are drawn grey and dotted.
+    """
     fig, panels = _panels(table, "pair", (4.4, 3.4), sharey=True)
     for ax, pair in panels:
         part = table[table["pair"] == pair]
         for category in CATEGORIES:
             line = part[part["category"] == category]
             ax.plot(line["layer"], line["share"], color=COLOURS[category], marker=MARKERS[category], label=category)
+        for other, line in part[~part["category"].isin(CATEGORIES)].groupby("category", sort=False):
+            ax.plot(line["layer"], line["share"], label=other, color="0.3", linestyle=":",
+                    marker="x" if "twin" in other else ".")
         floor = part.drop_duplicates("layer").sort_values("layer")
         ax.plot(floor["layer"], floor["null"], label=null, **NULL)
         ax.set(title=pair, xlabel="layer")
@@ -105,14 +110,20 @@ def sweep(table: pd.DataFrame, x: str, value: str, null: str, panel: str = "pair
 
 
 def routing(table: pd.DataFrame, uniform: float) -> Figure:
-    """Routing frequency per layer; columns layer, category, expert, f. White is the uniform line K/E."""
-    fig, panels = _panels(table, "layer", (4.6, 2.9), ncols=2)
-    norm = {"norm": TwoSlopeNorm(uniform, 0, max(float(table["f"].max()), 1.1 * uniform))}
-    for ax, layer in panels:
-        few = table["expert"].nunique() <= 16
-        _matrix(ax, table[table["layer"] == layer], "category", "expert", "f", "PuOr", norm, few, ".2f")
-        ax.set(title=f"layer {layer}", ylabel="")
-    fig.suptitle(f"routing frequency f; white = uniform null K/E = {uniform:.2f}")
+    """Routing per layer; columns layer, category, expert, f, own (f minus the mean of the categories).
+
+    Left: f, white = the balanced router's K/E. Right: own, white = the null of a router that ignores the category.
+    """
+    layers, few = list(pd.unique(table["layer"])), table["expert"].nunique() <= 16
+    fig, grid = plt.subplots(len(layers), 2, figsize=(10, 2.6 * len(layers)), squeeze=False)
+    for column, (value, white, title) in enumerate((("f", uniform, f"f; white: K/E = {uniform:.2f}"),
+                                                    ("own", 0.0, "f - mean of categories; white: null"))):
+        reach = float((table[value] - white).abs().max())
+        for ax, layer in zip(grid[:, column], layers, strict=True):
+            norm = {"vmin": white - reach, "vmax": white + reach}
+            _matrix(ax, table[table["layer"] == layer], "category", "expert", value, "PuOr_r", norm, few, ".2f")
+            ax.set(title=f"layer {layer}: {title}", ylabel="")
+            ax.collections[0].colorbar.ax.set_ylim(0 if white else -reach, white + reach)
     return fig
 
 
@@ -183,7 +194,7 @@ def alteration(table: pd.DataFrame) -> Figure:
 def claims(table: pd.DataFrame) -> Figure:
     """Verdicts; columns claim (row), where (column), verdict, text ("effect [CI] vs null")."""
     rows, columns = list(pd.unique(table["claim"])), list(pd.unique(table["where"]))
-    fig, ax = plt.subplots(figsize=(2.6 + 1.75 * len(columns), 0.8 + 0.46 * len(rows)))
+    fig, ax = plt.subplots(figsize=(2.9 + 1.75 * len(columns), 1.0 + 0.4 * len(rows)))
     for item in table.itertuples():
         x, y = columns.index(item.where), rows.index(item.claim)
         ax.add_patch(plt.Rectangle((x, y), 1, 1, facecolor=VERDICTS[item.verdict], edgecolor="white", linewidth=2))

@@ -27,6 +27,10 @@ class UserError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
+class NotTestable(UserError):
+    """The data at hand cannot answer: too few instructions, nothing that varies, an empty set, one half only."""
+
+
 class RecordMismatch(UserError):
     """A file on disk was made under other settings than the ones now asked for."""
 
@@ -55,7 +59,7 @@ def atomic(path):
     draft = Path(name)
     try:
         yield draft
-        with open(draft, "rb") as written:
+        with open(draft, "rb+") as written:
             os.fsync(written.fileno())
         os.chmod(draft, 0o644)
         os.replace(draft, path)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from helpers.counting import gate_part, input_device, observed, ready_sites, watching
-from helpers.sites import UnreadableModel
+from helpers.counting import gate_part, observed, ready_sites, watching
+from helpers.sites import UnreadableModel, input_device
 
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}    # of the largest
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])                                             # eight tokens

@@ -95,3 +95,9 @@ def _refuse_doubts(sites, unknown, layers, model) -> None:
             f"{model} cannot be read exactly: {'; '.join(doubts)}. Expected in each of its {layers} layers one MLP "
             f"with an activation module ({', '.join(ACTIVATIONS)}) and a down projection "
             f"({', '.join(DOWN_PROJECTIONS)}), or fused experts driven by transformers' experts interface.")
+
+
+def input_device(model):
+    """Where token ids must be put: the device that the embedding runs on, also when its weights are offloaded."""
+    embedding = model.get_input_embeddings()
+    return getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or embedding.weight.device

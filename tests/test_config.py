@@ -32,7 +32,14 @@ def test_the_papers_families_are_one_word_away():
     ("dataset: tiny\npairs: [{name: a, base: b}]\n", "tuned missing"),
     (PAIR, "dataset missing"),
     ("dataset: tiny\npairs: []\n", "non-empty list `pairs`"),
-    ("dataset: tiny\n" + PAIR + "epsilon: 5\n", "expected a share in (0, 1]"),
+    ("dataset: tiny\n" + PAIR + "epsilon: 5\n", "epsilon holds 5, expected a share in (0, 0.99]"),
+    ("dataset: tiny\n" + PAIR + "epsilons: 0.1%\n", "epsilons is '0.1%', expected list or tuple"),
+    ("dataset: tiny\n" + PAIR + "sizes: [a]\n", "sizes holds 'a'"),
+    ("dataset: tiny\n" + PAIR + "controls: 0\n", "controls is 0, expected 1 or more"),
+    ("dataset: tiny\n" + PAIR + "scores: [freqency]\n", "scores holds ['freqency']. Known: frequency"),
+    ("dataset: tiny\npairs: [{name: a/../b, base: b, tuned: c}]\n", "pairs are named ['a/../b']"),
+    ("dataset: tiny\npairs: [{name: a, base: b, tuned: c}, {name: a, base: d, tuned: e}]\n", "expected different names"),
+    ("dataset: tiny\npairs: [{name: a, base: b, tuned: c, base_revision: 1234567}]\n", "base_revision is 1234567, expected str"),
     ("dataset: tiny\n" + PAIR + "taus: [0, 0.5]\n", "taus holds 0"),
     ("dataset: tiny\n" + PAIR + "batch_size: many\n", "batch_size is 'many', expected int"),
     ("dataset: tiny\n" + PAIR + "batch_size: true\n", "batch_size is True, expected int"),
@@ -50,6 +57,12 @@ def test_unknown_profile_lists_the_known_ones(profiles):
     profiles("dataset: tiny\n" + PAIR)
     with pytest.raises(UserError, match="unknown profile 'tny'.*Profiles: mine"):
         load_profile("tny")
+
+
+def test_a_profile_is_named_as_its_file(profiles):
+    """Else its counts would land among another profile's."""
+    profiles("name: tiny\ndataset: tiny\n" + PAIR)
+    assert load_profile("mine").name == "mine"
 
 
 def test_overrides_replace_keys_and_none_keeps_them(profiles):

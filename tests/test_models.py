@@ -126,6 +126,17 @@ def test_a_model_split_over_memory_and_disk_gives_the_same_logits(saved):
     assert any(p.is_meta for p in loaded.parameters()) and torch.allclose(loaded(ids).logits, model(ids).logits)
 
 
+def test_an_offloaded_pair_is_compared_and_answers_as_a_whole_one_does(saved):
+    """Also with the embedding on disk, where the model itself stands on no device."""
+    folder, model = saved
+    split = {"model.embed_tokens": "disk", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    (whole, tokenizer), (loaded, _) = load_model(str(folder)), load_model(str(folder), device_map=split)
+    assert loaded.device.type == "meta"
+    assert all(row["change"] < 1e-6 and row["cosine"] == pytest.approx(1) for row in check_pair((whole, tokenizer), (loaded, tokenizer)))
+    encoded = encode(tokenizer, ["a b", "b a c"])
+    assert generate(loaded, encoded, max_new_tokens=4) == generate(whole, encoded, max_new_tokens=4)
+
+
 def cut(folder, name="model-00002"):
     file = next(folder.glob(f"{name}*"))
     with open(file, "rb+") as stream:
@@ -291,14 +302,16 @@ def test_generated_token_ids_are_appended_as_they_are():
     assert not any(encode(zoo.tokenizer(), ["add"], responses=[[]])[0].counted)
 
 
-def bpe(prefix_space=False):
+def bpe(prefix_space=False, trim_offsets=False, after=""):
     """A byte-level tokenizer with BOS, as GPT-2's or Llama 3's: a token may hold a space, or a part of a character."""
     words = {w: i for i, w in enumerate(["<bos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ad", "add",
                                          "Ġadd", "Ġ1"])}
     plain = Tokenizer(models.BPE(words, [("a", "d"), ("ad", "d"), ("Ġ", "add"), ("Ġ", "1")]))
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     plain.decoder = decoders.ByteLevel()
-    plain.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    plain.post_processor = processors.Sequence([
+        processors.ByteLevel(trim_offsets=trim_offsets),
+        processors.TemplateProcessing(single=f"<bos> $A {after}".strip(), special_tokens=[("<bos>", 0), ("<pad>", 1)])])
     return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<bos>", pad_token="<pad>")
 
 
@@ -307,6 +320,21 @@ def test_bos_is_left_out_and_a_token_over_the_edge_belongs_to_the_text():
     (e,) = encode(t, ["add 1é"], template="Do: {instruction}.")
     assert t.convert_ids_to_tokens([i for i, c in zip(e.ids, e.counted, strict=True) if c]) == ["Ġadd", "Ġ1", "Ã", "©"]
     assert e.ids[0] == 0 and not e.counted[0] and sum(i == 0 for i in e.ids) == 1
+
+
+def test_indentation_counts_where_a_tokenizer_trims_it_from_the_offsets():
+    """GPT-NeoX and its kin: the offsets of white space are empty, and code is full of it."""
+    code = "add 1\n    add 1\n"
+    trimmed, plain = (encode(bpe(trim_offsets=trim), [code], template="Do:\n{instruction}\nNow:")[0] for trim in (True, False))
+    assert trimmed.ids == plain.ids and trimmed.counted == plain.counted and sum(plain.counted) == 9
+    offsets = bpe(trim_offsets=True)(code, return_offsets_mapping=True)["offset_mapping"]
+    assert sum(a == b for a, b in offsets) > 3
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_left_out():
+    """An end-of-sequence token behind the prompt would end the answer before it begins."""
+    ended, plain = (encode(bpe(after=after), ["add"], template=TEMPLATE, responses=["1"])[0] for after in ("<pad>", ""))
+    assert bpe(after="<pad>")("add")["input_ids"][-1] == 1 and ended == plain and plain.counted[-1]
 
 
 def test_a_template_that_spells_bos_gets_no_second_one():
