@@ -45,11 +45,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimisers(model, lr) -> list:
-    """[Muon for the projections, AdamW for embeddings, norms and routers]."""
-    named = list(model.named_parameters())
-    hidden = [p for name, p in named if p.ndim > 1 and "_proj" in name]
-    rest = [p for name, p in named if not (p.ndim > 1 and "_proj" in name)]
-    return [Muon(hidden, lr), torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    """[Muon for the projections, AdamW for embeddings, norms and routers]; of low-rank parts, all AdamW. Frozen
+    parameters get none."""
+    hidden, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (hidden if p.ndim > 1 and "_proj" in name and "parametrizations" not in name else rest).append(p)
+    adamw = torch.optim.AdamW(rest, lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return [Muon(hidden, lr), adamw] if hidden else [adamw]
 
 
 def update(optimisers, loss, step: int, steps: int, peak: float) -> None:

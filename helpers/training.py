@@ -4,7 +4,8 @@
     python -m helpers.training --card                             the model card's table, from the records
 
 writes data/models/<pair>/{base,tuned}: fp16 safetensors, tokenizer, training_record.json. One thread and one seed give
-the same bytes again. A folder appears only when it is complete; a finished base is used again after a killed run.
+the same bytes again on one kind of processor (on another, rounding differs and the difference grows). A folder appears
+only when it is complete; a finished base is used again after a killed run.
 The recipe is ours. Needs about 1 GB of memory and 10 to 20 minutes of one core per pair.
 """
 
@@ -22,6 +23,7 @@ from statistics import mean
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -108,8 +110,9 @@ def tune(model, tokenizer, rows, replay, recipe: Recipe, seed: int, at=(), then=
         chosen = next(batches)
         padded = [pad_sequence([part[i] for i in chosen], batch_first=True) for part in (ids, weights)]
         old = replay[next(memory)]
-        shown, loss = _loss(model, *padded)
-        loss = loss + recipe.replay_weight * _loss(model, old, torch.ones(old.shape))[1]
+        with parametrize.cached():                               # low-rank parts, if any, are multiplied out once
+            shown, loss = _loss(model, *padded)
+            loss = loss + recipe.replay_weight * _loss(model, old, torch.ones(old.shape))[1]
         update(opts, loss, step, recipe.tune_steps, recipe.tune_lr)
         _note(losses, "tuning", step, recipe.tune_steps, shown, began, report)
         if then and step + 1 in at:
