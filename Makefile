@@ -22,7 +22,7 @@ export PYTHONUTF8 = 1
 export JUPYTER_PREFER_ENV_PATH = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lint refresh models bench bench-peers bench-analysis plan hexainst-human clean
+.PHONY: help env reproduce test lint refresh models trajectory grid bench bench-peers bench-analysis plan hexainst-human clean
 
 help: ## print this list
 	@echo "make TARGET [PROFILE=$(PROFILE)]"; grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -58,6 +58,16 @@ refresh: $(READY) ## re-execute the committed notebooks in place (profile tiny) 
 
 models: $(READY) ## retrain the tiny models from nothing (more than an hour on one core)
 	for m in $(MODELS); do $(PY) -m helpers.training --pair $${m%:*} --seed $${m#*:} || exit 1; done
+
+trajectory: $(READY) ## tune the tiny bases again with checkpoints kept and measured; writes data/trajectory (an hour of one core)
+	$(PY) -m helpers.trajectory --pair tiny-dense
+	$(PY) -m helpers.trajectory --pair tiny-dense --seed 1
+	$(PY) -m helpers.trajectory --pair tiny-dense --regime lora
+	$(PY) -m helpers.trajectory --pair tiny-moe
+	$(PY) -m helpers.trajectory --pair tiny-moe --seed 1
+
+grid: $(READY) ## the whole grid of ablations, three dense seeds and the sparse pair; writes data/grid (half an hour of one core, resumes)
+	$(PY) -m helpers.grid --profile tiny-full
 
 bench: $(READY) ## cost of capture as ratios in one run; writes data/results/bench.json
 	$(PY) -m tests.bench
