@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from helpers.checkpoints import fingerprint, locate
 from helpers.config import Pair, Profile, load_profile
 from helpers.corpus import text
-from helpers.counting import watching
+from helpers.counting import Counter, watching
 from helpers.hexainst import load_hexainst
 from helpers.models import Encoded, batches, check_tokenizer, encode, generate, load_model, random_twin
 from helpers.paths import ROOT, counts_dir
@@ -29,14 +30,19 @@ from helpers.record import UserError, digest, versions
 from helpers.selfcheck import self_check
 from helpers.shards import Counts, Shards
 
-VARIANTS = ("base", "tuned", "twin")
+VARIANTS = ("base", "tuned", "twin")                                          # and "twin-1", "twin-2", ...
 POSITIONS = ("prompt", "response", "generated", "prompt-even", "prompt-odd")
 SHARD = 128                                                                   # instructions in one file on disk
 _checked: WeakSet = WeakSet()
 
 
+def twin_names(number: int) -> list[str]:
+    """The variants "twin", "twin-1", ...: `number` models of random weights, from seeds in a row."""
+    return ["twin", *(f"twin-{n}" for n in range(1, number))][:number]
+
+
 @contextmanager
-def count_activations(model):
+def count_activations(model, kind=Counter):
     """Count while the context is open: `counter(input_ids, attention_mask, count_mask)` is one forward pass and
     returns the Counts of that batch. The first time a model is seen, `self_check` proves that it is read exactly.
 
@@ -49,7 +55,7 @@ def count_activations(model):
     if model not in _checked:
         self_check(model)
         _checked.add(model)
-    with watching(model) as counter:
+    with watching(model, kind) as counter:
         yield counter
 
 
@@ -80,7 +86,8 @@ def count_encoded(model, encoded, batch_size: int = 32, progress=None) -> Counts
 def capture(profile: Profile, pair: Pair, variant: str, positions: str, rows: pd.DataFrame, loaded=None) -> Counts:
     """Counts of one model of a pair on the rows of HexaInst, from disk if they are there, else computed and kept.
 
-    variant    "base", "tuned", or "twin": the base's architecture with random weights (seed: the profile's)
+    variant    "base", "tuned", or a twin, the base's architecture with random weights: "twin" from the profile's seed,
+               "twin-1", "twin-2", ... from the ones after it
     positions  "prompt": the instruction's own tokens; "prompt-even", "prompt-odd": every other one of them (for a noise
                floor between disjoint tokens of one model); "response": the reference's, read after the prompt;
                "generated": the model's own greedy continuation's (a row may have none: tokens 0)
@@ -94,7 +101,7 @@ def capture(profile: Profile, pair: Pair, variant: str, positions: str, rows: pd
 def capture_shards(profile, pair, variant, positions, rows, loaded=None) -> Shards:
     """As `capture`, for counts larger than memory: the finished shards, to be read one at a time."""
     shards = Shards(counts_dir(profile.name, pair.name, variant, positions),
-                    _settings(profile, pair, variant, positions, rows), len(rows), SHARD)
+                    settings(profile, pair, variant, positions, rows), len(rows), SHARD)
     rank, world, wait = _processes()
     if not shards.finished():
         if world == 1 and profile.processes > 1 and loaded is None:
@@ -111,10 +118,10 @@ def capture_shards(profile, pair, variant, positions, rows, loaded=None) -> Shar
     return shards
 
 
-def _settings(profile, pair, variant, positions, rows) -> dict:
+def settings(profile, pair, variant, positions, rows) -> dict:
     """All that decides a count, as the shards' record keeps it; no model is loaded for it."""
     for name, value, known in (("variant", variant, VARIANTS), ("positions", positions, POSITIONS)):
-        if value not in known:
+        if value not in known and not (known is VARIANTS and re.fullmatch(r"twin-[1-9]\d*", value)):
             raise UserError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
     if rows.empty:
         raise UserError(f"profile {profile.name}: there are no rows to count. Check its data set.")
@@ -122,19 +129,24 @@ def _settings(profile, pair, variant, positions, rows) -> dict:
     folder, commit = locate(ref, revision)
     data = [[text(row), row["reference"] if positions == "response" else ""] for row in rows.to_dict("records")]
     return {"profile": profile.name, "pair": pair.name, "variant": variant, "positions": positions, "ref": ref,
-            "commit": commit, "weights": fingerprint(folder), "seed": profile.seed if variant == "twin" else None,
+            "commit": commit, "weights": fingerprint(folder), "seed": _twin_seed(variant, profile.seed),
             "dtype": pair.dtype, "device_map": pair.device_map, "template": profile.template, "data": digest(data),
             "batch_size": profile.batch_size, "versions": versions(),
             "max_new_tokens": profile.max_new_tokens if positions == "generated" else None}
 
 
+def _twin_seed(variant: str, seed: int) -> int | None:
+    return seed + int(variant.partition("-")[2] or 0) if variant.startswith("twin") else None
+
+
 def open_model(pair: Pair, variant: str, seed: int = 0):
-    """(model, tokenizer) of one variant of a pair (see `capture`); `seed` is that of the twin's random weights."""
+    """(model, tokenizer) of one variant of a pair (see `capture`); `seed` is that of the first twin's weights."""
     ref, revision = (pair.tuned, pair.tuned_revision) if variant == "tuned" else (pair.base, pair.base_revision)
     alone = not torch.cuda.is_available() or _processes()[1] == 1
     model, tokenizer = load_model(ref, dtype=pair.dtype, revision=revision,
                                   device_map=pair.device_map if alone else {"": PartialState().device})
-    return (random_twin(model, seed) if variant == "twin" else model), tokenizer
+    own = _twin_seed(variant, seed)
+    return (model if own is None else random_twin(model, own)), tokenizer
 
 
 def _fill(shards, mine, profile, pair, variant, positions, rows, loaded) -> None:
@@ -207,14 +219,14 @@ def main(argv=None) -> int:
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--profile", help="a name in notebooks/profiles")
     choice.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--variants", nargs="+", default=["base", "tuned"], choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=["base", "tuned"])
     parser.add_argument("--positions", nargs="+", default=["prompt", "response"], choices=POSITIONS)
     options = parser.parse_args(argv)
     try:
         if options.job:
             job = json.loads(Path(options.job).read_text())
-            settings = job["profile"] | {"pairs": tuple(Pair(**p) for p in job["profile"]["pairs"]), "processes": 1}
-            profile, rows = Profile(**settings), pd.DataFrame(job["rows"])
+            values = job["profile"] | {"pairs": tuple(Pair(**p) for p in job["profile"]["pairs"]), "processes": 1}
+            profile, rows = Profile(**values), pd.DataFrame(job["rows"])
             todo = [(p, job["variant"], job["positions"]) for p in profile.pairs if p.name == job["pair"]]
         else:
             profile = dataclasses.replace(load_profile(options.profile), processes=1)

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import entr
 
 from helpers.hexainst import CATEGORIES
-from helpers.record import UserError
+from helpers.record import NotTestable, UserError
 
 BLOCK = 16_384  # columns unpacked at a time: 79 MB of float32 at 1,200 instructions
 
@@ -58,7 +58,7 @@ def codes(labels) -> np.ndarray:
     else:
         empty = sorted(set(range(max(labels, default=0) + 1)) ^ set(labels.tolist()))  # negative codes, too
     if empty:
-        raise UserError(f"no instruction in category {empty}; expected one at least. Add rows, or pass codes 0, 1, ..")
+        raise NotTestable(f"no instruction in category {empty}; expected at least one. Add rows, or pass codes 0, 1")
     return labels
 
 
@@ -195,12 +195,6 @@ def membership(consensus_sets) -> np.ndarray:
     return np.asarray(consensus_sets).sum(0)
 
 
-def unique_general(consensus_sets):
-    """(unique, bool [C, M]: in this consensus set alone; general, bool [M]: in all C of them)."""
-    number = membership(consensus_sets)
-    return consensus_sets & (number == 1), number == len(consensus_sets)
-
-
 def category_means(values, labels) -> np.ndarray:
     """Mean over a category's instructions, each weighing the same: float32 [C, M] from [I, M]."""
     groups = indicator(labels)
@@ -224,7 +218,7 @@ def contrast(values, labels, columns=4096) -> np.ndarray:
     """Category mean minus the mean of the rest, in SD over instructions: [C, M] from [I, M]; constant: 0. Ours."""
     groups, values = indicator(labels).astype(float), np.asarray(values)
     if len(groups) < 2:
-        raise UserError("one category; expected at least two to contrast.")
+        raise NotTestable("one category; expected at least two to contrast.")
     weights = groups / groups.sum(1, keepdims=True) - (1 - groups) / (1 - groups).sum(1, keepdims=True)  # [C, I]
     scores = np.zeros((len(groups), values.shape[1]))
     for start in range(0, values.shape[1], columns):

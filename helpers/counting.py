@@ -9,7 +9,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from helpers.record import UserError
 from helpers.shards import Counts
-from helpers.sites import Site, find_sites
+from helpers.sites import Site, find_sites, input_device
 
 IMPLEMENTATION = "observed"             # our experts function's name in transformers' registry
 BLOCK = {"cpu": 2**19}                  # cells compared with 0 at a time: fits the cache, bounds the memory
@@ -193,17 +193,11 @@ class Counter:
                       {f: tuple(s.layer for s in sites) for f, sites in families.items()})
 
 
-def input_device(model):
-    """Where token ids must be put: the device that the embedding runs on, also when its weights are offloaded."""
-    embedding = model.get_input_embeddings()
-    return getattr(getattr(embedding, "_hf_hook", None), "execution_device", None) or embedding.weight.device
-
-
 @contextmanager
-def watching(model):
+def watching(model, kind=Counter):
     """Yield a Counter whose hooks are on the model while the context is open. Raises UserError for a model that
     cannot be counted as it is, or if nothing was counted."""
-    counter = Counter(model, ready_sites(model))
+    counter = kind(model, ready_sites(model))
     with ExitStack() as stack:
         if any(s.family == "expert" for s in counter.sites):
             stack.enter_context(observed(model))

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import expit, logit, ndtr
-from scipy.stats import hypergeom
 
-from helpers.record import UserError
+from helpers.record import NotTestable, UserError
 
 
 class Null(NamedTuple):
@@ -21,14 +20,13 @@ class Null(NamedTuple):
     dispersion: np.ndarray
 
 
-def _check(counts, tokens, least=1):
+def _check(counts, tokens):
     rows = counts.shape[0]
     if rows != len(tokens) or any(np.max(counts[i]) > tokens[i] for i in range(rows)):
         raise UserError(f"{rows} rows of counts with {len(tokens)} token numbers, or counts above them; expected one T "
                         "per row and counts <= T. Take both from the same capture.")
-    if least < 1 or (tokens < least).any():
-        raise UserError(f"{(tokens < least).sum()} instructions have fewer than {least} tokens; expected none, and at "
-                        "least 1 position. Leave them out, or draw fewer positions.")
+    if (tokens < 1).any():
+        raise NotTestable(f"{(tokens < 1).sum()} instructions have no token; expected none. Leave them out.")
 
 
 def _rows(counts):
@@ -53,18 +51,26 @@ def rate_null(counts, tokens, size, rule="quantile", dependence=False, bins=512)
     tokens, total, level = np.asarray(tokens), 0, []
     _check(counts, tokens)
     for row, length in zip(_rows(counts), tokens, strict=True):
-        if not 0 < row.sum() < length * len(row):
-            raise UserError("an instruction's counts are all 0 or all T; expected some that fire and some that do not. "
-                            "Not testable: leave it out (see top_sets' report).")
         total = total + row
-        level.append(row.sum() / length)
+        level.append(row.mean() / length)
+    theta = (lambda *margins: _dispersion(counts, tokens, *margins)) if dependence else None
+    return null_of(total, np.array(level), tokens, size, rule, bins, theta)
+
+
+def null_of(total, level, tokens, size, rule="quantile", bins=512, theta=None) -> Null:
+    """rate_null from its margins alone: `total` [M], a component's counts over all instructions (any multiple of it),
+    `level` [I], an instruction's mean p over components, `tokens` [I]. theta(q, group, members): see _dispersion."""
+    if (level <= 0).any() or (level >= 1).any():
+        raise NotTestable("an instruction's counts are all 0 or all T; expected some that fire and some that do not. "
+                          "Leave it out (see top_sets' report).")
+    total = np.asarray(total, float) * (level @ tokens) * len(total) / np.sum(total)
     edge = 0.5 / tokens.sum()
     rate = logit(np.clip(total / tokens.sum(), edge, 1 - edge))
     step = max(np.ptp(rate), 1e-9) / bins
     group = np.unique(np.round((rate - rate.min()) / step).astype(int), return_inverse=True)[1]
     members = np.bincount(group).astype(float)  # [G]
-    q, target = _fit(np.bincount(group, total) / members, members, tokens, np.array(level), edge)
-    theta = _dispersion(counts, tokens, q, group, members) if dependence else np.zeros(len(members))
+    q, target = _fit(np.bincount(group, total) / members, members, tokens, level * len(total), edge)
+    theta = theta(q, group, members) if theta else np.zeros(len(members))
     inclusion = np.stack([_included(row, int(length), theta, members, size, rule)
                           for row, length in zip(q, tokens, strict=True)])
     return Null(inclusion.astype(np.float32), group, theta)
@@ -116,20 +122,6 @@ def _included(q, length, theta, members, size, rule):
     return (reached - np.append(reached[1:], 0)) @ tail
 
 
-def inclusion_null(sets, strata) -> np.ndarray:
-    """Expected pairwise Jaccard, float32 [I, I], if each component's memberships were shuffled within length strata.
-
-    In closed form: keeps always-in components, bursts and length; loses which components and which instructions go
-    together. sets: bool [I, M] or PackedSets; strata: int [I] (stats.length_strata). Ours.
-    """
-    strata = np.unique(strata, return_inverse=True)[1]
-    share = np.stack([sets[strata == s].mean(0, dtype=np.float32) for s in range(strata.max() + 1)])  # [S, M]
-    shared, sizes, rows = share @ share.T, share.sum(1), np.bincount(strata)
-    within = (rows * np.diag(shared) - sizes) / np.maximum(rows - 1, 1)  # pairs of two different instructions
-    np.fill_diagonal(shared, within)
-    return _jaccard(shared[strata][:, strata], sizes[strata])
-
-
 def expected_jaccard(null) -> np.ndarray:
     """Expected pairwise Jaccard under a null, float32 [I, I]: expected shared / expected union (their ratio's bias is
     of the order of 1 / set size). No draws: the mean of infinitely many."""
@@ -139,52 +131,10 @@ def expected_jaccard(null) -> np.ndarray:
 
 def _jaccard(shared, sizes):
     if (sizes <= 0).any():
-        raise UserError("the null expects empty sets; expected one component at least. Not testable: raise epsilon.")
+        raise NotTestable("the null expects empty sets; expected one component at least. Not testable: raise epsilon.")
     expected = (shared / (sizes[:, None] + sizes - shared)).astype(np.float32)
     np.fill_diagonal(expected, 1)
     return expected
-
-
-def draw_sets(null, seed=0) -> np.ndarray:
-    """One draw of sets from a null, bool [I, M]; for the spread of a statistic between draws."""
-    uniform = np.random.default_rng(seed).random((len(null.inclusion), len(null.group)), dtype=np.float32)
-    return uniform < null.inclusion[:, null.group]
-
-
-def thin(counts, tokens, size, seed=0) -> np.ndarray:
-    """Counts on `size` positions drawn without replacement from each instruction's T: same shape and dtype.
-
-    Hypergeometric: exact for each component. But components are thinned independently, so what they do on the *same*
-    token is lost: the mean overlap is kept closely, its scatter between draws is not. The exact route counts again on
-    the drawn positions, at capture. Rows shorter than `size` are an error. About 0.6 s for 1,200 x 8,192 at size 16.
-    """
-    counts, tokens = np.asarray(counts), np.asarray(tokens)
-    _check(counts, tokens, size)
-    rng, result = np.random.default_rng(seed), counts.copy()
-    for length in np.unique(tokens[tokens > size]):
-        some, drawn = np.arange(length + 1)[:, None], np.arange(size)
-        table = hypergeom.pmf(drawn, length, some, size).cumsum(1)  # P(drawn <= j | count), [T + 1, size]
-        table[drawn >= some] = 1
-        for i in np.flatnonzero(tokens == length):
-            uniform = rng.random((*counts.shape[1:], 1))
-            result[i] = (uniform > table[counts[i]]).sum(-1)
-    return result
-
-
-def split(counts, tokens, seed=0):
-    """Two halves of the positions, [I, ...] each: T // 2 drawn, as `thin` draws, and as many of the rest.
-
-    For a noise floor when only totals are stored: exact for each component, independent between them (see `thin`).
-    """
-    counts, tokens = np.asarray(counts), np.asarray(tokens)
-    _check(counts, tokens, 2)
-    one, rest = np.empty_like(counts), np.empty_like(counts)
-    for length in np.unique(tokens):
-        rows, seeds = tokens == length, [*np.atleast_1d(seed), length]
-        whole = np.full(rows.sum(), length)
-        one[rows] = thin(counts[rows], whole, length // 2, seeds)
-        rest[rows] = thin(counts[rows] - one[rows], whole - length // 2, length // 2, [*seeds, 1])
-    return one, rest
 
 
 def redraw_routing(routed, tokens, seed=0) -> np.ndarray:

@@ -7,15 +7,15 @@ Pairs are never a component's or an instruction's with itself. No overlap is eve
 import numpy as np
 from scipy.special import entr
 
-from helpers.components import codes, column_blocks, consensus, indicator, membership, top_sets
-from helpers.record import UserError
+from helpers.components import codes, column_blocks, consensus, membership, top_sets
+from helpers.record import NotTestable, UserError
 
 
 def _no_empty(sizes, what):
     empty = np.flatnonzero(np.asarray(sizes) == 0)
     if len(empty):
-        raise UserError(f"{len(empty)} empty {what}, first at row {empty[0]}; expected at least one component in each. "
-                        "Their overlap is not testable: drop these rows (see top_sets' report).")
+        raise NotTestable(f"{len(empty)} empty {what}, first at row {empty[0]}; expected at least one component in "
+                          "each. Their overlap is not testable: drop these rows (see top_sets' report).")
 
 
 def jaccard_matrix(sets, others=None) -> np.ndarray:
@@ -45,19 +45,15 @@ def jaccard_matrix(sets, others=None) -> np.ndarray:
     return (shared / (first[:, None] + second - shared)).astype(np.float32)
 
 
-def category_matrix(similarity, labels, weights=None, columns=None) -> np.ndarray:
+def category_matrix(similarity, labels, weights=None) -> np.ndarray:
     """Mean similarity over the pairs of each two categories, self-pairs left out: [C, C], or [R, C, C] of R versions.
 
     similarity: [I, I]. weights: [R, I], how often each instruction is drawn (bootstrap); copies of one instruction
-    are self-pairs. labels: [I], or [R, I] for R relabellings (permutation). columns: labels [I2] of the columns of
-    a rectangular similarity [I, I2], e.g. one half against the other (no self-pairs there).
+    are self-pairs. labels: [I], or [R, I] for R relabellings (permutation).
     """
     similarity = np.asarray(similarity, np.float32)
     if not np.isfinite(similarity).all():
         raise UserError("similarity holds NaN or infinite values; expected finite ones. Leave the rows out.")
-    if columns is not None:
-        left, right = indicator(labels), indicator(columns)
-        return left @ similarity @ right.T / np.outer(left.sum(1), right.sum(1))
     similarity = similarity - np.diag(np.diag(similarity))
     labels = np.asarray(labels)
     single = labels.ndim == 1 and weights is None
@@ -69,13 +65,17 @@ def category_matrix(similarity, labels, weights=None, columns=None) -> np.ndarra
         chunk = weights[start:start + 64] if len(weights) > 1 else weights
         rows = labels[start:start + 64] if len(labels) > 1 else labels
         groups = ((rows[:, None] == np.arange(count)[:, None]) * chunk[:, None]).astype(np.float32)  # [r, C, I]
-        sums = (groups.reshape(-1, groups.shape[2]) @ similarity).reshape(groups.shape) @ groups.transpose(0, 2, 1)
+        if len(labels) > 1:
+            sums = (groups.reshape(-1, groups.shape[2]) @ similarity).reshape(groups.shape)
+        else:  # a group's rows are the same in all versions: only these are multiplied
+            sums = np.stack([chunk[:, labels[0] == c] @ similarity[labels[0] == c] for c in range(count)], axis=1)
+        sums = sums @ groups.transpose(0, 2, 1)
         sizes = groups.sum(2, dtype=float)
         pairs = sizes[:, :, None] * sizes[:, None]
         pairs -= (groups.astype(float) ** 2).sum(2)[:, :, None] * np.eye(count)
         if (pairs <= 0).any():
-            raise UserError("a category has no pair of different instructions; expected at least 2 (better 10) in "
-                            "each. Add rows: within-category overlap is not testable here.")
+            raise NotTestable("a category has no pair of different instructions; expected at least 2 (better 10) in "
+                              "each. Add rows: within-category overlap is not testable here.")
         matrices[start:start + 64] = sums / pairs
     return matrices[0] if single else matrices
 
@@ -88,7 +88,7 @@ def within_between(matrices) -> dict:
     matrices = np.asarray(matrices, float)
     size = matrices.shape[-1]
     if size < 2:
-        raise UserError(f"{size} category; expected at least 2 to compare within and between.")
+        raise NotTestable(f"{size} category; expected at least 2 to compare within and between.")
     diagonal = np.trace(matrices, axis1=-2, axis2=-1)
     within, between = diagonal / size, (matrices.sum((-2, -1)) - diagonal) / (size * (size - 1))
     return {"within": within, "between": between, "gap": within - between}
@@ -99,13 +99,33 @@ def gap(similarity, labels, weights=None) -> np.ndarray:
     return within_between(category_matrix(similarity, labels, weights))["gap"]
 
 
+def gap_across(similarity, labels, halves, weights=None) -> np.ndarray:
+    """Mean similarity of two instructions of one category minus of two categories, one of each half: [R]. (Ours.)
+
+    similarity [I, I]; labels int [I] or [R, I]; halves [I], two kinds; weights [R, I] as in category_matrix. Every pair
+    weighs the same.
+    """
+    first, labels = np.asarray(halves) == np.unique(halves)[0], np.atleast_2d(labels)
+    weights = np.ones(labels.shape, np.float32) if weights is None else np.asarray(weights, np.float32)
+    block = np.asarray(similarity, np.float32)[first][:, ~first]                                        # [A, B]
+
+    def total(chosen):  # [R, I] -> sum over pairs, number of pairs
+        a, b = chosen[:, first], chosen[:, ~first]
+        return ((a @ block) * b).sum(1, dtype=float), a.sum(1, dtype=float) * b.sum(1, dtype=float)
+    everyone, pairs = total(weights)
+    own, alike = np.sum([total(np.where(labels == c, weights, 0)) for c in np.unique(labels)], axis=0)
+    if (alike <= 0).any() or (pairs <= alike).any():
+        raise NotTestable("no pair of one category, or of two, stands across the halves; expected both. Not testable.")
+    return own / alike - (everyone - own) / (pairs - alike)
+
+
 def _profiles(routing) -> np.ndarray:
     """Routing shares that sum to 1 over experts, float64."""
     routing = np.asarray(routing, float)
     total = routing.sum(-1, keepdims=True)
     if (total <= 0).any():
-        raise UserError(f"{(total <= 0).sum()} routing profiles are empty; expected routed tokens in every layer. "
-                        "Drop instructions without a counted token.")
+        raise NotTestable(f"{(total <= 0).sum()} routing profiles are empty; expected routed tokens in every layer. "
+                          "Drop instructions without a counted token.")
     return routing / total
 
 
@@ -141,15 +161,6 @@ def membership_histogram(consensus_sets) -> np.ndarray:
     return np.bincount(membership(consensus_sets), minlength=len(consensus_sets) + 1)[1:]
 
 
-def layer_shares(consensus_sets, layers) -> dict:
-    """Shares of each layer's components, from consensus sets [C, M = layers x N]: `consensus` and `unique` [C, L], and
-    `general` [L]."""
-    number = membership(consensus_sets)
-    chosen = {"consensus": consensus_sets, "unique": consensus_sets & (number == 1),
-              "general": number == len(consensus_sets)}
-    return {name: sets.reshape(*sets.shape[:-1], layers, -1).mean(-1) for name, sets in chosen.items()}
-
-
 def nearest_consensus(sets, labels, folds, tau=0.5) -> dict:
     """Guess each instruction's category as the consensus set it overlaps most (Jaccard), cross-fitted over folds.
 
@@ -158,16 +169,16 @@ def nearest_consensus(sets, labels, folds, tau=0.5) -> dict:
     """
     labels, folds = codes(labels), np.asarray(folds)
     if len(np.unique(folds)) < 2:
-        raise UserError("one fold only; expected at least two (e.g. both halves), so that no instruction is judged by "
-                        "a set it helped to define. One half is missing?")
+        raise NotTestable("one fold only; expected at least two (e.g. both halves), so that no instruction is judged "
+                          "by a set it helped to define. One half is missing?")
     correct, guess = np.zeros(len(labels)), np.full(len(labels), -1)
     for fold in np.unique(folds):
         held = folds == fold
         if set(labels[~held]) != set(labels):
-            raise UserError(f"outside fold {fold} a category has no instruction; expected each in every fold.")
+            raise NotTestable(f"outside fold {fold} a category has no instruction; expected each in every fold.")
         centres = consensus(_rows(sets, ~held), labels[~held], tau)  # [C, M]
         if not centres.any():
-            raise UserError(f"all consensus sets are empty at tau {tau}; expected one component at least. Lower tau.")
+            raise NotTestable(f"all consensus sets are empty at tau {tau}; expected one component at least. Lower tau.")
         shared, sizes = 0, 0
         for part, block in column_blocks(_rows(sets, held)):
             shared, sizes = shared + block @ centres[:, part].T.astype(np.float32), sizes + block.sum(1)

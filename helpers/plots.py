@@ -145,24 +145,6 @@ def matrices(table: pd.DataFrame, row: str, column: str, value: str, signed=(), 
     return fig
 
 
-def gaps(table: pd.DataFrame) -> Figure:
-    """Gap with interval beside its nulls; columns pair, unit, half, gap, low, high, null_gap, twin_gap."""
-    fig, panels = _panels(table.assign(panel=table["pair"] + ", " + table["unit"]), "panel", (3.8, 3.2))
-    for ax, name in panels:
-        part = table[(table["pair"] + ", " + table["unit"]) == name]
-        x = np.arange(len(part))
-        ax.errorbar(x, part["gap"], [part["gap"] - part["low"], part["high"] - part["gap"]], fmt="o", color="#0072B2",
-                    capsize=4, label="tuned (95 % CI)")
-        ax.plot(x, part["twin_gap"], "s", color="#E69F00", label="random-initialised twin")
-        ax.plot(x, part["null_gap"], "D", color="0.45", label="null: rate-matched")
-        ax.axhline(0, **NULL)
-        ax.set(title=name, xticks=x, xlim=(-0.5, len(part) - 0.5), xlabel="half")
-        ax.set_xticklabels(part["half"])
-    panels[0][0].set_ylabel("gap: within - between")
-    fig.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return fig
-
-
 def membership(table: pd.DataFrame) -> Figure:
     """In how many categories a component stands; columns pair, number (1..6), share, null."""
     fig, panels = _panels(table, "pair", (4.2, 3.3), sharey=True)

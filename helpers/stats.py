@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from statsmodels.stats.multitest import multipletests
 
-from helpers.record import UserError
+from helpers.record import NotTestable, UserError
 
 BLOCK = 256  # resamples worked on at a time
 SMALLEST = 5  # instructions of a group that a bootstrap may rest on
@@ -46,7 +46,15 @@ class Effect(NamedTuple):
 def _finite(**arrays):
     for name, values in arrays.items():
         if np.size(values) == 0 or not np.isfinite(np.asarray(values, float)).all():
-            raise UserError(f"{name} is empty or holds NaN; expected finite numbers. Leave out what was not testable.")
+            raise NotTestable(f"{name} is empty or holds NaN; expected finite numbers. Leave out what cannot be.")
+
+
+def attempt(compute) -> dict:
+    """What compute() returns, a dict; or {"note": "not testable: why"}, without a number, if it raises NotTestable."""
+    try:
+        return compute()
+    except NotTestable as reason:
+        return {"note": f"not testable: {reason}"}
 
 
 def resample_weights(groups, resamples, seed=0) -> np.ndarray:
@@ -60,8 +68,8 @@ def resample_weights(groups, resamples, seed=0) -> np.ndarray:
         members = np.flatnonzero(groups == group)
         size = len(members)
         if size < SMALLEST:
-            raise UserError(f"group {group} has {size} instructions; expected at least {SMALLEST} (better 20) for an "
-                            "interval. Not testable: add rows.")
+            raise NotTestable(f"group {group} has {size} instructions; expected at least {SMALLEST} (better 20) for an "
+                              "interval. Not testable: add rows.")
         drawn = rng.multinomial(size, np.full(size, 1 / size), resamples)
         while (single := drawn.max(1) == size).any():
             drawn[single] = rng.multinomial(size, np.full(size, 1 / size), single.sum())
@@ -104,8 +112,8 @@ def permutation_test(statistic, labels, strata=None, resamples=2000, seed=0) -> 
     labels = np.asarray(labels)
     strata = np.zeros(len(labels), int) if strata is None else np.unique(strata, return_inverse=True)[1]
     if all(len(np.unique(labels[strata == s])) < 2 for s in range(strata.max() + 1)):
-        raise UserError("no stratum holds two different labels; expected labels that can be shuffled. Not testable: "
-                        "use fewer strata, or add rows.")
+        raise NotTestable("no stratum holds two different labels; expected labels that can be shuffled. Not testable: "
+                          "use fewer strata, or add rows.")
     observed = np.asarray(statistic(labels[None]))[0]
     rng, places = np.random.default_rng(seed), np.argsort(strata, kind="stable")
     null = []
@@ -147,19 +155,6 @@ def paired_effect(first, second, resamples=2000, level=0.95, seed=0) -> Effect:
                   plus_one(np.abs(interval.estimate), null))
 
 
-def unpaired_effect(first, second, resamples=2000, level=0.95, seed=0) -> Effect:
-    """Mean of first [n, ...] minus mean of second [m, ...], bootstrap interval, Cohen's d, two-sided permutation p."""
-    first, second = np.asarray(first, float), np.asarray(second, float)
-    _finite(first=first, second=second)
-    both, group = np.concatenate([first, second]), np.repeat([0, 1], [len(first), len(second)])
-    sides = np.where(group == 0, 1 / len(first), -1 / len(second))
-    interval = bootstrap(lambda w: np.tensordot(w * sides, both, 1), group, resamples, level, seed)
-    pooled = ((len(first) - 1) * first.var(0, ddof=1) + (len(second) - 1) * second.var(0, ddof=1)) / (len(both) - 2)
-    test = permutation_test(lambda g: np.abs(np.tensordot(np.where(g == 0, sides[0], sides[-1]), both, 1)), group,
-                            resamples=resamples, seed=seed)
-    return Effect(*interval[:3], _standardised(interval.estimate, pooled), test.p)
-
-
 def _standardised(difference, variance):
     return np.where(variance > 0, difference / np.sqrt(np.where(variance > 0, variance, 1)), 0.0)
 
@@ -191,8 +186,8 @@ def partial_mantel(first, second, *controls, resamples=999, seed=0) -> Permutati
     norms = [np.sqrt((m ** 2).sum()) for m in (left, right)]
     scale = [np.std(np.asarray(m, float)[off]) * np.sqrt(off.sum()) for m in (first, second)]
     if min(norms[0] - 1e-6 * scale[0], norms[1] - 1e-6 * scale[1]) <= 0:
-        raise UserError("a matrix does not vary, or the controls explain it wholly; expected pairs that differ. "
-                        "Not testable.")
+        raise NotTestable("a matrix does not vary, or the controls explain it wholly; expected pairs that differ. "
+                          "Not testable.")
     left, right = (left / norms[0]).astype(np.float32), (right / norms[1]).astype(np.float32)
     r, rng, null = float(np.vdot(left, right)), np.random.default_rng(seed), np.empty(resamples)
     for n in range(resamples):
@@ -210,7 +205,7 @@ def shared_profile(values, groups, resamples=2000, seed=0) -> dict:
     """
     values, names = np.asarray(values, float), np.unique(groups)
     if len(names) < 2:
-        raise UserError(f"{len(names)} group; expected at least 2 profiles to compare. Not testable.")
+        raise NotTestable(f"{len(names)} group; expected at least 2 profiles to compare. Not testable.")
     member = (np.asarray(groups) == names[:, None]).astype(float)  # [C, I]
 
     def stability(profiles):  # [..., C, L] -> [...]

@@ -13,7 +13,7 @@ import zoo
 from test_counting import differing
 
 from helpers import capture as room
-from helpers.capture import capture, capture_shards, count, count_activations, flips, main
+from helpers.capture import capture, capture_shards, count, count_activations, flips, main, twin_names
 from helpers.config import Pair, Profile
 from helpers.models import encode, generate, load_model
 from helpers.paths import MODELS, results_dir
@@ -154,6 +154,17 @@ def test_the_twin_has_random_weights_and_its_own_folder(setting):
     assert (base.tokens == twin.tokens).all() and differing(base, twin) > 100
     with pytest.raises(RecordMismatch, match="seed"):
         capture(dataclasses.replace(profile, seed=1), pair, "twin", "prompt", ROWS)
+
+
+def test_twins_are_numbered_from_the_profiles_seed_on(setting):
+    profile, pair = setting
+    assert twin_names(0) == [] and twin_names(3) == ["twin", "twin-1", "twin-2"]
+    twins = [capture(profile, pair, name, "prompt", ROWS) for name in twin_names(3)]
+    assert all(differing(a, b) > 100 for a, b in zip(twins, twins[1:], strict=False))
+    later = capture(dataclasses.replace(profile, seed=2, name="later"), pair, "twin", "prompt", ROWS)
+    assert differing(later, twins[2]) == 0
+    with pytest.raises(UserError, match="'twin-0', expected one of base, tuned, twin"):
+        capture(profile, pair, "twin-0", "prompt", ROWS)
 
 
 @pytest.mark.parametrize(("change", "key"), [

@@ -144,12 +144,9 @@ def test_consensus_by_loop(rng, tau):
             assert (got[c] == (members.sum(0) * 20 >= round(tau * 20) * len(members))).all()
 
 
-def test_membership_unique_general_by_hand():
+def test_membership_by_hand():
     consensus = np.array([[1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 1]], bool)
     assert co.membership(consensus).tolist() == [3, 1, 0, 2]
-    unique, general = co.unique_general(consensus)
-    assert unique.tolist() == [[False, True, False, False], [False] * 4, [False] * 4]
-    assert general.tolist() == [True, False, False, False]
 
 
 def test_names_follow_the_fixed_order_of_categories():

@@ -124,3 +124,8 @@ def test_the_pins_are_exact_and_stand_once():
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", pin) for pin in pins if pin)
     assert "requirements.txt" in (ROOT / "environment.yml").read_text()
     assert "==" not in (ROOT / "environment.yml").read_text()
+
+
+def test_the_tests_readme_names_every_test_file():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "README.md").read_text()))
+    assert named == {path.stem for path in (ROOT / "tests").glob("test_*.py")}

@@ -70,11 +70,21 @@ def test_relabelled_category_matrices(rng, similarity):
     assert np.allclose(ov.gap(similarity, shuffled)[5], ov.gap(similarity, shuffled[5]), atol=1e-6)
 
 
-def test_one_half_against_the_other_keeps_every_pair(similarity):
-    left, right = np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1, 0, 1, 1, 0])
-    got = ov.category_matrix(similarity[:4, 4:], left, columns=right)
-    for c, d in np.ndindex(2, 2):
-        assert np.isclose(got[c, d], similarity[:4, 4:][np.ix_(left == c, right == d)].mean())
+def test_gap_across_halves_by_loop(rng, similarity):
+    halves, weights = np.arange(12) % 2, rng.integers(0, 3, (5, 12)).astype(float)
+    shuffled = np.stack([rng.permutation(LABELS) for _ in range(5)])
+    for labels, given in ((shuffled, None), (LABELS, weights)):
+        got = ov.gap_across(similarity, labels, halves, given)
+        for n in range(5):
+            y, w = (labels[n], np.ones(12)) if given is None else (labels, weights[n])
+            sums = {True: [0, 0], False: [0, 0]}
+            for i, j in np.ndindex(12, 12):
+                if halves[i] == 0 and halves[j] == 1:
+                    sums[y[i] == y[j]][0] += w[i] * w[j] * similarity[i, j]
+                    sums[y[i] == y[j]][1] += w[i] * w[j]
+            assert np.isclose(got[n], sums[True][0] / sums[True][1] - sums[False][0] / sums[False][1], atol=1e-5)
+    with pytest.raises(UserError, match="across the halves"):
+        ov.gap_across(similarity, np.zeros(12, int), halves)
 
 
 def test_within_between_by_hand():
@@ -104,13 +114,9 @@ def test_routing_similarity_by_loop(rng):
         assert np.allclose(layers[:, a, b], expected, atol=1e-6) and np.isclose(mean[a, b], expected.mean(), atol=1e-6)
 
 
-def test_membership_histogram_and_layer_shares_by_hand():
-    sets = np.array([[1, 1, 0, 0, 0, 1], [1, 0, 0, 1, 0, 1], [1, 0, 0, 1, 0, 0]], bool)  # 2 layers of 3
+def test_membership_histogram_by_hand():
+    sets = np.array([[1, 1, 0, 0, 0, 1], [1, 0, 0, 1, 0, 1], [1, 0, 0, 1, 0, 0]], bool)
     assert ov.membership_histogram(sets).tolist() == [1, 2, 1]
-    shares = ov.layer_shares(sets, 2)
-    assert np.allclose(shares["consensus"] * 3, [[2, 1], [1, 2], [1, 1]])
-    assert np.allclose(shares["unique"] * 3, [[1, 0], [0, 0], [0, 0]])
-    assert np.allclose(shares["general"] * 3, [1, 0])
 
 
 def test_nearest_consensus_by_loop(rng):
