@@ -31,6 +31,8 @@ from helpers.selfcheck import self_check
 from helpers.shards import Counts, Shards
 
 VARIANTS = ("base", "tuned", "twin")                                          # and "twin-1", "twin-2", ...
+FORMAT = 2                            # to be raised when a count changes its meaning: older counts are refused
+COUNTING = ("torch", "transformers", "tokenizers")      # their versions decide a count, the others' are only noted
 POSITIONS = ("prompt", "response", "generated", "prompt-even", "prompt-odd")
 SHARD = 128                                                                   # instructions in one file on disk
 _checked: WeakSet = WeakSet()
@@ -91,7 +93,7 @@ def capture(profile: Profile, pair: Pair, variant: str, positions: str, rows: pd
     positions  "prompt": the instruction's own tokens; "prompt-even", "prompt-odd": every other one of them (for a noise
                floor between disjoint tokens of one model); "response": the reference's, read after the prompt;
                "generated": the model's own greedy continuation's (a row may have none: tokens 0)
-    loaded     (model, tokenizer), if the caller has them already
+    loaded     (model, tokenizer), or a function that gives them, called only if something is missing
     Files: data/results/<profile>/<pair>/<variant>/<positions>/. Raises RecordMismatch if those in place were made
     under other settings, from other weights or other rows. (Paper, sec. counting; disk and processes: ours.)
     """
@@ -104,12 +106,11 @@ def capture_shards(profile, pair, variant, positions, rows, loaded=None) -> Shar
                     settings(profile, pair, variant, positions, rows), len(rows), SHARD)
     rank, world, wait = _processes()
     if not shards.finished():
-        if world == 1 and profile.processes > 1 and loaded is None:
+        if world == 1 and profile.processes > 1 and (loaded is None or callable(loaded)):
             _launch(profile, pair, variant, positions, rows)
         else:
-            mine = shards.missing(range(rank, len(shards), world))
-            if mine:
-                loaded = loaded or open_model(pair, variant, profile.seed)
+            if mine := shards.missing(range(rank, len(shards), world)):
+                loaded = loaded() if callable(loaded) else loaded or open_model(pair, variant, profile.seed)
                 _fill(shards, mine, profile, pair, variant, positions, rows, loaded)
             wait()
             if rank == 0:
@@ -131,8 +132,8 @@ def settings(profile, pair, variant, positions, rows) -> dict:
     return {"profile": profile.name, "pair": pair.name, "variant": variant, "positions": positions, "ref": ref,
             "commit": commit, "weights": fingerprint(folder), "seed": _twin_seed(variant, profile.seed),
             "dtype": pair.dtype, "device_map": pair.device_map, "template": profile.template, "data": digest(data),
-            "batch_size": profile.batch_size, "versions": versions(),
-            "max_new_tokens": profile.max_new_tokens if positions == "generated" else None}
+            "versions": {name: versions()[name] for name in COUNTING}, "batch_size": profile.batch_size,
+            "format": FORMAT, "max_new_tokens": profile.max_new_tokens if positions == "generated" else None}
 
 
 def _twin_seed(variant: str, seed: int) -> int | None:
@@ -146,10 +147,11 @@ def open_model(pair: Pair, variant: str, seed: int = 0):
     model, tokenizer = load_model(ref, dtype=pair.dtype, revision=revision,
                                   device_map=pair.device_map if alone else {"": PartialState().device})
     own = _twin_seed(variant, seed)
-    return (model if own is None else random_twin(model, own)), tokenizer
+    return (model if own is None else random_twin(model, own, free=True)), tokenizer
 
 
 def _fill(shards, mine, profile, pair, variant, positions, rows, loaded) -> None:
+    torch.set_num_threads(profile.threads)
     model, tokenizer = loaded
     table = rows.to_dict("records")
     with tqdm(total=sum(len(shards.rows(k)) for k in mine), delay=2, leave=False, unit=" instructions",
@@ -166,7 +168,8 @@ def _fill(shards, mine, profile, pair, variant, positions, rows, loaded) -> None
             if positions.startswith("prompt-"):
                 encoded = [_every_other(e, first=positions == "prompt-odd") for e in encoded]
             counts = count_encoded(model, encoded, profile.batch_size, bar)
-            found = {"device": model.device.type, "attention": model.config._attn_implementation}
+            found = {"device": model.device.type, "attention": model.config._attn_implementation,
+                     "made_with": versions()}
             if k == 0:
                 found["batching"] = flips(model, encoded[:4], counts)
             shards.write(k, counts, found)

@@ -11,6 +11,7 @@ from helpers.checkers import check
 from helpers.corpus import text
 from helpers.models import Batch, Encoded, batches, encode
 from helpers.record import UserError
+from helpers.sites import input_device
 
 
 def encode_references(tokenizer, profile, rows, eos: bool = True) -> list[Encoded]:
@@ -32,19 +33,20 @@ def nll_of(model, batch: Batch) -> torch.Tensor:
 
     A first token has nothing before it and never counts. Only the logits from the first counted token on are made.
     """
-    ids, counted = batch.input_ids.to(model.device), batch.count_mask[:, 1:].bool().to(model.device)    # [B, T-1]
+    device = input_device(model)
+    ids, counted = batch.input_ids.to(device), batch.count_mask[:, 1:].bool().to(device)                # [B, T-1]
     tokens = counted.sum(1)
     if not tokens.all():
         raise UserError("a row has no token whose loss could be counted: no reference, or a single token without BOS. "
                         "Remove the row.")
     first = int(counted.any(0).nonzero()[0])
-    logits = model(input_ids=ids, attention_mask=batch.attention_mask.to(model.device), use_cache=False,
+    logits = model(input_ids=ids, attention_mask=batch.attention_mask.to(device), use_cache=False,
                    logits_to_keep=ids.shape[1] - first).logits[:, first - ids.shape[1]:-1]  # [B, T-1-first, V]
     counted = counted[:, first:]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    loss = F.cross_entropy(logits[counted].to(wide), ids[:, first + 1:][counted], reduction="none")
-    total = torch.zeros(len(ids), dtype=torch.float64, device=loss.device)
-    return total.index_add(0, counted.nonzero()[:, 0], loss.double()) / tokens
+    loss = F.cross_entropy(logits[counted].to(wide), ids[:, first + 1:][counted], reduction="none").cpu()
+    total = torch.zeros(len(ids), dtype=torch.float64)
+    return total.index_add(0, counted.nonzero()[:, 0].cpu(), loss.double()) / tokens.cpu()
 
 
 @torch.no_grad()
@@ -98,6 +100,9 @@ def ablation_matrix(model, tokenizer, profile, rows, masks: dict, operator: str,
     for name, mask in masks.items():
         with ablate(model, mask, operator, **options):
             increase[name] = _nll(model, prepared) - baseline
+        if not np.isfinite(increase[name]).all():
+            raise RuntimeError(f"ablation_matrix: {operator!r} of the set {name!r} made the loss of some row NaN or "
+                               "infinite; expected finite losses. A half-precision model may overflow: load it wider.")
         if not increase[name].any() and any(np.any(part) for part in mask.values()) and not allow_inert:
             raise RuntimeError(f"ablation_matrix: {operator!r} of the set {name!r} changed the loss of none of "
                                f"{len(rows)} rows. Either no token reaches its components (allow_inert=True lets that "

@@ -4,6 +4,7 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
+from accelerate import dispatch_model
 from accelerate.utils import align_module_device
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -55,12 +56,22 @@ def check_tokenizer(tokenizer, model) -> None:
                         "belong together. Load both from one checkpoint.")
 
 
-def random_twin(model, seed: int = 0):
-    """A model of the same architecture and dtype with random weights: what the tokens alone explain (a control)."""
+def random_twin(model, seed: int = 0, free: bool = False):
+    """A model of the same architecture and dtype with random weights: what the tokens alone explain (a control).
+
+    It stands where `model` stands, on one device or several. `free` gives up the weights of `model` first, so that
+    never two models fill the memory.
+    """
+    dtype, device, places = model.dtype, model.device, getattr(model, "hf_device_map", {})
+    if free:
+        for weight in model.parameters():
+            weight.data = weight.new_empty(0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        twin = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype).eval()
-    return twin if model.device.type == "meta" else twin.to(model.device)
+        twin = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
+    if len(set(places.values())) > 1 and "disk" not in places.values():
+        return dispatch_model(twin, places)
+    return twin if device.type == "meta" else twin.to(device)
 
 
 def check_pair(base, tuned, lowest: float = 0.1) -> list[dict]:

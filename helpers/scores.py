@@ -15,7 +15,7 @@ from helpers.corpus import text
 from helpers.evaluate import encode_references, nll_of
 from helpers.models import Encoded, batches, encode
 from helpers.record import UserError
-from helpers.sites import find_sites
+from helpers.sites import find_sites, input_device
 
 POSITIONS = ("prompt", "response", "all")
 
@@ -33,17 +33,17 @@ def contribution(model, tokenizer, profile, rows, positions: str = "prompt") -> 
     norms = {site.name: columns(site).float().norm(dim=-1) for site in sites}               # [N] or [E, N]
     with torch.no_grad():
         for batch in batches(encoded, profile.batch_size):
-            mask, where = batch.count_mask.to(model.device), np.array(batch.rows)
+            mask, where = batch.count_mask.to(input_device(model)), np.array(batch.rows)
 
             def add(site, seen, mask=mask, where=where):
                 for e, row, weight, h, _ in _neurons(site, mask, seen):
                     total = h.new_zeros(len(where), site.width, dtype=torch.float32)        # [B, N]
                     total.index_add_(0, row, h.float().abs() * weight)
-                    mean = total * norms[site.name][e] / mask.sum(1, keepdim=True)
+                    mean = total * norms[site.name][e] / mask.sum(1, keepdim=True).to(total)
                     out[site.family][(where, place[site.name], *e)] = mean.cpu().numpy()
             with _watch(sites, add):
-                model(input_ids=batch.input_ids.to(model.device), use_cache=False, logits_to_keep=1,
-                      attention_mask=batch.attention_mask.to(model.device))
+                model(input_ids=batch.input_ids.to(input_device(model)), use_cache=False, logits_to_keep=1,
+                      attention_mask=batch.attention_mask.to(input_device(model)))
     return out
 
 
@@ -63,7 +63,7 @@ def attribution(model, tokenizer, profile, rows, positions: str = "all", eos: bo
     place, out = _empty(sites, len(rows))
     embeddings = model.get_input_embeddings()
     for batch in batches(encoded, profile.batch_size):
-        mask = torch.zeros_like(batch.input_ids, device=model.device)
+        mask = torch.zeros_like(batch.input_ids, device=input_device(model))
         for b, row in enumerate(batch.rows):
             mask[b, :len(marked[row].counted)] = torch.tensor(marked[row].counted).to(mask)
         kept, where = {}, np.array(batch.rows)
@@ -109,9 +109,9 @@ def reference_activations(model, tokenizer, texts, batch_size: int = 32, draws: 
 
     with torch.no_grad(), _watch(sites, add):
         for batch in batches(encode(tokenizer, list(texts)), batch_size):
-            mask = batch.count_mask.to(model.device)
-            model(input_ids=batch.input_ids.to(model.device), use_cache=False, logits_to_keep=1,
-                  attention_mask=batch.attention_mask.to(model.device))
+            mask = batch.count_mask.to(input_device(model))
+            model(input_ids=batch.input_ids.to(input_device(model)), use_cache=False, logits_to_keep=1,
+                  attention_mask=batch.attention_mask.to(input_device(model)))
 
     def gather(site, value):
         parts = [value(key) for key in keys if key[0] == site.name]
@@ -171,7 +171,7 @@ def _watch(sites, tell):
 
 def _neurons(site, mask, seen):
     """Yield (() or (expert,), row [n], router weight [n, 1] or 1, h [n, N], token [n]) of the tokens in mask [B, T]."""
-    length, flat = mask.shape[1], mask.reshape(-1).bool()
+    length, flat = mask.shape[1], mask.reshape(-1).bool().to(seen[0].device)                # layers may differ
     if site.family != "expert":
         token = flat.nonzero()[:, 0]
         yield (), token // length, 1.0, seen[0].detach().reshape(-1, site.width)[token], token

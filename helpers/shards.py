@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers.record import DamagedFile, read_json, read_tensors, verify, write_json, write_tensors
+from helpers.paths import short
+from helpers.record import DamagedFile, RecordMismatch, read_json, read_tensors, verify, write_json, write_tensors
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ class Shards:
     def finish(self) -> dict:
         """Write record.json once every shard is there: the settings, what was found, each shard's sha256."""
         records = [read_json(self.path(shard).with_suffix(".json")) for shard in range(len(self))]
+        for what in ("device", "attention"):
+            if len(kinds := {r["found"].get(what) for r in records}) > 1:
+                raise RecordMismatch(f"{short(self.folder)}: its shards were counted with {what} {kinds}, expected one "
+                                     "kind. Delete the folder and count again on one kind of machine.")
         record = self.settings | {"total": self.total, "size": self.size, "layers": records[0]["layers"],
                                   "found": [r["found"] for r in records], "shards": [r["sha256"] for r in records]}
         write_json(self.folder / "record.json", record)

@@ -1,4 +1,4 @@
-"""`make bench`: what capture costs, beside a plain forward pass, stored activations, nnsight and TransformerLens.
+"""`make bench`: what capture and ablation cost, beside a plain forward pass, stored activations, nnsight, TransformerLens.
 
 One process, one thread, methods interleaved. CPU seconds, because the machine may be shared, and for each method the
 median over the rounds of its ratio to the plain forward pass of the same round. Weights are random. Peers are
@@ -24,7 +24,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from helpers import counting
+from helpers import counting, models
+from helpers.ablation import ablate
 from helpers.components import consensus, top_sets
 from helpers.counting import watching
 from helpers.overlap import jaccard_matrix
@@ -201,7 +202,25 @@ def small(rounds, length) -> dict:
             methods |= {name: partial(run, ids), f"{name}, one by one": partial(one_by_one, run, ids)}
         table[shape] = {"methods": interleaved(methods, rounds), "hooks": share_of_hooks(model, ids, rounds),
                         "extra_mib": memory(model, length)}
-    return table
+    return table | {"generation, ablated": ablation(rounds, length)}
+
+
+def generating(model, ids, new, mask=None, how="auto"):
+    """Greedy continuation, `new` tokens of each sequence, with the neurons in the mask set to zero all the while."""
+    rows = [models.Encoded(tuple(row), (True,) * len(row)) for row in ids.tolist()]
+    with ablate(model, mask or {}, "zero", how=how):
+        models.generate(model, rows, max_new_tokens=new)
+
+
+def ablation(rounds, length) -> dict:
+    """What ablating 5 % of a dense model's neurons costs inside generation: columns set to zero, or hooks."""
+    model, ids = build("dense"), token_ids(16, length // 4)
+    model.generation_config.eos_token_id = None
+    shape = (model.config.num_hidden_layers, model.config.intermediate_size)
+    mask = {"dense": np.random.default_rng(0).random(shape) < 0.05}
+    run = partial(generating, model, ids, length // 4)
+    return {"methods": interleaved({"plain": run, "zeroed columns": partial(run, mask),
+                                    "zero by hooks": partial(run, mask, "hook")}, rounds)}
 
 
 def full(rounds, length) -> dict:
@@ -275,7 +294,7 @@ def show(table) -> None:
             print(f"{name:27} {row['seconds']:9.3f} {row['ratio']:7.3f}")
         if "hooks" in found:
             print(f"counting itself is {found['hooks']:.1%} of capture's CPU time")
-        for name, size in found["extra_mib"].items():
+        for name, size in found.get("extra_mib", {}).items():
             print(f"{name}: {size:+.1f} MiB beyond {'the plain forward pass' if 'hooks' in found else 'the weights'}")
 
 

@@ -13,11 +13,11 @@ import zoo
 from test_counting import differing
 
 from helpers import capture as room
-from helpers.capture import capture, capture_shards, count, count_activations, flips, main, twin_names
+from helpers.capture import capture, capture_shards, count, count_activations, flips, main, open_model, twin_names
 from helpers.config import Pair, Profile
 from helpers.models import encode, generate, load_model
 from helpers.paths import MODELS, results_dir
-from helpers.record import RecordMismatch, UserError
+from helpers.record import DamagedFile, RecordMismatch, UserError
 
 TEXTS = ["add 1 and 2.", "name a fish", "is it so? yes or no: a, b, c", "go", "sum: a long one, then another one."]
 ROWS = pd.DataFrame([{"instruction": t, "input": "" if i % 2 else f"no {i}.", "reference": f"it is {i}"}
@@ -128,7 +128,7 @@ def test_capture_keeps_what_count_gives_and_reuses_it(setting, positions, tmp_pa
         assert differing(found, expected) == 0
     record = json.loads((tmp_path / "test/pair/base" / positions / "record.json").read_text())
     assert record["total"] == 10 and record["size"] == 3 and len(record["shards"]) == 4
-    assert record["found"][0] | {"batching": 0} == {"device": "cpu", "attention": "sdpa", "batching": 0}
+    assert record["found"][0] | {"batching": 0, "made_with": 0} == {"device": "cpu", "attention": "sdpa", "batching": 0, "made_with": 0}
     monkeypatch.setattr(room, "load_model", None)                                              # nothing is loaded again
     assert differing(capture(profile, pair, "base", positions, ROWS), found) == 0
 
@@ -199,9 +199,35 @@ def test_counts_of_other_weights_are_refused(setting, tmp_path, checkpoint):
 def test_counts_of_other_versions_are_refused(setting, monkeypatch):
     profile, pair = setting
     capture(profile, pair, "base", "prompt", ROWS)
-    monkeypatch.setattr(room, "versions", lambda: {"torch": "0.1"})
+    now = room.versions()
+    monkeypatch.setattr(room, "versions", lambda: now | {"pandas": "0.1"})                     # has no part in counting
+    capture(profile, pair, "base", "prompt", ROWS)
+    monkeypatch.setattr(room, "versions", lambda: now | {"torch": "0.1"})
     with pytest.raises(RecordMismatch, match="versions"):
         capture(profile, pair, "base", "prompt", ROWS)
+
+
+def test_counts_of_an_older_meaning_are_refused(setting, monkeypatch):
+    profile, pair = setting
+    capture(profile, pair, "base", "prompt", ROWS)
+    monkeypatch.setattr(room, "FORMAT", room.FORMAT + 1)
+    with pytest.raises(RecordMismatch, match="format"):
+        capture(profile, pair, "base", "prompt", ROWS)
+
+
+def test_a_model_is_opened_only_if_something_is_missing_and_several_processes_open_their_own(setting, monkeypatch):
+    profile, pair = setting
+    opened = []
+    def opener():
+        opened.append(1)
+        return open_model(pair, "base")
+    for _ in range(2):
+        capture(profile, pair, "base", "prompt", ROWS, opener)
+    assert opened == [1]
+    monkeypatch.setattr(room, "_launch", lambda *job: opened.append(job[2]))
+    with pytest.raises(DamagedFile):                                                           # nobody counted anything
+        capture(dataclasses.replace(profile, processes=2), pair, "tuned", "prompt", ROWS, opener)
+    assert opened == [1, "tuned"]
 
 
 @pytest.mark.parametrize(("variant", "positions", "rows", "message"), [

@@ -272,6 +272,14 @@ def test_a_random_twin_shares_the_architecture_only_and_leaves_the_seed_alone():
     assert not torch.equal(weights[0], weights[3])
 
 
+def test_a_twin_may_take_the_place_of_its_model():
+    """So that two large models never fill the memory together."""
+    model = zoo.build("llama")
+    kept, alone = random_twin(model, 1), random_twin(model, 1, free=True)
+    assert not any(weight.numel() for weight in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), alone.parameters(), strict=True))
+
+
 # ---- which tokens count --------------------------------------------------------------------------------------------
 
 TEMPLATE = "Instruction: {instruction}\nResponse:"

@@ -127,6 +127,13 @@ def test_other_settings_are_refused_even_half_way(shards):
         Shards(shards.folder, shards.settings, 10, 3).missing()
 
 
+def test_shards_of_two_kinds_of_machine_are_no_capture(shards):
+    fill(shards, [0, 1])
+    shards.write(2, made(8, 10), {"device": "cuda"})
+    with pytest.raises(RecordMismatch, match="counted with device .*expected one kind"):
+        shards.finish()
+
+
 def test_a_missing_shard_cannot_be_finished(shards):
     fill(shards, [0, 2])
     with pytest.raises(DamagedFile, match=r"counts-00001\.json"):

@@ -1,0 +1,109 @@
+"""The grid: a killed run ends with the same bytes, other settings are refused, tables say what the cells say."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import cells as room
+from helpers import grid
+from helpers.capture import count
+from helpers.cells import cells, measured_rows, pooled
+from helpers.config import Pair, Profile
+from helpers.corpus import text
+from helpers.hexainst import CATEGORIES
+from helpers.record import DamagedFile, RecordMismatch
+from tests import planted, zoo
+
+torch.set_num_threads(1)
+PROFILE = {"name": "planted", "dataset": "none", "template": "say: {instruction}\n", "scores": ("contribution",),
+           "sizes": (0.05, 0.1), "controls": 2, "controls_elsewhere": 1, "controls_all_rows": 1, "ablation_rows": 5,
+           "resamples": 50}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder, loaded, rows = tmp_path_factory.mktemp("planted"), (planted.model(), zoo.tokenizer()), planted.rows(6)
+    for part in loaded:
+        part.save_pretrained(folder)
+    counts = count(*loaded, [text(row) for row in rows.to_dict("records")], template=PROFILE["template"])
+    profile = Profile(pairs=(Pair("pair", str(folder), str(folder)),), **PROFILE)
+    return profile, rows, {"loaded": {"pair": loaded}, "counts": {"pair": counts}}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "results_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr(grid, "GRID", tmp_path / "committed")
+    return tmp_path
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("grid/**/*")) if path.is_file()}
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, folder, monkeypatch):
+    profile, rows, ready = world
+    cells(profile, rows, **ready)
+    whole, compute, done = contents(folder), room.compute, []
+    assert len(whole) == 2 * 4
+    for path in folder.rglob("grid/**/*.*"):
+        path.unlink()
+
+    def killed(*args):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(args[-2:])
+        return compute(*args)
+    monkeypatch.setattr(room, "compute", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cells(profile, rows, **ready)
+    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert len(stamps) == 2
+    monkeypatch.setattr(room, "compute", lambda *args: done.append(args[-2:]) or compute(*args))
+    cells(profile, rows, **ready)
+    assert len(done) == 4 and contents(folder) == whole
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+
+def test_a_damaged_cell_is_computed_again_and_one_of_other_settings_is_refused(world, folder):
+    profile, rows, ready = world
+    few = {"sizes": [0.1]}
+    cells(profile, rows, **few, **ready)
+    before = contents(folder)
+    path = next(folder.rglob("*.safetensors"))
+    path.write_bytes(b"half")
+    path.with_suffix(".json").unlink()
+    cells(profile, rows, **few, **ready)
+    assert contents(folder) == before
+    with pytest.raises(RecordMismatch, match="draws = 1, this run has 4"):
+        cells(Profile(pairs=profile.pairs, **PROFILE | {"controls_elsewhere": 4}), rows, **few, **ready)
+
+
+def test_tables_say_what_the_cells_say_and_the_committed_ones_come_back(world, folder):
+    profile, rows, ready = world
+    found = cells(profile, rows, **ready)
+    table, matrices = grid.table_of(profile, found), grid.matrix_table(found)
+    assert len(table) == 2 * 3 and set(table["half"]) == {"all", "A", "B"} and len(matrices) == 2 * 36
+    row = table[(table["size"] == 0.05) & (table["half"] == "B")].iloc[0]
+    arrays = found["pair", "contribution", 0.05, "B"][0]
+    own = arrays["own"][np.arange(len(arrays["labels"])), arrays["labels"]]
+    assert np.isclose(row["own"], own.mean()) and row["rows"] == 30 and row["neurons"] == 12
+    assert np.isclose(row["critical"], own.mean() - max(arrays[k].mean() for k in ("random", "rate", "magnitude")))
+    both, half = pooled([found["pair", "contribution", 0.05, h][0] for h in ("A", "B")])
+    assert both["own"].shape == (60, 6) and half.tolist() == [0] * 30 + [1] * 30
+    assert grid.committed(profile, rows) is None
+    paths = grid.write(profile, rows, found)
+    again, again_matrices, record = grid.tables(profile, rows)
+    assert np.allclose(again["critical"], table["critical"]) and len(again_matrices) == len(matrices)
+    assert record["draws_elsewhere"] == 1
+    assert grid.committed(Profile(pairs=profile.pairs, seed=1, **PROFILE), rows) is None
+    with pytest.raises(RecordMismatch, match="rows"):
+        grid.committed(Profile(pairs=profile.pairs, **PROFILE | {"ablation_rows": 4}), rows)
+    paths[0].write_text("pair\n")
+    with pytest.raises(DamagedFile, match="make grid"):
+        grid.committed(profile, rows)
+
+
+def test_measured_rows_are_the_same_number_of_each_category(world):
+    here = measured_rows(world[0], world[1], "A")
+    assert here["category"].value_counts().to_dict() == dict.fromkeys(CATEGORIES, 5) and set(here["fold"]) == {"A"}
