@@ -56,15 +56,16 @@ def execute(path: Path, target: Path, parameters: dict) -> float:
 def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> list[Path]:
     """Execute the notebooks in order, add what they cost to summary.json, say where to look; the executed files.
 
-    Neighbours whose names are in `together` need nothing of one another: profile.jobs of them run at a time.
+    Neighbours whose names are in `together` need nothing of one another: profile.jobs of them run at a time. After a
+    failure no other is started.
     """
     for path in paths:
         check_parameters(path, parameters)
     folder, seconds, start = results_dir(profile.name), {}, time.perf_counter()
     targets = [folder / "notebooks" / path.name for path in paths]
-    for free, group in groupby(zip(paths, targets, strict=True), key=lambda both: both[0].stem in together):
-        group = list(group)
-        with ThreadPoolExecutor(profile.jobs if free else 1) as pool:
+    free = together if profile.jobs > 1 else ()
+    for _, group in groupby(zip(paths, targets, strict=True), key=lambda both: both[0].stem in free or both[0]):
+        with ThreadPoolExecutor(profile.jobs) as pool:
             jobs = {pool.submit(execute, path, target, parameters): path.stem for path, target in group}
             try:
                 seconds |= {jobs[job]: round(job.result(), 1) for job in as_completed(jobs)}

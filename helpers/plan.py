@@ -13,12 +13,17 @@ from helpers.paths import ROOT
 from helpers.record import UserError
 from helpers.sites import find_sites
 
-PASSES = 9  # forward passes over the rows in notebook 02: four kinds of positions of base and tuned, one of the twin
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def costs(pair: Pair, rows: int) -> dict:
-    """One pair's size, from its configuration alone: parameters, memory, neurons, experts, counts on disk."""
+def costs(pair: Pair, profile: Profile, rows: int) -> dict:
+    """One pair's cost, from its configuration alone: parameters, memory, neurons, experts, counts on disk, reading.
+
+    `memory GB` is one model's weights; notebooks 00 and 07 hold two. `analysis GB` is what notebook 05 holds of counts.
+    `passes` over all rows: four kinds of positions of base and tuned, the twins, and those at equal length.
+    `ablated sequences`: rows read by notebook 06 for its consensus and equal-size sets with their controls; its other
+    experiments add about as many again, and generations.
+    """
     ref = str(ROOT / pair.base) if (ROOT / pair.base).is_dir() else pair.base
     try:
         config = AutoConfig.from_pretrained(ref, revision=pair.base_revision)
@@ -31,15 +36,23 @@ def costs(pair: Pair, rows: int) -> dict:
     parameters = sum(p.numel() for p in model.parameters())
     neurons = sum(site.width * site.experts for site in sites)
     routed = sum(site.experts for site in sites if site.family == "expert")
+    counted, sets = 8 + profile.twins, 2 * (2 + bool(routed))
+    # each set and its controls, in rows per category: own sets and some controls on all rows, controls on their own
+    each = [36 + 6 * kinds * profile.controls + 36 * profile.controls_all_rows for kinds in (1, 3)]
+    scores = 0 if profile.grid else 2 * len(profile.scores)
     return {"pair": pair.name, "parameters": parameters, "memory GB": parameters * BYTES[pair.dtype] / 2**30,
             "layers": len({site.layer for site in sites}), "neurons": neurons, "routed experts": routed,
-            "passes": PASSES, "counts GB": PASSES * rows * 2 * (neurons + routed) / 2**30}
+            "counts GB": counted * rows * 2 * (neurons + routed) / 2**30,
+            "analysis GB": (2 + profile.twins) * rows * 2 * (neurons + routed) / 2**30,
+            "passes": counted + 4 + profile.twins,
+            "ablated sequences": profile.ablation_rows * (sets * each[0] + scores * each[1])}
 
 
 def plan(profile: Profile) -> pd.DataFrame:
     """One row per pair of a profile; see `costs`."""
     rows = len(load_hexainst(dataset=profile.dataset))
-    return pd.DataFrame([costs(pair, rows) | {"instructions": rows} for pair in profile.pairs]).set_index("pair")
+    table = [costs(pair, profile, rows) | {"instructions": rows} for pair in profile.pairs]
+    return pd.DataFrame(table).set_index("pair")
 
 
 if __name__ == "__main__":

@@ -192,6 +192,7 @@ def small(rounds, length) -> dict:
         model, ids = build(shape), token_ids(16, length)
         methods = {"plain": partial(plain, model, ids), "capture": partial(capture, model, ids),
                    "stored activations": partial(stored, model, ids),
+                   "capture, one by one": partial(one_by_one, partial(capture, model), ids),
                    "whole model, one by one": partial(one_by_one, partial(whole, model), ids)}
         peers = {}
         if shape == "dense" and importlib.util.find_spec("nnsight"):
@@ -249,7 +250,7 @@ def synthetic(folder, widths, instructions=1200) -> Shards:
     for k in range(len(shards)):
         rows = len(shards.rows(k))
         length = rng.integers(20, 120, rows)
-        neurons = {family: np.stack([(rate * t * (0.5 + rng.random(rate.shape, np.float32))).astype(np.uint16)
+        neurons = {family: np.stack([np.minimum(rate * t * (0.5 + rng.random(rate.shape, np.float32)), t).astype(np.uint16)
                                      for t in length]) for family, rate in rates.items()}
         layers = {family: tuple(range(shape[0])) for family, shape in widths.items()}
         shards.write(k, Counts(length.astype(np.int32), neurons, None, layers), {})

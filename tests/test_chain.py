@@ -76,7 +76,7 @@ def test_after_a_failure_nothing_else_is_started(tmp_path, monkeypatch):
     others = [notebook(tmp_path / f"{name}.ipynb", "import time; time.sleep(1)") for name in "abc"]
     with pytest.raises(UserError, match=r"bad\.ipynb, cell 2: ValueError: found x"):
         run_in(tmp_path / "out", monkeypatch, 1, ["bad", "a", "b", "c"], bad, *others)
-    assert not (tmp_path / "out" / "notebooks" / "c.ipynb").exists()
+    assert [path.name for path in (tmp_path / "out" / "notebooks").iterdir()] == ["bad.failed.ipynb"]
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

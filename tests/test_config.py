@@ -1,9 +1,13 @@
 """A profile with a mistake in it is refused in one line that says what to do."""
 
+import json
+
 import pytest
 
 from helpers import config
 from helpers.config import load_profile
+from helpers.paths import MODELS
+from helpers.plan import plan
 from helpers.record import UserError
 
 PAIR = "pairs: [{name: a, base: b, tuned: c}]\n"
@@ -69,3 +73,16 @@ def test_overrides_replace_keys_and_none_keeps_them(profiles):
     profiles("dataset: tiny\n" + PAIR + "epsilon: 0.1\nseed: 3\n")
     profile = load_profile("mine", epsilon=0.02, seed=None)
     assert (profile.epsilon, profile.seed, profile.name) == (0.02, 3, "mine")
+
+
+def test_the_plan_knows_the_shipped_models():
+    """Against the training records, and by counting the rows that notebook 06 reads for one set and its controls."""
+    profile = load_profile("tiny")
+    table = plan(profile)
+    for pair in profile.pairs:
+        record = json.loads((MODELS / pair.name / "base" / "training_record.json").read_text())
+        assert table.loc[pair.name, "parameters"] == record["parameters"]
+    assert table["neurons"].tolist() == [4 * 512, 4 * (8 * 128 + 64)] and table["routed experts"].tolist() == [0, 4 * 8]
+    rows, own, sets = profile.ablation_rows, profile.controls, profile.controls_all_rows
+    once = sum(6 * rows + own * rows + sets * 6 * rows for _ in range(6))
+    assert table["ablated sequences"].tolist() == [2 * 2 * once, 2 * 3 * once]

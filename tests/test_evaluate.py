@@ -134,3 +134,11 @@ def test_a_set_without_any_effect_is_not_passed_over_in_silence():
     with pytest.raises(RuntimeError, match="the set 'dead' changed the loss of none of 7 rows"):
         ablation_matrix(model, TOKENIZER, PROFILE, ROWS, {"dead": mask}, "zero")
     assert not ablation_matrix(model, TOKENIZER, PROFILE, ROWS, {"dead": mask}, "zero", allow_inert=True).any(axis=None)
+
+
+def test_a_loss_that_is_no_number_does_not_pass_for_an_effect():
+    """NaN differs from everything, so it would count as having acted."""
+    model = build("llama")
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(RuntimeError, match="'all' made the loss of some row NaN"):
+        ablation_matrix(model, TOKENIZER, PROFILE, ROWS, {"all": neuron_mask(model)}, "zero", allow_inert=True)

@@ -129,3 +129,12 @@ def test_the_pins_are_exact_and_stand_once():
 def test_the_tests_readme_names_every_test_file():
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests" / "README.md").read_text()))
     assert named == {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+
+
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md", "data/models/README.md", "data/trajectory/README.md", "tests/README.md", "helpers/README.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)\)", page.read_text())
+    assert all((page.parent / link).exists() for link in links), links
