@@ -5,8 +5,10 @@ import os
 import re
 import resource
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from nbval.plugin import coalesce_streams
 from statsmodels.stats.proportion import proportion_confint
+from traitlets.config import Config
 
 from helpers.config import Profile, load_profile
 from helpers.paths import CLAIMS, DATA, HEXAINST, NOTEBOOKS, ROOT, figures_dir, results_dir, short
@@ -31,6 +34,14 @@ def check_parameters(path, parameters: dict) -> None:
             raise UserError(f"{short(path)} has no parameter {name!r}. Its parameters: {', '.join(known) or 'none'}.")
 
 
+@contextmanager
+def private_sockets():
+    """Settings for a kernel that talks through files of its own: a TCP port found free may be taken a moment later,
+    by another kernel that starts beside it. Empty where there are no such sockets (Windows)."""
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        yield {"transport": "ipc", "ip": str(Path(folder) / "socket")} if os.name == "posix" else {}
+
+
 def execute(path: Path, target: Path, parameters: dict) -> float:
     """Run one notebook into `target` and return its seconds.
 
@@ -41,8 +52,10 @@ def execute(path: Path, target: Path, parameters: dict) -> float:
     target.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     try:
-        papermill.execute_notebook(str(path), str(failed), parameters, kernel_name="python3", cwd=str(NOTEBOOKS),
-                                   progress_bar={"desc": path.stem, "file": sys.stderr}, log_output=False)
+        with private_sockets() as settings:
+            papermill.execute_notebook(str(path), str(failed), parameters, kernel_name="python3", cwd=str(NOTEBOOKS),
+                                       progress_bar={"desc": path.stem, "file": sys.stderr}, log_output=False,
+                                       config=Config({"KernelManager": settings}))
     except papermill.PapermillExecutionError as error:
         raise UserError(f"{short(path)}, cell {error.exec_count}: {error.ename}: {error.evalue}\n"
                         f"The run so far, for reading only: {short(failed)}") from error

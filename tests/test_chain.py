@@ -1,9 +1,11 @@
 """The runner: a failed notebook is never taken for a finished one, and a mistake is one line on stderr."""
 
+import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -28,6 +30,18 @@ def test_a_finished_notebook_takes_its_place(tmp_path):
     seconds = chain.execute(source, target, {"profile": "mine"})
     assert 0 < seconds < 60 and [p.name for p in target.parent.iterdir()] == ["a.ipynb"]
     assert "mine" in nbformat.read(target, as_version=4).cells[-1].outputs[0].text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such sockets on this system")
+def test_kernels_share_no_ports(tmp_path):
+    """Two that start together may be given the same free port; each talks through files of its own."""
+    show = "import json\nfrom ipykernel.connect import get_connection_info\ninfo = json.loads(get_connection_info())\nprint(info['transport'], info['ip'])"
+    seen = []
+    for name in "ab":
+        chain.execute(notebook(tmp_path / f"{name}.ipynb", show), tmp_path / "out.ipynb", {})
+        seen.append(nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].text.split())
+    assert [transport for transport, _ in seen] == ["ipc", "ipc"] and seen[0][1] != seen[1][1]
+    assert not any(Path(ip).parent.exists() for _, ip in seen)
 
 
 def test_a_failed_notebook_leaves_the_former_result(tmp_path):
