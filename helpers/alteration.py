@@ -21,11 +21,11 @@ def changes(base, tuned) -> dict[str, np.ndarray]:
     return {"gained": tuned & ~base, "kept": base & tuned, "lost": base & ~tuned}
 
 
-def expected_jaccard(first, second, pool) -> float:
+def chance_jaccard(first, second, pool) -> float:
     """Expected Jaccard of two random sets of `first` [L] and `second` [L] members per layer, each drawn from the same
     `pool` [L] components of its layer: exact, by the distribution of their common members (sum of hypergeometrics).
 
-    >>> round(expected_jaccard([1], [1], [4]), 3)
+    >>> round(chance_jaccard([1], [1], [4]), 3)
     0.25
     """
     first, second, pool = (np.asarray(x, int) for x in (first, second, pool))
@@ -49,7 +49,7 @@ def common_gain(base, one, two, layers: int) -> np.ndarray:
     for old, a, b in zip(base, one & ~base, two & ~base, strict=True):
         if (a | b).any():
             sizes = [x.reshape(layers, -1).sum(1) for x in (a, b, ~old)]
-            found.append([(a & b).sum() / (a | b).sum(), expected_jaccard(*sizes)])
+            found.append([(a & b).sum() / (a | b).sum(), chance_jaccard(*sizes)])
     return np.array(found).reshape(-1, 2)
 
 

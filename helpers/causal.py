@@ -7,6 +7,7 @@ on). An interval draws rows within groups with replacement and, independently, t
 
 import numpy as np
 
+from helpers.overlap import within_between
 from helpers.record import UserError
 from helpers.stats import paired_effect, permutation_test, plus_one, resample_weights
 
@@ -111,7 +112,7 @@ def specificity(own, everywhere, labels, halves, resamples=2000, seed=0) -> dict
         for c, row in enumerate(member * (halves == half)):
             x = np.einsum("rn,nes->rse", weights * row, everywhere, optimize=True)
             means[:, c] -= (x * picked).sum(-1)
-    replicates = beyond(means / total[..., None])
+    replicates = within_between(means / total[..., None])["gap"]
     test = permutation_test(lambda shuffled: label_statistic(difference, shuffled), labels, None, resamples, seed)
     return {"specificity": float(label_statistic(difference, labels[None])[0]), "specificity_ci": interval(replicates),
             "p": float(test.p), "p_sets_specificity": swapped(difference, labels, halves, resamples, seed),
@@ -133,13 +134,7 @@ def swapped(difference, labels, halves, resamples=2000, seed=0) -> float:
 def label_statistic(difference, labels) -> np.ndarray:
     """Diagonal minus off-diagonal mean under labels [R, n] of the rows of difference [n, C]: [R]."""
     member = (np.asarray(labels)[:, None] == np.arange(difference.shape[1])[:, None]).astype(float)
-    return beyond(member @ difference / member.sum(-1, keepdims=True))
-
-
-def beyond(means) -> np.ndarray:
-    """Mean of the diagonal minus mean of the rest, of square matrices [..., C, C]."""
-    size, diagonal = means.shape[-1], np.trace(means, axis1=-2, axis2=-1)
-    return diagonal / size - (means.sum((-2, -1)) - diagonal) / (size * (size - 1))
+    return within_between(member @ difference / member.sum(-1, keepdims=True))["gap"]
 
 
 def interval(replicates) -> list[float]:

@@ -25,7 +25,8 @@ def measure(loaded, profile, rows, own: dict, controls: dict, operator: str = "z
     "everywhere": [n, everywhere, C], "labels": [n]}.
 
     own: {name: mask}, on all rows. controls: {kind: {category: [masks]}}, each on its own category's rows alone; the
-    first `everywhere` draws of the first kind also on all rows. `options` go to `ablate`.
+    first `everywhere` draws of the first kind also on all rows. `options` go to `ablate`. A single set may be dead;
+    raises RuntimeError if none of them changed any loss.
     """
     def run(at, masks):
         return ablation_matrix(*loaded, profile, at, masks, operator, allow_inert=True, **options).to_numpy()
@@ -42,6 +43,8 @@ def measure(loaded, profile, rows, own: dict, controls: dict, operator: str = "z
     if everywhere:
         masks = {(d, category): first[category][d] for d in range(everywhere) for category in first}
         found["everywhere"] = run(rows, masks).reshape(len(rows), everywhere, -1)
+    if not any(increase.any() for increase in found.values()):
+        raise RuntimeError(f"{operator!r} of {len(own)} sets and their controls changed no loss: it missed the model.")
     return found | {"labels": codes(labels).astype(np.int32)}
 
 
@@ -122,13 +125,14 @@ def cells(profile, rows, scores=None, sizes=None, pairs=None, loaded=None, count
             profile, rows, have, model, chosen, needed[half]) for half, chosen in from_half.items()}
         for half, score, size in sorted(missing, key=lambda cell: (cell[2] != profile.epsilon, cell[2])):
             path = cell_path(profile, pair.name, score, size, half)
-            if path.with_suffix(".json").exists():               # another process was here
-                out[pair.name, score, size, half] = read_tensors(path)
+            want = expected(profile, pair, rows, score, size, half)
+            try:
+                out[pair.name, score, size, half] = read_tensors(path, want)         # another process was here
                 continue
-            arrays, found = compute(profile, pair, rows, have, model, half, ranks[half], score, size)
-            found |= expected(profile, pair, rows, score, size, half) | {"made_with": versions()}
-            write_tensors(path, arrays, found)
-            out[pair.name, score, size, half] = read_tensors(path)
+            except DamagedFile:
+                arrays, found = compute(profile, pair, rows, have, model, half, ranks[half], score, size)
+            write_tensors(path, arrays, found | want | {"made_with": versions()})
+            out[pair.name, score, size, half] = read_tensors(path, want)
             if say:
                 say(f"{pair.name} {score} {size:g} on {half}")
     return out

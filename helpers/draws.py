@@ -198,7 +198,7 @@ def similarities(drawn: Drawn, unit: str, rule: str = "quantile"):
     """Yield the pairwise similarity of each draw, float32 [I', I']: Jaccard of sets, or Jensen-Shannon of routing."""
     if unit == "experts":
         for d in range(drawn.routed.shape[1]):
-            yield routing_similarity(drawn.routed[:, d])
+            yield equal_routing_similarity(drawn.routed[:, d])
         return
     width = len(drawn.total[unit])
     for d in range(drawn.sets[unit][rule].shape[1]):
@@ -208,7 +208,7 @@ def similarities(drawn: Drawn, unit: str, rule: str = "quantile"):
         yield jaccard_matrix(sets)
 
 
-def routing_similarity(routed) -> np.ndarray:
+def equal_routing_similarity(routed) -> np.ndarray:
     """overlap.routing_similarity for profiles of equal totals, counts [I, L, E] -> float32 [I, I]: as counts are few
     whole numbers, the entropies of all mixtures are one product of a table's rows with one-hot counts."""
     layers, n, most = routed.shape[1], int(routed[0, 0].sum()), int(routed.max()) + 1
@@ -234,5 +234,5 @@ def null_similarity(drawn: Drawn, unit: str, epsilon: float, rule: str = "quanti
     off, means = ~np.eye(len(drawn.rows), dtype=bool), []
     for d in range(drawn.routed.shape[1]):
         redrawn = nulls.redraw_routing(drawn.routed[:, d], np.full(len(drawn.rows), drawn.size), [seed, d])
-        means.append(routing_similarity(redrawn)[off].mean(dtype=float))
+        means.append(equal_routing_similarity(redrawn)[off].mean(dtype=float))
     return np.float32(np.mean(means))

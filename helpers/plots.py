@@ -37,7 +37,8 @@ def _matrix(ax, table, row, column, value, cmap, norm, annot, fmt):
     ax.tick_params(axis="x", rotation=0)
 
 
-def _panels(table, panel, size, ncols=None, **axes):
+def panels_of(table, panel, size, ncols=None, **axes):
+    """A figure with one axes, `size` inches each, per value of a column: (figure, [(axes, value)])."""
     names = list(pd.unique(table[panel]))
     ncols = ncols or len(names)
     nrows = -(-len(names) // ncols)
@@ -61,7 +62,7 @@ def lengths(table: pd.DataFrame) -> Figure:
 
 def frequencies(table: pd.DataFrame) -> Figure:
     """Activation-frequency distribution; columns pair, model, p, share; `model` = "null" is drawn grey and dashed."""
-    fig, panels = _panels(table, "pair", (4.6, 3.4), sharey=True)
+    fig, panels = panels_of(table, "pair", (4.6, 3.4), sharey=True)
     for ax, pair in panels:
         for i, (model, part) in enumerate(table[table["pair"] == pair].groupby("model", sort=False)):
             style = NULL if model.startswith("null") else {"color": list(COLOURS.values())[i], "linewidth": 2}
@@ -77,7 +78,7 @@ def layer_share(table: pd.DataFrame, null: str) -> Figure:
 
     Rows whose category is none of the six (the base, an untrained twin) are drawn grey and dotted.
     """
-    fig, panels = _panels(table, "pair", (4.4, 3.4), sharey=True)
+    fig, panels = panels_of(table, "pair", (4.4, 3.4), sharey=True)
     for ax, pair in panels:
         part = table[table["pair"] == pair]
         for category in CATEGORIES:
@@ -97,7 +98,7 @@ def layer_share(table: pd.DataFrame, null: str) -> Figure:
 
 def sweep(table: pd.DataFrame, x: str, value: str, null: str, panel: str = "pair") -> Figure:
     """A statistic along a sweep, beside its null; columns `panel`, line, `x`, `value`, `null`."""
-    fig, panels = _panels(table, panel, (4.4, 3.4), sharey=True)
+    fig, panels = panels_of(table, panel, (4.4, 3.4), sharey=True)
     for ax, name in panels:
         for i, (line, part) in enumerate(table[table[panel] == name].groupby("line", sort=False)):
             colour = list(COLOURS.values())[i]
@@ -132,7 +133,7 @@ def matrices(table: pd.DataFrame, row: str, column: str, value: str, signed=(), 
 
     Panels of one kind whose names agree up to the colon share one colour scale.
     """
-    fig, panels = _panels(table, "panel", (4.3, 3.7), ncols=ncols)
+    fig, panels = panels_of(table, "panel", (4.3, 3.7), ncols=ncols)
     group = table["panel"].str.split(":").str[0]
     reach = table[value].abs().groupby([group, table["panel"].isin(signed)]).max()
     for ax, name in panels:
@@ -147,7 +148,7 @@ def matrices(table: pd.DataFrame, row: str, column: str, value: str, signed=(), 
 
 def membership(table: pd.DataFrame) -> Figure:
     """In how many categories a component stands; columns pair, number (1..6), share, null."""
-    fig, panels = _panels(table, "pair", (4.2, 3.3), sharey=True)
+    fig, panels = panels_of(table, "pair", (4.2, 3.3), sharey=True)
     for ax, pair in panels:
         part = table[table["pair"] == pair]
         ax.bar(part["number"], part["share"], color="#0072B2", label="observed")
@@ -160,7 +161,7 @@ def membership(table: pd.DataFrame) -> Figure:
 
 def alteration(table: pd.DataFrame) -> Figure:
     """Similarity of base and tuned per layer; columns panel, layer, similarity, low, high, floor (split-half)."""
-    fig, panels = _panels(table, "panel", (4.4, 3.3), sharey=True)
+    fig, panels = panels_of(table, "panel", (4.4, 3.3), sharey=True)
     for ax, name in panels:
         part = table[table["panel"] == name]
         ax.fill_between(part["layer"], part["low"], part["high"], color="#0072B2", alpha=0.2)

@@ -5,22 +5,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from helpers.config import SCORES
 from helpers.hexainst import CATEGORIES
-from helpers.plots import COLOURS, MARKERS, NULL
+from helpers.plots import COLOURS, MARKERS, NULL, panels_of
 
-SCORE_COLOURS = dict(zip(("frequency", "lape", "contrast", "attribution", "contribution", "contribution-response"),
-                         ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7"), strict=True))
-
-
-def _axes(names, size, **options):
-    fig, grid = plt.subplots(1, len(names), figsize=(size[0] * len(names), size[1]), squeeze=False, **options)
-    return fig, list(zip(grid.flat, names, strict=True))
+SCORE_COLOURS = dict(zip(SCORES, ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7"), strict=True))
 
 
 def dose(table: pd.DataFrame) -> Figure:
     """Damage against the share ablated; columns pair, line, share, increase, low, high. Lines that begin with "null"
     are grey and dashed."""
-    fig, panels = _axes(list(pd.unique(table["pair"])), (4.8, 3.6), sharey=True)
+    fig, panels = panels_of(table, "pair", (4.8, 3.6), sharey=True)
     for ax, pair in panels:
         nulls = 0
         for line, part in table[table["pair"] == pair].groupby("line", sort=False):
@@ -46,7 +41,7 @@ def dose(table: pd.DataFrame) -> Figure:
 def league(table: pd.DataFrame) -> Figure:
     """Scores by what their sets do beyond the hardest control; columns pair, score, size, critical, critical_low,
     critical_high, sees_reference. Shades: sizes."""
-    fig, panels = _axes(list(pd.unique(table["pair"])), (5.0, 4.0), sharey=True, sharex=True)
+    fig, panels = panels_of(table, "pair", (5.0, 4.0), sharey=True, sharex=True)
     sizes, scores = sorted(table["size"].unique()), list(pd.unique(table["score"]))
     shades = plt.cm.viridis(np.linspace(0.9, 0.05, len(sizes)))
     marks = table.drop_duplicates("score").set_index("score")["sees_reference"]
@@ -70,7 +65,7 @@ def league(table: pd.DataFrame) -> Figure:
 def damage(table: pd.DataFrame) -> Figure:
     """General against specific damage, a point per category's set; columns pair, score, category, plain, own; `score`
     "null: random" in grey."""
-    fig, panels = _axes(list(pd.unique(table["pair"])), (4.8, 3.9))
+    fig, panels = panels_of(table, "pair", (4.8, 3.9))
     for ax, pair in panels:
         for score, part in table[table["pair"] == pair].groupby("score", sort=False):
             null = score.startswith("null")

@@ -6,19 +6,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers.hexainst import CATEGORIES
-from helpers.plots import COLOURS, MARKERS, NULL
+from helpers.plots import COLOURS, MARKERS, NULL, panels_of
 
 FATE = {"kept": "#0072B2", "gained": "#009E73", "lost": "#D55E00"}
 
 
-def _grid(table, panel, size, ncols=None, **axes):
-    names = list(pd.unique(table[panel]))
-    ncols = ncols or (len(names) if len(names) <= 3 else 2)
-    fig, grid = plt.subplots(-(-len(names) // ncols), ncols, squeeze=False, **axes,
-                             figsize=(size[0] * ncols, size[1] * -(-len(names) // ncols)))
-    for ax in grid.ravel()[len(names):]:
-        ax.set_visible(False)
-    return fig, [(ax, name, table[table[panel] == name]) for ax, name in zip(grid.ravel(), names, strict=False)]
+def _grid(table, panel, size, **axes):
+    """As panels_of, two panels in a row if there are more than three, with each panel's part of the table."""
+    fig, panels = panels_of(table, panel, size, 2 if table[panel].nunique() > 3 else None, **axes)
+    return fig, [(ax, name, table[table[panel] == name]) for ax, name in panels]
 
 
 def layers(table: pd.DataFrame) -> Figure:

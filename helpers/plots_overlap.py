@@ -5,22 +5,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from helpers.plots import COLOURS, NULL
-
-
-def _axes(names, size, columns, **options):
-    rows = -(-len(names) // columns)
-    fig, grid = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False, **options)
-    for ax in grid.flat[len(names):]:
-        ax.set_visible(False)
-    return fig, list(zip(grid.flat, names, strict=False))
+from helpers.plots import COLOURS, NULL, panels_of
 
 
 def waterfall(table: pd.DataFrame) -> Figure:
     """What each control leaves of the gap; columns panel, step, half, left, low, high. The line at 0: nothing."""
-    names, steps = list(pd.unique(table["panel"])), list(pd.unique(table["step"]))
-    fig, panels = _axes(names, (5.6, 3.4), 2, sharex=True)
-    halves = list(pd.unique(table["half"]))
+    steps, halves = (list(pd.unique(table[name])) for name in ("step", "half"))
+    fig, panels = panels_of(table, "panel", (5.6, 3.4), 2, sharex=True)
     for ax, name in panels:
         for n, half in enumerate(halves):
             part = table[(table["panel"] == name) & (table["half"] == half)]
@@ -44,7 +35,7 @@ def waterfall(table: pd.DataFrame) -> Figure:
 def sensitivity(table: pd.DataFrame) -> Figure:
     """Heat maps over epsilon and tau; columns panel, epsilon, tau, value, null, components. Each cell: value, below it
     its null and of how many components; "no set" where no component is in any set."""
-    fig, panels = _axes(list(pd.unique(table["panel"])), (5.2, 3.4), 2)
+    fig, panels = panels_of(table, "panel", (5.2, 3.4), 2)
     most = (table["value"] - table["null"]).abs().max()
     for ax, name in panels:
         part = table[table["panel"] == name]
@@ -66,7 +57,7 @@ def sensitivity(table: pd.DataFrame) -> Figure:
 def layers(table: pd.DataFrame) -> Figure:
     """Shares of each layer's components; columns panel, kind, layer, share, null, low, high (95 % of the null), marked
     (a star: Benjamini-Hochberg over layers below 0.05)."""
-    fig, panels = _axes(list(pd.unique(table["panel"])), (4.3, 3.2), 2)
+    fig, panels = panels_of(table, "panel", (4.3, 3.2), 2)
     colours, styles = (dict(zip(pd.unique(table["kind"]), values, strict=False))
                        for values in (("#0072B2", "#D55E00"), ("--", ":")))
     for ax, name in panels:

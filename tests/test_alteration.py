@@ -5,13 +5,13 @@ import pytest
 from scipy.stats import spearmanr
 
 from helpers.alteration import (
+    chance_jaccard,
     change_correlation,
     changes,
     common_gain,
     cross_correlation,
     crossing,
     crossings,
-    expected_jaccard,
     layer_rank_correlation,
     lead,
     shares,
@@ -30,7 +30,7 @@ def test_changes_split_the_union():
 
 
 @pytest.mark.parametrize("sizes", [([3, 0, 9], [5, 2, 4], [12, 20, 10]), ([1, 1], [1, 0], [2, 2])])
-def test_expected_jaccard_agrees_with_monte_carlo(sizes):
+def test_chance_jaccard_agrees_with_monte_carlo(sizes):
     rng, draws = np.random.default_rng(0), 20_000
     shared = np.zeros(draws)
     for a, b, n in zip(*sizes, strict=True):
@@ -38,9 +38,9 @@ def test_expected_jaccard_agrees_with_monte_carlo(sizes):
         shared += (one & two).sum(1)
     total = sum(sizes[0]) + sum(sizes[1])
     simulated = shared / (total - shared)
-    assert expected_jaccard(*sizes) == pytest.approx(simulated.mean(), abs=4 * simulated.std() / draws ** 0.5)
+    assert chance_jaccard(*sizes) == pytest.approx(simulated.mean(), abs=4 * simulated.std() / draws ** 0.5)
     with pytest.raises(UserError, match="fit into their pools"):
-        expected_jaccard([3], [1], [2])
+        chance_jaccard([3], [1], [2])
 
 
 def test_common_gain_by_hand_and_its_expectation_is_calibrated():

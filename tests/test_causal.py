@@ -7,11 +7,11 @@ import pytest
 
 from helpers.causal import (
     POWER,
-    beyond,
     critical,
     drawn_means,
     exchange,
     group_mean,
+    label_statistic,
     slope_of,
     slopes,
     specificity,
@@ -129,7 +129,7 @@ def test_exchange_and_beyond_on_cases_by_hand():
     own, control = np.ones(60), np.zeros((60, 4))
     assert exchange(own, control, GROUPS, 999) <= 0.01                    # 5 ** -6 places give as much
     assert exchange(np.zeros(60), control, GROUPS, 99) == 1.0
-    assert beyond(np.eye(3) * 2) == 2 and beyond(np.ones((2, 3, 3))).tolist() == [0, 0]
+    assert label_statistic(np.eye(3) * 2, np.arange(3)[None]) == 2 and label_statistic(np.ones((3, 3)), np.arange(3)[None]) == 0
 
 
 def test_controls_of_other_rows_are_refused():

@@ -12,7 +12,7 @@ from helpers import nulls, overlap
 from helpers.capture import count_encoded
 from helpers.components import PackedSets, nominal_size, top_sets
 from helpers.config import Pair, Profile
-from helpers.draws import cut, draw, draw_counts, null_similarity, places, routing_similarity, similarities
+from helpers.draws import cut, draw, draw_counts, equal_routing_similarity, null_similarity, places, similarities
 from helpers.models import Encoded, encode
 from helpers.record import NotTestable, RecordMismatch, UserError
 
@@ -72,9 +72,9 @@ def test_cut_is_top_sets(rule):
 
 def test_routing_similarity_of_equal_totals_is_the_general_one():
     routed = np.random.default_rng(0).multinomial(8, np.full(5, 0.2), (30, 3)).astype(np.uint8)
-    assert np.allclose(routing_similarity(routed), overlap.routing_similarity(routed), atol=1e-5)
+    assert np.allclose(equal_routing_similarity(routed), overlap.routing_similarity(routed), atol=1e-5)
     with pytest.raises(UserError, match="different totals"):
-        routing_similarity(routed * np.r_[2, np.ones(29, int)][:, None, None])
+        equal_routing_similarity(routed * np.r_[2, np.ones(29, int)][:, None, None])
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_nulls_at_equal_length(setting):
     constant = null_similarity(drawn, "experts", profile.epsilon)
     routed = drawn.routed[:, 0]
     redrawn = nulls.redraw_routing(routed, np.full(len(routed), SIZE), 1)
-    assert constant.shape == () and abs(constant - routing_similarity(redrawn).mean()) < 0.1
+    assert constant.shape == () and abs(constant - equal_routing_similarity(redrawn).mean()) < 0.1
 
 
 def test_too_short_instructions_are_not_testable(setting):

@@ -65,18 +65,28 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, folder, monkey
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
-def test_a_damaged_cell_is_computed_again_and_one_of_other_settings_is_refused(world, folder):
+@pytest.mark.parametrize("record", ["whole", "gone"])
+def test_a_damaged_cell_is_computed_again_and_one_of_other_settings_is_refused(world, folder, record):
     profile, rows, ready = world
     few = {"sizes": [0.1]}
     cells(profile, rows, **few, **ready)
     before = contents(folder)
     path = next(folder.rglob("*.safetensors"))
     path.write_bytes(b"half")
-    path.with_suffix(".json").unlink()
+    if record == "gone":
+        path.with_suffix(".json").unlink()
     cells(profile, rows, **few, **ready)
     assert contents(folder) == before
     with pytest.raises(RecordMismatch, match="draws = 1, this run has 4"):
         cells(Profile(pairs=profile.pairs, **PROFILE | {"controls_elsewhere": 4}), rows, **few, **ready)
+
+
+def test_ablations_that_never_act_are_an_error_and_no_zero_effect(world):
+    profile, rows, ready = world
+    here = measured_rows(profile, rows, rows["fold"].iloc[0])
+    nothing = {"dense": np.zeros_like(ready["counts"]["pair"].neurons["dense"][0], bool)}
+    with pytest.raises(RuntimeError, match="changed no loss"):
+        room.measure(ready["loaded"]["pair"], profile, here, {}, {"random": dict.fromkeys(CATEGORIES, [nothing])})
 
 
 def test_tables_say_what_the_cells_say_and_the_committed_ones_come_back(world, folder):

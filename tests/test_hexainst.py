@@ -240,10 +240,6 @@ def test_every_shipped_row_is_sound(name):
     assert validate(HEXAINST / f"{name}.jsonl")[1] == []
 
 
-needs_ai = pytest.mark.skipif("ai" not in SHIPPED, reason="data/hexainst/ai.jsonl is not there")
-
-
-@needs_ai
 def test_the_ai_half_is_varied():
     rows = load_hexainst("ai")
     tags = pd.DataFrame(rows["tags"].tolist()).assign(category=rows["category"])
@@ -256,7 +252,6 @@ def test_the_ai_half_is_varied():
     assert tags.groupby("category")["difficulty"].value_counts().min() >= 15
 
 
-@needs_ai
 def test_the_ai_half_has_no_near_duplicates_and_a_matched_subset():
     rows = load_hexainst()
     assert corpus.near_duplicates(rows, 0.6).empty
@@ -266,7 +261,6 @@ def test_the_ai_half_has_no_near_duplicates_and_a_matched_subset():
     assert long.mean().max() / long.mean().min() <= subset.attrs["ratio"]["ai"] + 1e-9
 
 
-@needs_ai
 def test_other_rows_answers_fail():
     """A reference of another category never passes (beyond the validator's WRONG answers and the echo)."""
     rows = load_hexainst("ai").to_dict("records")
@@ -276,7 +270,6 @@ def test_other_rows_answers_fail():
     assert passed == []
 
 
-@needs_ai
 def test_every_row_fails_an_obviously_wrong_answer():
     """None of them is exempt: a shrug, noise, the row's own words, its input; for programs, one that does nothing."""
     for row in load_hexainst("ai").to_dict("records"):
@@ -290,7 +283,6 @@ def test_every_row_fails_an_obviously_wrong_answer():
 PROBES = json.loads((ROOT / "tests" / "hexainst_probes.json").read_text("utf-8"))
 
 
-@needs_ai
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_right_answers_in_other_words_pass_and_plausible_wrong_ones_fail(category):
     """Answers written by the second reader for the random sample and the replaced rows (data/hexainst/review.json)."""
@@ -322,7 +314,6 @@ def test_no_row_is_another_with_a_number_or_a_name_swapped(half):
     assert corpus.near_duplicates(rows.assign(instruction=texts, input=""), 0.6).empty
 
 
-@needs_ai
 def test_export_to_parquet(tmp_path):
     full, subset, card = hexainst.export(tmp_path)
     rows = pd.read_parquet(full)
