@@ -22,7 +22,7 @@ export PYTHONUTF8 = 1
 export JUPYTER_PREFER_ENV_PATH = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce test lint refresh models trajectory grid bench bench-peers bench-analysis plan hexainst-human clean
+.PHONY: help env lab reproduce test lint refresh models trajectory grid bench bench-peers bench-analysis plan hexainst-human clean
 
 help: ## print this list
 	@echo "make TARGET [PROFILE=$(PROFILE)]"; grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -41,8 +41,11 @@ endif
 	echo "$(CURDIR)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sparcom.pth"
 	touch $@
 
+lab: $(READY) ## open the notebooks in JupyterLab, with this environment's kernel
+	$(PY) -m jupyterlab --notebook-dir=notebooks 00_start_here.ipynb
+
 reproduce: $(READY) ## run the whole chain headless; results in data/results/PROFILE, figures in figures/PROFILE
-	$(PY) -m helpers.chain run --profile $(PROFILE) $(CHAIN)
+	$(PY) -m helpers.run chain --profile $(PROFILE) $(CHAIN)
 
 test: $(READY) lint ## unit tests, then strict nbval over the committed notebooks
 	$(PY) -m pytest -n 2 --dist loadfile tests helpers
@@ -51,23 +54,23 @@ test: $(READY) lint ## unit tests, then strict nbval over the committed notebook
 	$(call NBVAL,$(LAST))
 
 lint: $(READY) ## ruff over code and notebooks
-	$(PY) -m ruff check --quiet .
+	$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
 
 refresh: $(READY) ## re-execute the committed notebooks in place (profile tiny) and make them canonical
-	$(PY) -m helpers.chain refresh $(CHAIN)
+	$(PY) -m helpers.run refresh $(CHAIN)
 
 models: $(READY) ## retrain the tiny models from nothing (more than an hour on one core)
-	for m in $(MODELS); do $(PY) -m helpers.training --pair $${m%:*} --seed $${m#*:} || exit 1; done
+	for m in $(MODELS); do $(PY) -m helpers.run train --pair $${m%:*} --seed $${m#*:} || exit 1; done
 
 trajectory: $(READY) ## tune the tiny bases again with checkpoints kept and measured; writes data/trajectory (an hour of one core)
-	$(PY) -m helpers.trajectory --pair tiny-dense
-	$(PY) -m helpers.trajectory --pair tiny-dense --seed 1
-	$(PY) -m helpers.trajectory --pair tiny-dense --regime lora
-	$(PY) -m helpers.trajectory --pair tiny-moe
-	$(PY) -m helpers.trajectory --pair tiny-moe --seed 1
+	$(PY) -m helpers.run trajectory --pair tiny-dense
+	$(PY) -m helpers.run trajectory --pair tiny-dense --seed 1
+	$(PY) -m helpers.run trajectory --pair tiny-dense --regime lora
+	$(PY) -m helpers.run trajectory --pair tiny-moe
+	$(PY) -m helpers.run trajectory --pair tiny-moe --seed 1
 
 grid: $(READY) ## the whole grid of ablations, three dense seeds and the sparse pair; writes data/grid (half an hour of one core, resumes)
-	$(PY) -m helpers.grid --profile tiny-full
+	$(PY) -m helpers.run grid --profile tiny-full
 
 bench: $(READY) ## cost of capture as ratios in one run; writes data/results/bench.json
 	$(PY) -m tests.bench
@@ -81,10 +84,10 @@ bench-analysis: $(READY) ## analysis at the paper's scale: 1,200 instructions, u
 	$(PY) -m tests.bench --analysis
 
 plan: $(READY) ## what PROFILE will cost: neurons, passes, disk
-	$(PY) -m helpers.plan --profile $(PROFILE)
+	$(PY) -m helpers.run plan --profile $(PROFILE)
 
 hexainst-human: $(READY) ## fetch the human half's sources and build data/hexainst/human.jsonl
-	$(PY) -m helpers.human
+	$(PY) -m helpers.run human
 
 clean: ## delete PROFILE's results (asks first)
 	@printf 'Delete data/results/$(PROFILE)? Counts may take long to compute again. [y/N] '; read answer; \

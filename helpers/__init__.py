@@ -1,1 +1,1 @@
-"""Machinery behind the notebooks: flat, thin, imported downward only (paths -> ... -> chain)."""
+"""SPARCOM: which neurons and experts of a language model serve which kind of instruction."""

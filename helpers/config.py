@@ -8,15 +8,17 @@ from difflib import get_close_matches
 import numpy as np
 import yaml
 
-from helpers.paths import PROFILES, short
-from helpers.record import UserError
+from .paths import PROFILES, short
+from .record import UserError
 
 SCORES = ("frequency", "lape", "contrast", "attribution", "contribution", "contribution-response")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A base model and the model tuned from it: local folders (relative to the repository) or hub ids."""
+    """A base model and the model tuned from it: local folders (relative to the repository) or hub
+    ids.
+    """
 
     name: str
     base: str
@@ -58,7 +60,13 @@ class Profile:
     sizes: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
-KINDS = {int: (int,), float: (int, float), str: (str,), bool: (bool,), str | None: (str, type(None))}
+KINDS = {
+    int: (int,),
+    float: (int, float),
+    str: (str,),
+    bool: (bool,),
+    str | None: (str, type(None)),
+}
 
 
 def _build(kind, values: dict, where: str):
@@ -66,25 +74,34 @@ def _build(kind, values: dict, where: str):
     for key in values:
         if key not in known:
             close = get_close_matches(str(key), known, 1)
-            raise UserError(f"{where}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else ".")
-                            + f" Known keys: {', '.join(sorted(known))}.")
-    missing = [f.name for f in dataclasses.fields(kind)
-               if f.default is dataclasses.MISSING and f.name not in values]
+            raise UserError(
+                f"{where}: unknown key {key!r}"
+                + (f", did you mean {close[0]!r}?" if close else ".")
+                + f" Known keys: {', '.join(sorted(known))}."
+            )
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.name not in values
+    ]
     if missing:
         raise UserError(f"{where}: {', '.join(missing)} missing. Add it to the file.")
     typed = {f.name: f.type for f in dataclasses.fields(kind)}
     for key, value in values.items():
         kinds = KINDS.get(typed[key], (list, tuple))
         if not isinstance(value, kinds) or (typed[key] is not bool and isinstance(value, bool)):
-            raise UserError(f"{where}: {key} is {value!r}, expected {' or '.join(k.__name__ for k in kinds)}.")
+            raise UserError(
+                f"{where}: {key} is {value!r}, expected {' or '.join(k.__name__ for k in kinds)}."
+            )
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def load_profile(name: str, **overrides) -> Profile:
-    """Read notebooks/profiles/<name>.yaml; `overrides` replace single keys (None means: keep the file's).
+    """Read notebooks/profiles/<name>.yaml; `overrides` replace single keys (None means: keep the
+    file's).
 
-    Raises UserError for an unknown profile, an unknown or ill-typed key, a share or number out of range, two pairs of
-    one name.
+    Raises UserError for an unknown profile, an unknown or ill-typed key, a share or number out of
+    range, two pairs of one name.
 
     >>> load_profile("tiny").epsilon
     0.05
@@ -92,31 +109,55 @@ def load_profile(name: str, **overrides) -> Profile:
     path = PROFILES / f"{name}.yaml"
     if not path.is_file():
         have = sorted(p.stem for p in PROFILES.glob("*.yaml"))
-        raise UserError(f"unknown profile {name!r}: {short(path)} does not exist. Profiles: {', '.join(have)}. "
-                        "Copy own-model.yaml to make one.")
+        raise UserError(
+            f"unknown profile {name!r}: {short(path)} does not exist. Profiles: {', '.join(have)}. "
+            "Copy own-model.yaml to make one."
+        )
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise UserError(f"{short(path)} is not valid YAML: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("pairs"), list) or not values["pairs"]:
+    if (
+        not isinstance(values, dict)
+        or not isinstance(values.get("pairs"), list)
+        or not values["pairs"]
+    ):
         raise UserError(f"{short(path)}: expected keys and values with a non-empty list `pairs`.")
     values |= {key: value for key, value in overrides.items() if value is not None}
-    values["pairs"] = tuple(p if isinstance(p, Pair) else _build(Pair, p, f"{short(path)}, pairs")
-                            for p in values["pairs"])
+    values["pairs"] = tuple(
+        p if isinstance(p, Pair) else _build(Pair, p, f"{short(path)}, pairs")
+        for p in values["pairs"]
+    )
     profile = _build(Profile, values | {"name": name}, short(path))
-    for key, most in (("epsilon", 0.99), ("epsilons", 0.99), ("sizes", 0.99), ("tau", 1), ("taus", 1)):
+    for key, most in (
+        ("epsilon", 0.99),
+        ("epsilons", 0.99),
+        ("sizes", 0.99),
+        ("tau", 1),
+        ("taus", 1),
+    ):
         for share in np.atleast_1d(np.array(getattr(profile, key), dtype=object)):
             if isinstance(share, str) or not 0 < share <= most:
-                raise UserError(f"{short(path)}: {key} holds {share!r}, expected a share in (0, {most}].")
+                raise UserError(
+                    f"{short(path)}: {key} holds {share!r}, expected a share in (0, {most}]."
+                )
     for field in dataclasses.fields(Profile):
         if field.type is int and getattr(profile, field.name) < (field.name != "seed"):
-            raise UserError(f"{short(path)}: {field.name} is {getattr(profile, field.name)}, expected 1 or more.")
+            raise UserError(
+                f"{short(path)}: {field.name} is {getattr(profile, field.name)}, expected 1 or more."
+            )
     names = [pair.name for pair in profile.pairs]
     if len(set(names)) < len(names) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
-        raise UserError(f"{short(path)}: pairs are named {names}; expected different names of letters, digits, "
-                        "'.', '_' and '-': each names a folder.")
+        raise UserError(
+            f"{short(path)}: pairs are named {names}; expected different names of letters, digits, "
+            "'.', '_' and '-': each names a folder."
+        )
     if unknown := set(profile.scores) - set(SCORES):
-        raise UserError(f"{short(path)}: scores holds {sorted(unknown)}. Known: {', '.join(SCORES)}.")
+        raise UserError(
+            f"{short(path)}: scores holds {sorted(unknown)}. Known: {', '.join(SCORES)}."
+        )
     if "{instruction}" not in profile.template:
-        raise UserError(f"{short(path)}: template {profile.template!r} has no {{instruction}} in it.")
+        raise UserError(
+            f"{short(path)}: template {profile.template!r} has no {{instruction}} in it."
+        )
     return profile

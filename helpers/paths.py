@@ -18,7 +18,9 @@ def results_dir(profile: str) -> Path:
 
 
 def counts_dir(profile: str, pair: str, variant: str, positions: str) -> Path:
-    """Folder of the counts of one model (`variant`: base or tuned) at one kind of token `positions`."""
+    """Folder of the counts of one model (`variant`: base or tuned) at one kind of token
+    `positions`.
+    """
     return results_dir(profile) / pair / variant / positions
 
 

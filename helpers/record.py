@@ -1,6 +1,7 @@
-"""Files that can be trusted: written whole or not at all, and never read under another setting than they were made."""
+"""Files that can be trusted: written whole or not at all, and never read under another setting
+than they were made.
+"""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -14,9 +15,18 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from helpers.paths import results_dir, short
+from .paths import short
 
-PACKAGES = ("torch", "transformers", "numpy", "pandas", "scipy", "statsmodels", "safetensors", "tokenizers")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "numpy",
+    "pandas",
+    "scipy",
+    "statsmodels",
+    "safetensors",
+    "tokenizers",
+)
 
 
 class UserError(Exception):
@@ -28,7 +38,9 @@ class UserError(Exception):
 
 
 class NotTestable(UserError):
-    """The data at hand cannot answer: too few instructions, nothing that varies, an empty set, one half only."""
+    """The data at hand cannot answer: too few instructions, nothing that varies, an empty set, one
+    half only.
+    """
 
 
 class RecordMismatch(UserError):
@@ -51,10 +63,14 @@ def atomic(path):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+        )
     except OSError as error:
-        raise UserError(f"cannot write {short(path)}: {error.strerror}. Free the disk or make the folder "
-                        "writable, then run again; what was finished is kept.") from error
+        raise UserError(
+            f"cannot write {short(path)}: {error.strerror}. Free the disk or make the folder "
+            "writable, then run again; what was finished is kept."
+        ) from error
     os.close(handle)
     draft = Path(name)
     try:
@@ -64,8 +80,10 @@ def atomic(path):
         os.chmod(draft, 0o644)
         os.replace(draft, path)
     except OSError as error:
-        raise UserError(f"writing {short(path)} failed: {error.strerror or error}. Free the disk or make the folder "
-                        "writable, then run again; what was finished is kept.") from error
+        raise UserError(
+            f"writing {short(path)} failed: {error.strerror or error}. Free the disk or make the folder "
+            "writable, then run again; what was finished is kept."
+        ) from error
     finally:
         draft.unlink(missing_ok=True)
 
@@ -112,10 +130,14 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError as error:
-        raise DamagedFile(f"{short(path)} is missing: the notebook that writes it has not run for this profile. "
-                          "Run `make reproduce`, or the earlier notebooks in order.") from error
+        raise DamagedFile(
+            f"{short(path)} is missing: the notebook that writes it has not run for this profile. "
+            "Run `make reproduce`, or the earlier notebooks in order."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedFile(f"{short(path)} is not valid JSON ({error}). Delete it and run again.") from error
+        raise DamagedFile(
+            f"{short(path)} is not valid JSON ({error}). Delete it and run again."
+        ) from error
 
 
 def write_table(path, table) -> None:
@@ -125,7 +147,9 @@ def write_table(path, table) -> None:
 
 
 def write_tensors(path, arrays: dict[str, np.ndarray], record: dict) -> None:
-    """Write arrays as safetensors and, last, `record` plus the file's sha256 as JSON beside it (same stem)."""
+    """Write arrays as safetensors and, last, `record` plus the file's sha256 as JSON beside it
+    (same stem).
+    """
     path = Path(path)
     with atomic(path) as draft:
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, draft)
@@ -136,23 +160,29 @@ def write_tensors(path, arrays: dict[str, np.ndarray], record: dict) -> None:
 def read_tensors(path, expect: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """Read what `write_tensors` wrote: (arrays, record).
 
-    Raises DamagedFile when a file is missing or is not the one the record describes, RecordMismatch when a key of
-    `expect` differs from the record.
+    Raises DamagedFile when a file is missing or is not the one the record describes,
+    RecordMismatch when a key of `expect` differs from the record.
     """
     path = Path(path)
     record = read_json(path.with_suffix(".json"))
     verify(record, expect or {}, path)
     if not path.exists() or sha256(path) != record["sha256"]:
-        raise DamagedFile(f"{short(path)} is missing or truncated: its sha256 is not the one in "
-                          f"{path.with_suffix('.json').name}. Delete both and run again.")
+        raise DamagedFile(
+            f"{short(path)} is missing or truncated: its sha256 is not the one in "
+            f"{path.with_suffix('.json').name}. Delete both and run again."
+        )
     try:
         return load_file(path), record
     except SafetensorError as error:
-        raise DamagedFile(f"{short(path)} is no readable safetensors file ({error}). Delete it, run again.") from error
+        raise DamagedFile(
+            f"{short(path)} is no readable safetensors file ({error}). Delete it, run again."
+        ) from error
 
 
 def verify(record: dict, expect: dict, where) -> None:
-    """Raise RecordMismatch unless every key of `expect` stands in `record` with the same value; names what differs."""
+    """Raise RecordMismatch unless every key of `expect` stands in `record` with the same value;
+    names what differs.
+    """
     for key, value in expect.items():
         found = record.get(key)
         if found == value:
@@ -160,38 +190,7 @@ def verify(record: dict, expect: dict, where) -> None:
         if isinstance(found, dict) and isinstance(value, dict):
             name = min(k for k in found.keys() | value.keys() if found.get(k) != value.get(k))
             key, found, value = f"{key}.{name}", found.get(name), value.get(name)
-        raise RecordMismatch(f"{short(where)} was made with {key} = {found!r}, this run has {value!r}. "
-                             f"Delete {short(Path(where).parent)} to compute it anew, or use the former setting.")
-
-
-def stamp(profile) -> dict:
-    """What decides a profile's results: its name, its settings (as JSON has them) and the package versions."""
-    settings = json.loads(json.dumps(dataclasses.asdict(profile)))
-    return {"profile": profile.name, "settings": settings, "versions": versions()}
-
-
-def _part(profile, notebook: str) -> Path:
-    return results_dir(profile.name) / "summary" / f"{notebook}.json"
-
-
-def write_part(profile, notebook: str, pairs: dict[str, dict]) -> None:
-    """Write one notebook's headline numbers: {pair: {dotted key: number, list or text}}; floats to 6 decimals."""
-    def rounded(value):
-        if isinstance(value, dict):
-            return {k: rounded(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple, np.ndarray)):
-            return [rounded(v) for v in value]
-        return round(float(value), 6) if isinstance(value, (float, np.floating)) else value
-
-    write_json(_part(profile, notebook), stamp(profile) | {"pairs": rounded(pairs)})
-
-
-def read_parts(profile, notebooks) -> dict[str, dict]:
-    """The merged headline numbers of several notebooks: {pair: {key: value}}; refuses parts of other settings."""
-    merged = {pair.name: {} for pair in profile.pairs}
-    for notebook in notebooks:
-        part = read_json(_part(profile, notebook))
-        verify(part, stamp(profile), _part(profile, notebook))
-        for pair, numbers in part["pairs"].items():
-            merged[pair] |= numbers
-    return merged
+        raise RecordMismatch(
+            f"{short(where)} was made with {key} = {found!r}, this run has {value!r}. "
+            f"Delete {short(Path(where).parent)} to compute it anew, or use the former setting."
+        )

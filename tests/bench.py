@@ -1,9 +1,11 @@
-"""`make bench`: what capture and ablation cost, beside a plain forward pass, stored activations, nnsight, TransformerLens.
+"""`make bench`: what capture and ablation cost, beside a plain forward pass, stored activations,
+nnsight, TransformerLens.
 
-One process, one thread, methods interleaved. CPU seconds, because the machine may be shared, and for each method the
-median over the rounds of its ratio to the plain forward pass of the same round. Weights are random. Peers are
-measured where they are installed (`make bench-peers`). `--full`: the paper's shapes on a GPU. `--analysis`: sets, their
-overlaps and consensus at the paper's scale, from synthetic counts on disk (6 GB of it, some minutes).
+One process, one thread, methods interleaved. CPU seconds, because the machine may be shared, and
+for each method the median over the rounds of its ratio to the plain forward pass of the same
+round. Weights are random. Peers are measured where they are installed (`make bench-peers`).
+`--full`: the paper's shapes on a GPU. `--analysis`: sets, their overlaps and consensus at the
+paper's scale, from synthetic counts on disk (6 GB of it, some minutes).
 """
 
 import argparse
@@ -17,36 +19,75 @@ import time
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")         # torch's profiler is chatty, and reads this when it is imported
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # torch's profiler is chatty, and reads this when it is imported
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from helpers import counting, models
-from helpers.ablation import ablate
-from helpers.components import consensus, top_sets
-from helpers.counting import watching
-from helpers.overlap import jaccard_matrix
+from helpers.analysis.sets import consensus, top_sets
+from helpers.analysis.similarity import jaccard_matrix
+from helpers.capture import counter as counting
+from helpers.capture import loading as models
+from helpers.capture.counter import watching
+from helpers.capture.counts import Counts, Shards
+from helpers.capture.interventions import ablate
+from helpers.capture.sites import find_sites
 from helpers.paths import DATA
 from helpers.record import read_json, versions, write_json
-from helpers.shards import Counts, Shards
-from helpers.sites import find_sites
 from tests import zoo
 
-SMALL = {"vocab_size": 2000, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8,
-         "max_position_embeddings": 1024, "intermediate_size": 1376}
+SMALL = {
+    "vocab_size": 2000,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 1024,
+    "intermediate_size": 1376,
+}
 SHAPES = {
     "dense": ("llama", SMALL | {"num_hidden_layers": 6}),
-    "moe": ("qwen2_moe", SMALL | {"num_hidden_layers": 4, "num_experts": 24, "num_experts_per_tok": 4,
-                                  "moe_intermediate_size": 352, "shared_expert_intermediate_size": 512}),
-    "llama2-7b": ("llama", {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
-                            "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096}),
-    "qwen15-moe": ("qwen2_moe", {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632,
-                                 "num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16,
-                                 "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
-                                 "shared_expert_intermediate_size": 5632, "max_position_embeddings": 8192}),
+    "moe": (
+        "qwen2_moe",
+        SMALL
+        | {
+            "num_hidden_layers": 4,
+            "num_experts": 24,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 352,
+            "shared_expert_intermediate_size": 512,
+        },
+    ),
+    "llama2-7b": (
+        "llama",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 4096,
+        },
+    ),
+    "qwen15-moe": (
+        "qwen2_moe",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "max_position_embeddings": 8192,
+        },
+    ),
 }
 
 
@@ -55,7 +96,9 @@ def build(shape, device="cpu", dtype=torch.float32):
     family, settings = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **settings), dtype=dtype
+        ).eval()
 
 
 def token_ids(batch, length):
@@ -77,7 +120,9 @@ def capture(model, ids):
 
 @torch.no_grad()
 def stored(model, ids):
-    """Hooks that keep the activations of the MLPs and count afterwards; what is inside experts they miss."""
+    """Hooks that keep the activations of the MLPs and count afterwards; what is inside experts
+    they miss.
+    """
     kept, sites = [], [s for s in find_sites(model) if s.act is not None]
     hooks = [s.act.register_forward_hook(lambda module, args, out: kept.append(out)) for s in sites]
     plain(model, ids)
@@ -101,6 +146,7 @@ def one_by_one(run, ids):
 def nnsight_counting(model):
     """nnsight, counting MLPs inside its trace."""
     import nnsight
+
     wrapped = nnsight.NNsight(model)
 
     def run(ids):
@@ -108,43 +154,59 @@ def nnsight_counting(model):
             counts = nnsight.save([])
             for layer in wrapped.model.layers:
                 counts.append((layer.mlp.act_fn.output > 0).sum(1))
+
     return run
 
 
 def lens_counting(model):
     """TransformerLens hooks that count a dense model's gate."""
     from transformer_lens.model_bridge import TransformerBridge
+
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         zoo.tokenizer().save_pretrained(folder)
         words = AutoTokenizer.from_pretrained(folder)
-        bridge = TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=words, device="cpu")
+        bridge = TransformerBridge.boot_transformers(
+            folder, hf_model=model, tokenizer=words, device="cpu"
+        )
 
     def run(ids):
         found = []
-        hooks = [(f"blocks.{i}.mlp.gate.hook_out", lambda x, hook: found.append((x > 0).sum(1)) and None)
-                 for i in range(model.config.num_hidden_layers)]
+        hooks = [
+            (f"blocks.{i}.mlp.gate.hook_out", lambda x, hook: found.append((x > 0).sum(1)) and None)
+            for i in range(model.config.num_hidden_layers)
+        ]
         with torch.no_grad():
             bridge.run_with_hooks(ids, fwd_hooks=hooks)
+
     return run
 
 
 def interleaved(methods, rounds, clock=time.process_time) -> dict[str, dict]:
-    """Per method the median seconds and the median ratio to "plain" of the same round; the order rotates."""
+    """Per method the median seconds and the median ratio to "plain" of the same round; the order
+    rotates.
+    """
     spent, names = {name: [] for name in methods}, list(methods)
     for run in methods.values():
         run()
     for r in range(rounds):
-        for name in names[r % len(names):] + names[:r % len(names)]:
+        for name in names[r % len(names) :] + names[: r % len(names)]:
             start = clock()
             methods[name]()
             spent[name].append(clock() - start)
-    return {name: {"seconds": statistics.median(s), "ratio": statistics.median(
-        a / b for a, b in zip(s, spent["plain"], strict=True))} for name, s in spent.items()}
+    return {
+        name: {
+            "seconds": statistics.median(s),
+            "ratio": statistics.median(a / b for a, b in zip(s, spent["plain"], strict=True)),
+        }
+        for name, s in spent.items()
+    }
 
 
 def share_of_hooks(model, ids, rounds) -> float:
-    """The part of capture's CPU time that is spent counting; steadier than a ratio of two forward passes."""
+    """The part of capture's CPU time that is spent counting; steadier than a ratio of two forward
+    passes.
+    """
     inside, count_positive = [0.0], counting.count_positive
 
     def timed(*args):
@@ -152,6 +214,7 @@ def share_of_hooks(model, ids, rounds) -> float:
         found = count_positive(*args)
         inside[0] += time.process_time() - start
         return found
+
     counting.count_positive = timed
     try:
         start = time.process_time()
@@ -166,7 +229,11 @@ def peak(run) -> int:
     """The most bytes allocated at one time while `run` runs, beyond what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
-    events = sorted((e.start_ns(), e.nbytes()) for e in trace.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = sorted(
+        (e.start_ns(), e.nbytes())
+        for e in trace.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    )
     now = most = 0
     for _, size in events:
         now += size
@@ -175,13 +242,17 @@ def peak(run) -> int:
 
 
 def memory(model, length) -> dict[str, float]:
-    """MiB that capture needs beyond the plain forward pass at T and at 2 T tokens, and that stored activations need."""
+    """MiB that capture needs beyond the plain forward pass at T and at 2 T tokens, and that stored
+    activations need.
+    """
     found = {}
     for factor in (1, 2):
         ids = token_ids(16, factor * length)
         base = peak(partial(plain, model, ids))
         for name, run in (("capture", capture), ("stored", stored)):
-            found[f"{name} at {factor * length} tokens"] = (peak(partial(run, model, ids)) - base) / 2**20
+            found[f"{name} at {factor * length} tokens"] = (
+                peak(partial(run, model, ids)) - base
+            ) / 2**20
     return found
 
 
@@ -190,99 +261,164 @@ def small(rounds, length) -> dict:
     table = {}
     for shape in ("dense", "moe"):
         model, ids = build(shape), token_ids(16, length)
-        methods = {"plain": partial(plain, model, ids), "capture": partial(capture, model, ids),
-                   "stored activations": partial(stored, model, ids),
-                   "capture, one by one": partial(one_by_one, partial(capture, model), ids),
-                   "whole model, one by one": partial(one_by_one, partial(whole, model), ids)}
+        methods = {
+            "plain": partial(plain, model, ids),
+            "capture": partial(capture, model, ids),
+            "stored activations": partial(stored, model, ids),
+            "capture, one by one": partial(one_by_one, partial(capture, model), ids),
+            "whole model, one by one": partial(one_by_one, partial(whole, model), ids),
+        }
         peers = {}
         if shape == "dense" and importlib.util.find_spec("nnsight"):
             peers["nnsight"] = nnsight_counting(model)
         if shape == "dense" and importlib.util.find_spec("transformer_lens"):
             peers["TransformerLens"] = lens_counting(build(shape))
         for name, run in peers.items():
-            methods |= {name: partial(run, ids), f"{name}, one by one": partial(one_by_one, run, ids)}
-        table[shape] = {"methods": interleaved(methods, rounds), "hooks": share_of_hooks(model, ids, rounds),
-                        "extra_mib": memory(model, length)}
+            methods |= {
+                name: partial(run, ids),
+                f"{name}, one by one": partial(one_by_one, run, ids),
+            }
+        table[shape] = {
+            "methods": interleaved(methods, rounds),
+            "hooks": share_of_hooks(model, ids, rounds),
+            "extra_mib": memory(model, length),
+        }
     return table | {"generation, ablated": ablation(rounds, length)}
 
 
 def generating(model, ids, new, mask=None, how="auto"):
-    """Greedy continuation, `new` tokens of each sequence, with the neurons in the mask set to zero all the while."""
+    """Greedy continuation, `new` tokens of each sequence, with the neurons in the mask set to zero
+    all the while.
+    """
     rows = [models.Encoded(tuple(row), (True,) * len(row)) for row in ids.tolist()]
     with ablate(model, mask or {}, "zero", how=how):
         models.generate(model, rows, max_new_tokens=new)
 
 
 def ablation(rounds, length) -> dict:
-    """What ablating 5 % of a dense model's neurons costs inside generation: columns set to zero, or hooks."""
+    """What ablating 5 % of a dense model's neurons costs inside generation: columns set to zero,
+    or hooks.
+    """
     model, ids = build("dense"), token_ids(16, length // 4)
     model.generation_config.eos_token_id = None
     shape = (model.config.num_hidden_layers, model.config.intermediate_size)
     mask = {"dense": np.random.default_rng(0).random(shape) < 0.05}
     run = partial(generating, model, ids, length // 4)
-    return {"methods": interleaved({"plain": run, "zeroed columns": partial(run, mask),
-                                    "zero by hooks": partial(run, mask, "hook")}, rounds)}
+    return {
+        "methods": interleaved(
+            {
+                "plain": run,
+                "zeroed columns": partial(run, mask),
+                "zero by hooks": partial(run, mask, "hook"),
+            },
+            rounds,
+        )
+    }
 
 
 def full(rounds, length) -> dict:
-    """The table on a GPU: the shapes of Llama-2-7B and Qwen1.5-MoE-A2.7B in bfloat16, 32 instructions in a batch."""
+    """The table on a GPU: the shapes of Llama-2-7B and Qwen1.5-MoE-A2.7B in bfloat16, 32
+    instructions in a batch.
+    """
+
     def clock():
         torch.cuda.synchronize()
         return time.perf_counter()
+
     table = {}
     for shape in ("llama2-7b", "qwen15-moe"):
         model, ids = build(shape, "cuda", torch.bfloat16), token_ids(32, length).cuda()
-        rows = interleaved({"plain": partial(plain, model, ids), "capture": partial(capture, model, ids)}, rounds, clock)
+        rows = interleaved(
+            {"plain": partial(plain, model, ids), "capture": partial(capture, model, ids)},
+            rounds,
+            clock,
+        )
         extra = {}
         for name, run in (("plain", plain), ("capture", capture)):
             torch.cuda.reset_peak_memory_stats()
             run(model, ids)
-            extra[name] = (torch.cuda.max_memory_allocated() - sum(p.nbytes for p in model.parameters())) / 2**20
-        table[shape] = {"methods": rows, "extra_mib": extra, "instructions_per_second": 32 / rows["capture"]["seconds"]}
+            extra[name] = (
+                torch.cuda.max_memory_allocated() - sum(p.nbytes for p in model.parameters())
+            ) / 2**20
+        table[shape] = {
+            "methods": rows,
+            "extra_mib": extra,
+            "instructions_per_second": 32 / rows["capture"]["seconds"],
+        }
         del model
     return table
 
 
 def synthetic(folder, widths, instructions=1200) -> Shards:
-    """Counts on disk as capture leaves them: {family: shape of one instruction}; rates differ by neuron."""
+    """Counts on disk as capture leaves them: {family: shape of one instruction}; rates differ by
+    neuron.
+    """
     rng, shards = np.random.default_rng(0), Shards(folder, {"profile": "bench"}, instructions, 64)
     rates = {family: rng.beta(1, 2, shape).astype(np.float32) for family, shape in widths.items()}
     for k in range(len(shards)):
         rows = len(shards.rows(k))
         length = rng.integers(20, 120, rows)
-        neurons = {family: np.stack([np.minimum(rate * t * (0.5 + rng.random(rate.shape, np.float32)), t).astype(np.uint16)
-                                     for t in length]) for family, rate in rates.items()}
+        neurons = {
+            family: np.stack(
+                [
+                    np.minimum(rate * t * (0.5 + rng.random(rate.shape, np.float32)), t).astype(
+                        np.uint16
+                    )
+                    for t in length
+                ]
+            )
+            for family, rate in rates.items()
+        }
         layers = {family: tuple(range(shape[0])) for family, shape in widths.items()}
         shards.write(k, Counts(length.astype(np.int32), neurons, None, layers), {})
     return shards
 
 
 def analysis() -> dict:
-    """Seconds and memory of the analysis of 1,200 instructions at the shapes of the paper's families."""
+    """Seconds and memory of the analysis of 1,200 instructions at the shapes of the paper's
+    families.
+    """
     table, labels = {}, np.repeat(np.arange(6), 200)
-    for shape, widths in (("llama2-7b", {"dense": (32, 11008)}),
-                          ("qwen15-moe", {"expert": (24, 60, 1408), "shared": (24, 5632)})):
+    for shape, widths in (
+        ("llama2-7b", {"dense": (32, 11008)}),
+        ("qwen15-moe", {"expert": (24, 60, 1408), "shared": (24, 5632)}),
+    ):
         with tempfile.TemporaryDirectory(dir=DATA / "results") as folder:
             shards, rows = synthetic(Path(folder), widths), {}
 
             def timed(name, run, rows=rows):
                 wall, cpu = time.perf_counter(), time.process_time()
                 found = run()
-                rows[name] = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+                rows[name] = {
+                    "seconds": time.perf_counter() - wall,
+                    "cpu_seconds": time.process_time() - cpu,
+                }
                 return found
-            sets, report = timed("top 5 % sets, ties, packed", lambda shards=shards, widths=widths: top_sets(
-                [shards.table(family) for family in widths], 0.05, packed=True))
+
+            sets, report = timed(
+                "top 5 % sets, ties, packed",
+                lambda shards=shards, widths=widths: top_sets(
+                    [shards.table(family) for family in widths], 0.05, packed=True
+                ),
+            )
             timed("1,200 x 1,200 Jaccards", lambda sets=sets: jaccard_matrix(sets))
             timed("consensus sets", lambda sets=sets: consensus(sets, labels, 0.5))
-        table[shape] = {"steps": rows, "components": sets.width, "packed_mib": sets.bits.nbytes / 2**20, "tie_mass": float(
-            report["tie_mass"].mean()), "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10}
+        table[shape] = {
+            "steps": rows,
+            "components": sets.width,
+            "packed_mib": sets.bits.nbytes / 2**20,
+            "tie_mass": float(report["tie_mass"].mean()),
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        }
     return table
 
 
 def show_analysis(table) -> None:
     """Print the analysis' table."""
     for shape, found in table.items():
-        print(f"\n{shape}: {found['components']:,} components, peak {found['peak_rss_mib']:.0f} MiB of memory")
+        print(
+            f"\n{shape}: {found['components']:,} components, peak {found['peak_rss_mib']:.0f} MiB of memory"
+        )
         for name, row in found["steps"].items():
             print(f"{name:28} {row['seconds']:7.1f} s, {row['cpu_seconds']:7.1f} s of CPU")
 
@@ -296,7 +432,9 @@ def show(table) -> None:
         if "hooks" in found:
             print(f"counting itself is {found['hooks']:.1%} of capture's CPU time")
         for name, size in found.get("extra_mib", {}).items():
-            print(f"{name}: {size:+.1f} MiB beyond {'the plain forward pass' if 'hooks' in found else 'the weights'}")
+            print(
+                f"{name}: {size:+.1f} MiB beyond {'the plain forward pass' if 'hooks' in found else 'the weights'}"
+            )
 
 
 def main(argv=None) -> int:
@@ -306,7 +444,9 @@ def main(argv=None) -> int:
     parser.add_argument("--tokens", type=int, default=128)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--full", action="store_true", help="the paper's shapes in bfloat16 on a GPU")
-    kind.add_argument("--analysis", action="store_true", help="sets, overlaps and consensus at the paper's scale")
+    kind.add_argument(
+        "--analysis", action="store_true", help="sets, overlaps and consensus at the paper's scale"
+    )
     options = parser.parse_args(argv)
     if options.full and not torch.cuda.is_available():
         print(f"--full needs a GPU, torch {torch.__version__} sees none", file=sys.stderr)
@@ -321,8 +461,18 @@ def main(argv=None) -> int:
         name = "gpu" if options.full else "cpu"
         table = (full if options.full else small)(options.rounds, options.tokens)
         show(table)
-    write_json(path, (read_json(path) if path.exists() else {}) | {name: {
-        "table": table, "rounds": options.rounds, "tokens": options.tokens, "versions": versions()}})
+    write_json(
+        path,
+        (read_json(path) if path.exists() else {})
+        | {
+            name: {
+                "table": table,
+                "rounds": options.rounds,
+                "tokens": options.tokens,
+                "versions": versions(),
+            }
+        },
+    )
     print(f"\nwritten to {path}")
     return 0
 

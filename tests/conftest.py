@@ -1,4 +1,6 @@
-"""Shared by all tests: one thread, so that timings and float sums do not depend on the machine's load."""
+"""Shared by all tests: one thread, so that timings and float sums do not depend on the machine's
+load.
+"""
 
 import torch
 

@@ -1,22 +1,28 @@
-"""A model whose critical neurons are known, and instructions that need them: the oracle of ablation's tests.
+"""A model whose critical neurons are known, and instructions that need them: the oracle of
+ablation's tests.
 
-Attention writes nothing, so a token is predicted from the one before it. Category c's references are its letter a_c, then b_c;
-what turns a_c into b_c is one neuron of layer 1. In every layer stand neurons that are always on and write nothing.
+Attention writes nothing, so a token is predicted from the one before it. Category c's references
+are its letter a_c, then b_c; what turns a_c into b_c is one neuron of layer 1. In every layer
+stand neurons that are always on and write nothing.
 """
 
 import pandas as pd
 import torch
 
-from helpers.hexainst import CATEGORIES
+from helpers.hexainst.schema import CATEGORIES
 from tests import zoo
 
 FIRST, SECOND = "abcdef", "uvwxyz"
 ALWAYS_ON, LAYER = range(40, 48), 1
-CIRCUIT = {category: LAYER * zoo.N + 10 + c for c, category in enumerate(CATEGORIES)}       # flat indices
+CIRCUIT = {
+    category: LAYER * zoo.N + 10 + c for c, category in enumerate(CATEGORIES)
+}  # flat indices
 
 
 def model():
-    """Llama of 3 layers x 80 neurons; the residual stream has a place per token and a constant one, the last."""
+    """Llama of 3 layers x 80 neurons; the residual stream has a place per token and a constant
+    one, the last.
+    """
     made, words = zoo.build("llama"), zoo.tokenizer().get_vocab()
     noise = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -44,8 +50,20 @@ def model():
 def rows(per_half: int = 8) -> pd.DataFrame:
     """Instructions in two halves; half of an instruction's letters are its category's."""
     filler = "0123456789"
-    return pd.DataFrame([
-        {"id": f"{half}-{category}-{i}", "fold": half, "half": half, "category": category, "input": "",
-         "instruction": "".join(FIRST[c] + filler[(i + k) % 10] for k in range(3 + i % 3)),
-         "reference": FIRST[c] + SECOND[c], "checker": {"name": "exact", "answer": FIRST[c] + SECOND[c]}}
-        for half in ("A", "B") for c, category in enumerate(CATEGORIES) for i in range(per_half)])
+    return pd.DataFrame(
+        [
+            {
+                "id": f"{half}-{category}-{i}",
+                "fold": half,
+                "half": half,
+                "category": category,
+                "input": "",
+                "instruction": "".join(FIRST[c] + filler[(i + k) % 10] for k in range(3 + i % 3)),
+                "reference": FIRST[c] + SECOND[c],
+                "checker": {"name": "exact", "answer": FIRST[c] + SECOND[c]},
+            }
+            for half in ("A", "B")
+            for c, category in enumerate(CATEGORIES)
+            for i in range(per_half)
+        ]
+    )

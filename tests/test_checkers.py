@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from helpers.checkers import check, code_of, faults, normalise, numbers, rouge_l, words
+from helpers.hexainst.checkers import check, code_of, faults, normalise, numbers, rouge_l, words
 from helpers.record import UserError
 
 
@@ -83,10 +83,18 @@ FAIL = [
     (
         "key Bob",
         "rouge_facts",
-        {"reference": "Ann lost a key and Bob found it today", "facts": ["key", "Bob"], "min_rouge": 0.5},
+        {
+            "reference": "Ann lost a key and Bob found it today",
+            "facts": ["key", "Bob"],
+            "min_rouge": 0.5,
+        },
     ),
     ("Ann lost a key", "rouge_facts", {"reference": "Ann lost a key", "facts": [], "max_words": 3}),
-    ("Ann lost no key", "rouge_facts", {"reference": "Ann lost a key", "facts": ["key"], "forbidden": ["no key"]}),
+    (
+        "Ann lost no key",
+        "rouge_facts",
+        {"reference": "Ann lost a key", "facts": ["key"], "forbidden": ["no key"]},
+    ),
     ("def f(x): return x + 2", "function_io", {"cases": [[[1], 3], [[2], 5]]}),
     ("x + 3", "function_io", {"cases": [[[1], 4]]}),
     ("def f(x): return x == 1", "function_io", {"cases": [[[1], 1]]}),
@@ -109,7 +117,11 @@ def test_rouge_agrees_with_the_recursive_definition():
         def common(i, j):
             if not (i and j):
                 return 0
-            return common(i - 1, j - 1) + 1 if a[i - 1] == b[j - 1] else max(common(i - 1, j), common(i, j - 1))
+            return (
+                common(i - 1, j - 1) + 1
+                if a[i - 1] == b[j - 1]
+                else max(common(i - 1, j), common(i, j - 1))
+            )
 
         return 2 * common(len(a), len(b)) / (len(a) + len(b))
 
@@ -122,7 +134,13 @@ def test_rouge_agrees_with_the_recursive_definition():
 
 def test_text_and_numbers_are_read_as_documented():
     assert normalise(" “Well ,\n yes” ") == '"well,yes"'
-    assert words("Don't drop well-known words - ever.") == ["don't", "drop", "well-known", "words", "ever"]
+    assert words("Don't drop well-known words - ever.") == [
+        "don't",
+        "drop",
+        "well-known",
+        "words",
+        "ever",
+    ]
     assert [value for value, _, _ in numbers("5 - 3, (2) - 1, is -4, .5, 1e3, 10-12, 3/4")] == [
         5,
         3,
@@ -135,14 +153,18 @@ def test_text_and_numbers_are_read_as_documented():
         12,
         0.75,
     ]
-    # A minus subtracts only within a line; at the start of a line it is a sign, or, before a blank, a list's mark.
+    # A minus subtracts only within a line; at the start of a line it is a sign, or, before a
+    # blank, a list's mark.
     lines = "3 x 4 = 12\n-7\n(2)\n -8\nso:\n- 9\n- 10 - 1"
     assert [value for value, _, _ in numbers(lines)] == [3, 4, 12, -7, 2, -8, 9, 10, 1]
     assert code_of("Here:\n```python\nx = 1\n```\nand more") == "x = 1"
 
 
 def test_code_is_executed_only_after_an_opt_in():
-    row = {"id": "c", "checker": {"name": "unit_tests", "tests": ["assert f(2) == 3"], "entry_point": "f"}}
+    row = {
+        "id": "c",
+        "checker": {"name": "unit_tests", "tests": ["assert f(2) == 3"], "entry_point": "f"},
+    }
     assert check(row, "def f(x): return x + 1") is None
     assert check(row, "def f(x): return x + 1", run_code=True) == 1.0
     assert check(row, "def f(x): return x", run_code=True) == 0.0

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.capture import count
-from helpers.cells import measure
-from helpers.choosing import SCORES, Standing, draws_of, sets_of, spared, standing
-from helpers.corpus import text
-from helpers.hexainst import CATEGORIES
+from helpers.capture.count import count
+from helpers.capture.counts import Counts
+from helpers.hexainst.corpus import text
+from helpers.hexainst.schema import CATEGORIES
 from helpers.record import UserError
-from helpers.shards import Counts
+from helpers.study.ablation import draws_of, measure, spared
+from helpers.study.scores import SCORES, Standing, sets_of, standing
 from tests import planted, zoo
 
 torch.set_num_threads(1)
@@ -23,7 +23,9 @@ CAUSAL = ("attribution", "contribution", "contribution-response")
 @pytest.fixture(scope="module")
 def world():
     rows, loaded = planted.rows(), (planted.model(), zoo.tokenizer())
-    counts = count(*loaded, [text(row) for row in rows.to_dict("records")], template=PROFILE.template)
+    counts = count(
+        *loaded, [text(row) for row in rows.to_dict("records")], template=PROFILE.template
+    )
     return rows, loaded, counts, standing(PROFILE, rows, counts, loaded, "A", SCORES)
 
 
@@ -37,37 +39,56 @@ def test_frequency_misses_the_planted_neurons_for_those_that_are_always_on(world
     sets = sets_of(world[3], "frequency", 0.05)
     silent = {layer * zoo.N + n for layer in range(zoo.LAYERS) for n in planted.ALWAYS_ON}
     for members in sets:
-        assert set(np.flatnonzero(members)) <= silent and members.sum() == 12
+        assert set(np.flatnonzero(members)) <= silent
+        assert members.sum() == 12
     assert (world[3].rate[:, sorted(silent)] == 1).all()
 
 
-def test_losing_the_planted_set_hurts_its_category_alone_and_losing_the_frequent_one_hurts_none(world):
+def test_losing_the_planted_set_hurts_its_category_alone_and_losing_the_frequent_one_hurts_none(
+    world,
+):
     rows, loaded, counts, ranked = world
     here = rows[rows["fold"] == "B"].reset_index(drop=True)
     for score in ("contribution", "frequency"):
-        own = {c: counts.mask("neurons", s) for c, s in zip(CATEGORIES, sets_of(ranked, score, 1 / 240), strict=True)}
-        found = measure(loaded, PROFILE, here, own, {"random": {c: [m] for c, m in own.items()}}, everywhere=1)
+        own = {
+            c: counts.mask("neurons", s)
+            for c, s in zip(CATEGORIES, sets_of(ranked, score, 1 / 240), strict=True)
+        }
+        found = measure(
+            loaded, PROFILE, here, own, {"random": {c: [m] for c, m in own.items()}}, everywhere=1
+        )
         means = np.stack([found["own"][found["labels"] == c].mean(0) for c in range(6)])
         if score == "contribution":
-            assert means.diagonal().min() > 1 and abs(means[~np.eye(6, dtype=bool)]).max() < 0.1
+            assert means.diagonal().min() > 1
+            assert abs(means[~np.eye(6, dtype=bool)]).max() < 0.1
         else:
             assert abs(means).max() < 1e-6
-        assert np.allclose(found["random"][:, 0], found["own"][np.arange(len(here)), found["labels"]], atol=1e-6)
+        assert np.allclose(
+            found["random"][:, 0], found["own"][np.arange(len(here)), found["labels"]], atol=1e-6
+        )
         assert np.allclose(found["everywhere"][:, 0], found["own"], atol=1e-6)
 
 
 def fake(layers=4, width=60, seed=0):
     rng = np.random.default_rng(seed)
-    counts = Counts(np.ones(3, np.int32), {"dense": np.ones((3, layers, width), np.uint16)}, None, {"dense": (0, 1, 2, 3)})
+    counts = Counts(
+        np.ones(3, np.int32),
+        {"dense": np.ones((3, layers, width), np.uint16)},
+        None,
+        {"dense": (0, 1, 2, 3)},
+    )
     total = layers * width
-    return counts, Standing({"frequency": rng.random((6, total))}, rng.random((6, total)), rng.random(total))
+    return counts, Standing(
+        {"frequency": rng.random((6, total))}, rng.random((6, total)), rng.random(total)
+    )
 
 
 def test_controls_have_the_sets_count_per_layer_and_matched_ones_are_not_its_own():
     counts, ranked = fake()
     sets = sets_of(ranked, "frequency", 0.1)
     masks, gaps = draws_of(ranked, counts, sets, 5, 0, "name")
-    assert set(masks) == {"random", "rate", "magnitude"} and set(gaps) == {"rate", "magnitude"}
+    assert set(masks) == {"random", "rate", "magnitude"}
+    assert set(gaps) == {"rate", "magnitude"}
     for kind, drawn in masks.items():
         for members, ones in zip(sets, drawn, strict=True):
             assert len(ones) == 5
@@ -87,15 +108,23 @@ def test_magnitude_controls_come_from_the_ten_nearest_by_brute_force():
         layer = np.arange(own // 60 * 60, own // 60 * 60 + 60)
         others = layer[layer != own]
         nearest = others[np.argsort(abs(ranked.magnitude[others] - ranked.magnitude[own]))[:10]]
-        assert {int(np.flatnonzero(one["dense"].ravel())[0]) for one in ones} <= set(nearest.tolist())
+        assert {int(np.flatnonzero(one["dense"].ravel())[0]) for one in ones} <= set(
+            nearest.tolist()
+        )
 
 
 def test_draws_depend_on_the_name_not_on_what_was_drawn_before():
     counts, ranked = fake()
     sets = sets_of(ranked, "frequency", 0.1)
-    first, other, again = (draws_of(ranked, counts, sets, 2, 0, name)[0] for name in ("a", "b", "a"))
-    assert all((x["dense"] == y["dense"]).all() for kind in first for a, b in zip(first[kind], again[kind], strict=True)
-               for x, y in zip(a, b, strict=True))
+    first, other, again = (
+        draws_of(ranked, counts, sets, 2, 0, name)[0] for name in ("a", "b", "a")
+    )
+    assert all(
+        (x["dense"] == y["dense"]).all()
+        for kind in first
+        for a, b in zip(first[kind], again[kind], strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
     assert (first["random"][0][0]["dense"] != other["random"][0][0]["dense"]).any()
 
 
@@ -114,7 +143,8 @@ def test_sparing_takes_the_union_without_the_general_ones_and_leaves_the_set_or_
     masks = spared(counts, sets, 4, np.random.default_rng(0))
     for c, category in enumerate(CATEGORIES):
         flat = {kind: [mask["dense"].ravel() for mask in masks[kind][category]] for kind in masks}
-        assert (flat["none spared"][0] == pool).all() and (flat["own spared"][0] == pool & ~sets[c]).all()
+        assert (flat["none spared"][0] == pool).all()
+        assert (flat["own spared"][0] == pool & ~sets[c]).all()
         assert len(flat["random spared"]) == 4
         for ablated in flat["random spared"]:
             saved = pool & ~ablated

@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 
-from helpers.controls import layer_matched, rate_gap, rate_matched
+from helpers.analysis.controls import layer_matched, rate_gap, rate_matched
 from helpers.record import UserError
 
 RNG = np.random.default_rng(7)
-RATE = {"dense": RNG.beta(0.6, 1.2, (4, 200)), "expert": RNG.beta(0.4, 2, (3, 6, 40)), "experts": RNG.random((3, 16))}
+RATE = {
+    "dense": RNG.beta(0.6, 1.2, (4, 200)),
+    "expert": RNG.beta(0.4, 2, (3, 6, 40)),
+    "experts": RNG.random((3, 16)),
+}
 MASK = {name: rate > np.quantile(rate, 0.85) for name, rate in RATE.items()}
 
 
@@ -15,42 +19,54 @@ def per_layer(mask):
     return {name: part.reshape(len(part), -1).sum(1).tolist() for name, part in mask.items()}
 
 
-@pytest.mark.parametrize("draw", [
-    lambda seed: layer_matched(MASK, np.random.default_rng(seed)),
-    lambda seed: layer_matched(MASK, np.random.default_rng(seed), exclude=MASK),
-    lambda seed: rate_matched(MASK, RATE, np.random.default_rng(seed)),
-])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda seed: layer_matched(MASK, np.random.default_rng(seed)),
+        lambda seed: layer_matched(MASK, np.random.default_rng(seed), exclude=MASK),
+        lambda seed: rate_matched(MASK, RATE, np.random.default_rng(seed)),
+    ],
+)
 def test_controls_have_the_sets_shape_and_its_count_in_every_layer(draw):
     first, again, other = draw(0), draw(0), draw(1)
     assert per_layer(first) == per_layer(MASK)
     assert {n: p.shape for n, p in first.items()} == {n: p.shape for n, p in MASK.items()}
-    assert all((first[name] == again[name]).all() and (first[name] != other[name]).any() for name in MASK)
+    assert all(
+        (first[name] == again[name]).all() and (first[name] != other[name]).any() for name in MASK
+    )
     assert all(part.dtype == bool for part in first.values())
 
 
 def test_excluded_components_are_never_drawn_and_members_never_match_themselves():
-    barred = {name: np.random.default_rng(1).random(part.shape) < 0.3 for name, part in MASK.items()}
+    barred = {
+        name: np.random.default_rng(1).random(part.shape) < 0.3 for name, part in MASK.items()
+    }
     for seed in range(5):
         rng = np.random.default_rng(seed)
-        assert not any((layer_matched(MASK, rng, exclude=barred)[name] & barred[name]).any() for name in MASK)
+        assert not any(
+            (layer_matched(MASK, rng, exclude=barred)[name] & barred[name]).any() for name in MASK
+        )
         drawn = rate_matched(MASK, RATE, rng, exclude=barred)
         assert not any((drawn[name] & (barred[name] | MASK[name])).any() for name in MASK)
 
 
 def test_layer_matched_draws_every_component_equally_often():
     mask, rng = {"dense": np.arange(20)[None] < 5}, np.random.default_rng(0)
-    often = sum(layer_matched(mask, rng)["dense"][0].astype(int) for _ in range(4000))      # expected 1,000 each
+    often = sum(
+        layer_matched(mask, rng)["dense"][0].astype(int) for _ in range(4000)
+    )  # expected 1,000 each
     assert abs(often - 1000).max() < 5 * np.sqrt(4000 * 0.25 * 0.75)
 
 
 def test_rate_matched_has_the_sets_rates_where_random_sets_have_not():
     rng = np.random.default_rng(0)
     mask = {"dense": np.zeros((4, 200), bool)}
-    for layer in range(4):                              # busy neurons, but not the very busiest: partners exist
+    for layer in range(4):  # busy neurons, but not the very busiest: partners exist
         busy = np.argsort(RATE["dense"][layer])[120:190]
         mask["dense"][layer, rng.choice(busy, 12, replace=False)] = True
     plain, matched = layer_matched(mask, rng), rate_matched(mask, RATE, rng, nearest=5)
-    assert abs(rate_gap(mask, plain, RATE)) > 0.15 and abs(rate_gap(mask, matched, RATE)) < 0.03
+    assert abs(rate_gap(mask, plain, RATE)) > 0.15
+    assert abs(rate_gap(mask, matched, RATE)) < 0.03
     assert rate_gap(mask, mask, RATE) == 0
 
 
@@ -61,32 +77,66 @@ def test_with_one_candidate_matching_takes_the_nearest_free_one_as_a_brute_force
         mask[0, rng.choice(30, 1)] = True
         member = np.flatnonzero(mask[0])[0]
         gap = np.where(mask[0], np.inf, np.abs(p[0] - p[0, member]))
-        taken = np.flatnonzero(rate_matched({"dense": mask}, {"dense": p}, rng, nearest=1)["dense"][0])
-        assert len(taken) == 1 and np.isclose(gap[taken[0]], gap.min())
+        taken = np.flatnonzero(
+            rate_matched({"dense": mask}, {"dense": p}, rng, nearest=1)["dense"][0]
+        )
+        assert len(taken) == 1
+        assert np.isclose(gap[taken[0]], gap.min())
 
 
 def test_top_sets_exhaust_their_neighbours_but_stay_the_closest_there_are():
     p = np.sort(np.random.default_rng(0).random((1, 1000)))
-    mask = p > p[0, 899]                                # the 100 busiest: only less busy ones are left
-    drawn = rate_matched({"dense": mask}, {"dense": p}, np.random.default_rng(0), nearest=10)["dense"]
+    mask = p > p[0, 899]  # the 100 busiest: only less busy ones are left
+    drawn = rate_matched({"dense": mask}, {"dense": p}, np.random.default_rng(0), nearest=10)[
+        "dense"
+    ]
     assert np.flatnonzero(drawn[0]).min() >= 1000 - 100 - 110
     assert rate_gap({"dense": mask}, {"dense": drawn}, {"dense": p}) < 0
 
 
 def test_ties_are_broken_at_random():
     p, mask = {"dense": np.zeros((1, 50))}, {"dense": np.arange(50)[None] == 3}
-    draws = [rate_matched(mask, p, np.random.default_rng(seed), nearest=1)["dense"][0] for seed in range(60)]
+    draws = [
+        rate_matched(mask, p, np.random.default_rng(seed), nearest=1)["dense"][0]
+        for seed in range(60)
+    ]
     assert len({int(np.flatnonzero(drawn)[0]) for drawn in draws}) > 20
 
 
-@pytest.mark.parametrize(("call", "told"), [
-    (lambda: layer_matched({"dense": np.ones((2, 4), bool)}, RNG, {"dense": np.eye(2, 4, dtype=bool)}), "3 components"),
-    (lambda: rate_matched({"dense": np.ones((2, 4), bool)}, {"dense": np.ones((2, 4))}, RNG), "dense layer 0 has 0"),
-    (lambda: rate_matched({"dense": np.eye(2, 4, dtype=bool)}, {"dense": np.ones((2, 5))}, RNG), "same shape"),
-    (lambda: rate_matched({"dense": np.eye(2, 4, dtype=bool)}, {"shared": np.ones((2, 4))}, RNG), "family 'dense'"),
-    (lambda: rate_matched({"dense": np.eye(2, 4, dtype=bool)}, {"dense": np.full((2, 4), np.nan)}, RNG), "NaN"),
-    (lambda: layer_matched({"dense": np.ones((2, 4))}, RNG), "float64"),
-])
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (
+            lambda: layer_matched(
+                {"dense": np.ones((2, 4), bool)}, RNG, {"dense": np.eye(2, 4, dtype=bool)}
+            ),
+            "3 components",
+        ),
+        (
+            lambda: rate_matched({"dense": np.ones((2, 4), bool)}, {"dense": np.ones((2, 4))}, RNG),
+            "dense layer 0 has 0",
+        ),
+        (
+            lambda: rate_matched(
+                {"dense": np.eye(2, 4, dtype=bool)}, {"dense": np.ones((2, 5))}, RNG
+            ),
+            "same shape",
+        ),
+        (
+            lambda: rate_matched(
+                {"dense": np.eye(2, 4, dtype=bool)}, {"shared": np.ones((2, 4))}, RNG
+            ),
+            "family 'dense'",
+        ),
+        (
+            lambda: rate_matched(
+                {"dense": np.eye(2, 4, dtype=bool)}, {"dense": np.full((2, 4), np.nan)}, RNG
+            ),
+            "NaN",
+        ),
+        (lambda: layer_matched({"dense": np.ones((2, 4))}, RNG), "float64"),
+    ],
+)
 def test_impossible_controls_are_refused(call, told):
     with pytest.raises(UserError, match=told):
         call()

@@ -1,328 +1,420 @@
-"""Counts against a brute-force loop over tokens and experts, from the weights, for every family."""
+"""Capture on strings and on profiles: positions, reuse, refusal, generation with the cache,
+several processes.
+"""
 
-from contextlib import ExitStack
+import dataclasses
+import json
+import os
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import zoo
-from torch.nn import functional as F
+from test_counter import differing
 
-from helpers.capture import count_activations, count_encoded
-from helpers.counting import count_positive, observed, watching
-from helpers.models import Encoded, batches
-from helpers.record import UserError
-from helpers.selfcheck import self_check
-from helpers.shards import Counts
-from helpers.sites import UnreadableModel, find_sites
+from helpers.capture.count import count, count_activations, flips
+from helpers.capture.counter import watching
+from helpers.capture.loading import load_model
+from helpers.capture.tokens import encode
+from helpers.config import Pair, Profile
+from helpers.paths import MODELS, results_dir
+from helpers.record import DamagedFile, RecordMismatch, UserError
+from helpers.run import __main__ as command
+from helpers.study import counting as room
+from helpers.study.answers import continuations
+from helpers.study.counting import capture, capture_shards, open_model, twin_names
 
-FIRST = ("gate_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc1", "input_linear")
-LENGTHS = (5, 2, 9, 3, 12, 1, 7, 4, 6, 2, 8, 3) * 3                                           # 36 > the largest batch
-
-
-@pytest.fixture(scope="module")
-def sequences():
-    draw = np.random.default_rng(0)
-    ids = [tuple(draw.integers(3, zoo.WORDS, n).tolist()) for n in LENGTHS]
-    return [Encoded(row, tuple((draw.random(len(row)) < 0.8).tolist())) for row in ids]
-
-
-def oracle(model, encoded) -> Counts:
-    """Each sequence alone and unpadded; each token, each expert, one matrix-vector product from the weights."""
-    sites, parts = find_sites(model), []
-    for e in encoded:
-        given = {}
-        with ExitStack() as stack, torch.no_grad():
-            for s in sites:
-                kids = dict(s.module.named_children())
-                first = s.module if s.family == "expert" else next(kids[n] for n in FIRST if n in kids)
-                stack.callback(first.register_forward_pre_hook(
-                    lambda m, args, s=s, given=given: given.update({s.name: (m, args)})).remove)
-            model.base_model(input_ids=torch.tensor([e.ids]), use_cache=False)
-            arrays = {s.name: looped(s, *given[s.name], e.counted) for s in sites}
-        layers = {f: tuple(s.layer for s in sites if s.family == f) for f in ("dense", "shared", "expert")}
-        layers = {f: n for f, n in layers.items() if n}
-        stacked = {f: np.stack([arrays[s.name][0] for s in sites if s.family == f])[None] for f in layers}
-        routed = [arrays[s.name][1] for s in sites if s.family == "expert"]
-        parts.append(Counts(np.array([sum(e.counted)], np.int32), stacked, np.stack(routed)[None] if routed else None,
-                            layers))
-    return Counts.join(parts)
+TEXTS = [
+    "add 1 and 2.",
+    "name a fish",
+    "is it so? yes or no: a, b, c",
+    "go",
+    "sum: a long one, then another one.",
+]
+ROWS = pd.DataFrame(
+    [
+        {"instruction": t, "input": "" if i % 2 else f"no {i}.", "reference": f"it is {i}"}
+        for i, t in enumerate(TEXTS * 2)
+    ]
+)
 
 
-def looped(site, first, args, counted):
-    neurons, routed = np.zeros((site.experts, site.width), np.uint16), np.zeros(site.experts, np.uint16)
-    x = args[0].reshape(len(counted), -1)                                                     # [T, D]
-    for t in np.flatnonzero(counted):
-        if site.family != "expert":
-            weight = first.weight.T if hasattr(first, "nf") else first.weight                 # GPT-2's Conv1D
-            a = F.linear(x[t], weight, first.bias)[:site.width]                               # a fused gate comes first
-            neurons[0] += (site.act(a) > 0).numpy()
-            continue
-        for e in args[1][t].tolist():
-            routed[e] += 1
-            h = (first.gate_up_proj[e].T if first.is_transposed else first.gate_up_proj[e]) @ x[t]
-            if first.has_bias:
-                h = h + first.gate_up_proj_bias[e]
-            if hasattr(first, "limit"):          # GPT-OSS: interleaved, clamped
-                g = h[::2].clamp(max=first.limit)
-                neurons[e] += (g * torch.sigmoid(first.alpha * g) > 0).numpy()
-            else:
-                neurons[e] += (first.act_fn(h[:site.width]) > 0).numpy()
-    return (neurons if site.family == "expert" else neurons[0]), routed
+@pytest.fixture(scope="module", params=["llama", "qwen2_moe"])
+def checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    zoo.build(request.param).save_pretrained(folder, max_shard_size="100KB")
+    zoo.tokenizer().save_pretrained(folder)
+    return folder
 
 
-def run(model, encoded, size, side="right") -> Counts:
-    parts, order = [], []
-    with watching(model) as counter:
-        for batch in batches(encoded, size, side):
-            parts.append(counter(batch.input_ids, batch.attention_mask, batch.count_mask))
-            order.append(batch.rows)
-    return Counts.join(parts, order)
+@pytest.fixture
+def setting(checkpoint, tmp_path, monkeypatch):
+    """(profile, pair) whose counts go to a folder of their own, three instructions to a shard."""
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path.joinpath(*names))
+    monkeypatch.setattr(room, "SHARD", 3)
+    pair = Pair("pair", str(checkpoint), str(checkpoint))
+    return Profile("test", "none", (pair,), batch_size=2, max_new_tokens=5), pair
 
 
-def differing(one: Counts, two: Counts) -> int:
-    one, two = one.arrays(), two.arrays()
-    assert one.keys() == two.keys() and all(one[k].shape == two[k].shape and one[k].dtype == two[k].dtype for k in one)
-    return sum(int((one[k] != two[k]).sum()) for k in one)
+def by_hand(model, tokenizer, text):
+    """One text, one character (here: token) after the other, read from the activation modules'
+    outputs.
+    """
+    ids, seen, hooks = tokenizer(text, return_tensors="pt")["input_ids"], [], []
+    for layer in model.model.layers:
+        hooks.append(layer.mlp.act_fn.register_forward_hook(lambda m, a, out: seen.append(out)))
+    model(ids)
+    [hook.remove() for hook in hooks]
+    return np.stack([(a[0] > 0).sum(0).numpy() for a in seen])
 
 
-@pytest.mark.parametrize("family", zoo.ZOO)
-def test_counts_equal_the_loop_for_any_batch_size_padding_and_order(family, sequences):
-    model = zoo.build(family)
-    expected = oracle(model, sequences)
-    assert 0.1 < next(iter(expected.neurons.values())).mean() / expected.tokens.mean() < 0.8
-    for size, side in ((1, "right"), (7, "right"), (32, "right"), (7, "left"), (32, "left")):
-        assert differing(run(model, sequences, size, side), expected) == 0, f"batches of {size}, padded {side}"
-    assert differing(run(model, sequences[::-1], 7), Counts.join([expected], [range(len(sequences))[::-1]])) == 0
+def test_five_lines_count_any_model_on_any_strings():
+    model, tokenizer = zoo.build("llama"), zoo.tokenizer()
+    counts = count(model, tokenizer, TEXTS, batch_size=2)
+    for i, text in enumerate(TEXTS):
+        assert counts.tokens[i] == len(text)
+        assert (counts.neurons["dense"][i] == by_hand(model, tokenizer, text)).all()
+    inputs = tokenizer(TEXTS[:2], return_tensors="pt", padding=True)
+    with count_activations(model) as counter:
+        streamed = counter(inputs["input_ids"], inputs["attention_mask"])
+    assert (streamed.neurons["dense"] == counts.neurons["dense"][:2]).all()
+    assert counts.layers == {"dense": (0, 1, 2)}
+    assert counts.routed is None
+    assert counts.neurons["dense"].dtype == np.uint16
+    assert counts.tokens.dtype == np.int32
 
 
-@pytest.mark.parametrize("family", zoo.ZOO)
-def test_counting_leaves_no_trace(family):
-    model, ids = zoo.build(family), torch.arange(3, 15).reshape(2, 6)
-    before, state = model(ids).logits, model.state_dict()
-    implementation = model.get_experts_implementation()
-    with pytest.raises(ZeroDivisionError), count_activations(model) as counter:
-        counter(ids)
-        raise ZeroDivisionError
-    assert torch.equal(model(ids).logits, before) and model.get_experts_implementation() == implementation
-    assert all(torch.equal(state[k], v) for k, v in zoo.build(family).state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "observer" in vars(m) for m in model.modules())
+def test_the_template_changes_what_is_read_but_not_what_is_counted():
+    model, tokenizer = zoo.build("llama"), zoo.tokenizer()
+    bare, wrapped = (
+        count(model, tokenizer, TEXTS, template=t)
+        for t in ("{instruction}", "do: {instruction}\nthen")
+    )
+    assert (bare.tokens == wrapped.tokens).all()
+    assert differing(bare, wrapped) > 100
 
 
-@pytest.mark.parametrize("family", zoo.SPARSE)
-def test_every_experts_implementation_gives_the_same_counts_and_comes_back(family, sequences):
-    model, ids, found = zoo.build(family), torch.arange(3, 35).reshape(2, 16), []
-    with observed(model):
-        ours = model(ids).logits
-    for implementation in ("eager", "grouped_mm", "batched_mm"):
-        model.set_experts_implementation(implementation)
-        assert torch.allclose(model(ids).logits, ours, atol=1e-4)
-        found.append(count_encoded(model, sequences, 7))
-        assert model.get_experts_implementation()[""] == implementation
-    assert differing(found[0], found[1]) == differing(found[0], found[2]) == 0
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma2", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"]
+)
+def test_generated_tokens_count_as_they_do_step_by_step_with_the_cache(family):
+    model, tokenizer = zoo.build(family), zoo.tokenizer()
+    model.generation_config.eos_token_id = None
+    prompts = encode(tokenizer, TEXTS[:3])
+    answers = continuations(model, prompts, max_new_tokens=9)
+    one_pass = count(model, tokenizer, TEXTS[:3], responses=answers)
+    for i, prompt in enumerate(prompts):
+        total, step = {}, 0
+        with watching(model) as counter, torch.no_grad():
+            cache = [None]
+
+            def cached(run=model.base_model.forward, cache=cache, **inputs):
+                out = run(**inputs | {"use_cache": True}, past_key_values=cache[0])
+                cache[0] = out.past_key_values
+                return out
+
+            model.base_model.forward, plain = cached, model.base_model.forward
+            try:
+                counter(torch.tensor([prompt.ids]))
+                for step, token in enumerate(answers[i], 1):
+                    mask = torch.ones(1, len(prompt.ids) + step, dtype=torch.long)
+                    counter.trunk = lambda mask=mask, **inputs: cached(
+                        **inputs | {"attention_mask": mask}
+                    )
+                    for name, a in counter(torch.tensor([[token]])).arrays().items():
+                        total[name] = total.get(name, 0) + a[0].astype(int)
+            finally:
+                model.base_model.forward = plain
+        assert step == 9
+        for name, a in one_pass.arrays().items():
+            assert (a[i] == total[name]).all(), name
 
 
-@pytest.mark.parametrize("family", zoo.SPARSE)
-def test_frequencies_of_experts_obey_their_bounds(family, sequences):
-    model = zoo.build(family)
-    counts = count_encoded(model, sequences, 7)
-    assert (counts.neurons["expert"].max(-1) <= counts.routed).all()                          # p_e <= f_e
-    assert (counts.routed.sum(-1) == 2 * counts.tokens[:, None]).all()                        # sum of f = K
-    assert counts.tokens.tolist() == [sum(e.counted) for e in sequences]
+def test_a_model_split_over_memory_and_disk_gives_the_same_counts(checkpoint):
+    split = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    whole, parted = (
+        count(*load_model(str(checkpoint), device_map=device_map), TEXTS)
+        for device_map in (None, split)
+    )
+    assert differing(whole, parted) == 0
 
 
-def test_qwen2_moe_experts_are_bit_for_bit_the_eager_ones():
-    model, ids = zoo.build("qwen2_moe"), torch.arange(3, 35).reshape(2, 16)
-    model.set_experts_implementation("eager")
-    eager = model(ids).logits
-    with observed(model):
-        assert torch.equal(model(ids).logits, eager)
+# ---- a profile's counts
+# --------------------------------------------------------------------------------------------
 
 
-def test_in_bf16_batching_moves_few_counts_by_one():
-    draw = np.random.default_rng(1)
-    encoded = [Encoded(tuple(draw.integers(3, zoo.WORDS, 30).tolist()), (True,) * 30) for _ in range(8)]
-    model = zoo.build("llama", torch.bfloat16)
-    one, many = (run(model, encoded, size).neurons["dense"].astype(int) for size in (1, 8))
-    assert (one != many).mean() < 0.05 and np.abs(one - many).max() <= 2
+@pytest.mark.parametrize("positions", room.POSITIONS)
+def test_capture_keeps_what_count_gives_and_reuses_it(setting, positions, tmp_path, monkeypatch):
+    profile, pair = setting
+    model, tokenizer = load_model(pair.base)
+    texts = [
+        i + ("\n" + x if x else "") for i, x in zip(ROWS["instruction"], ROWS["input"], strict=True)
+    ]
+    found = capture(profile, pair, "base", positions, ROWS)
+    responses = {
+        "response": list(ROWS["reference"]),
+        "generated": [
+            r
+            for t in texts
+            for r in continuations(
+                model, encode(tokenizer, [t], template=profile.template), max_new_tokens=5
+            )
+        ],
+    }
+    expected = count(
+        model, tokenizer, texts, template=profile.template, responses=responses.get(positions)
+    )
+    if positions.startswith("prompt-"):
+        other = capture(
+            profile, pair, "base", {"prompt-even": "prompt-odd"}.get(positions, "prompt-even"), ROWS
+        )
+        assert (found.tokens + other.tokens == expected.tokens).all()
+        assert abs(found.tokens - other.tokens).max() <= 1
+        assert all(
+            (found.neurons[f] + other.neurons[f] == expected.neurons[f]).all()
+            for f in expected.neurons
+        )
+    else:
+        assert differing(found, expected) == 0
+    record = json.loads((tmp_path / "test/pair/base" / positions / "record.json").read_text())
+    assert record["total"] == 10
+    assert record["size"] == 3
+    assert len(record["shards"]) == 4
+    assert record["found"][0] | {"batching": 0, "made_with": 0} == {
+        "device": "cpu",
+        "attention": "sdpa",
+        "batching": 0,
+        "made_with": 0,
+    }
+    monkeypatch.setattr(room, "load_model", None)  # nothing is loaded again
+    assert differing(capture(profile, pair, "base", positions, ROWS), found) == 0
 
 
-def test_count_positive_is_blind_to_block_size(monkeypatch):
-    draw = torch.Generator().manual_seed(0)
-    x, group = torch.randn(101, 7, generator=draw), torch.randint(0, 5, (101,), generator=draw)
-    expected = torch.stack([(x[group == g] > 0).sum(0) for g in range(4)])
-    for cells in (1, 50, 10**6):
-        monkeypatch.setitem(__import__("helpers.counting").counting.BLOCK, "cpu", cells)
-        assert torch.equal(count_positive(x, group, 4), expected.float())
+def test_the_even_positions_are_the_first_third_and_so_on(setting):
+    profile, pair = setting
+    one = ROWS.iloc[3:4].assign(instruction="abc")
+    model, tokenizer = load_model(pair.base)
+    with count_activations(model) as counter:
+        head = len(profile.template.partition("{")[0])
+        ids = torch.tensor([encode(tokenizer, ["abc"], template=profile.template)[0].ids])
+        mask = torch.zeros_like(ids)
+        mask[0, [head, head + 2]] = 1
+        expected = counter(ids, count_mask=mask)
+    assert differing(capture(profile, pair, "base", "prompt-even", one), expected) == 0
+    with pytest.raises(UserError, match="cannot be split in two"):
+        capture(profile, pair, "tuned", "prompt-odd", one.assign(instruction="a"))
 
 
-# ---- what must be refused -----------------------------------------------------------------------------------------
+def test_the_twin_has_random_weights_and_its_own_folder(setting):
+    profile, pair = setting
+    base, twin = (capture(profile, pair, variant, "prompt", ROWS) for variant in ("base", "twin"))
+    assert (base.tokens == twin.tokens).all()
+    assert differing(base, twin) > 100
+    with pytest.raises(RecordMismatch, match="seed"):
+        capture(dataclasses.replace(profile, seed=1), pair, "twin", "prompt", ROWS)
 
-IDS = torch.arange(3, 15).reshape(2, 6)
+
+def test_twins_are_numbered_from_the_profiles_seed_on(setting):
+    profile, pair = setting
+    assert twin_names(0) == []
+    assert twin_names(3) == ["twin", "twin-1", "twin-2"]
+    twins = [capture(profile, pair, name, "prompt", ROWS) for name in twin_names(3)]
+    assert all(differing(a, b) > 100 for a, b in zip(twins, twins[1:], strict=False))
+    later = capture(
+        dataclasses.replace(profile, seed=2, name="later"), pair, "twin", "prompt", ROWS
+    )
+    assert differing(later, twins[2]) == 0
+    with pytest.raises(UserError, match="'twin-0', expected one of base, tuned, twin"):
+        capture(profile, pair, "twin-0", "prompt", ROWS)
 
 
-def counting(model, ids=IDS, **masks):
-    with watching(model) as counter:
-        return counter(ids, **masks)
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (
+            lambda p, pair, rows: (dataclasses.replace(p, template="{instruction}"), pair, rows),
+            "template",
+        ),
+        (lambda p, pair, rows: (dataclasses.replace(p, batch_size=3), pair, rows), "batch_size"),
+        (lambda p, pair, rows: (dataclasses.replace(p, name="other"), pair, rows), "profile"),
+        (lambda p, pair, rows: (p, dataclasses.replace(pair, dtype="bfloat16"), rows), "dtype"),
+        (lambda p, pair, rows: (p, pair, rows[::-1]), "data"),
+        (lambda p, pair, rows: (p, pair, rows.assign(reference="else")), "data"),
+    ],
+)
+def test_counts_made_under_other_settings_are_refused(setting, tmp_path, monkeypatch, change, key):
+    profile, pair = setting
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one")
+    capture(profile, pair, "base", "response", ROWS)
+    profile, pair, rows = change(profile, pair, ROWS)
+    with pytest.raises(RecordMismatch, match=f"was made with {key} ="):
+        capture(profile, pair, "base", "response", rows)
 
 
-@pytest.mark.parametrize(("break_it", "message"), [
-    (lambda m: m.train(), "training mode"),
-    (lambda m: m.model.layers[1].mlp.train(), "training mode"),
-    (torch.compile, "compiled"),
-    (lambda m: (m.model.layers[0].mlp.compile(), m)[1], "compiled"),
-    (lambda m: m.to("meta"), "no weights"),
-    (lambda m: (setattr(m, "is_quantized", True), m)[1], "quantised"),
-    (lambda m: (setattr(m, "_tp_size", 2), m)[1], "tensor parallelism"),
-])
-def test_a_model_that_cannot_be_counted_is_refused(break_it, message):
-    model = zoo.build("llama")
-    broken = break_it(model)
+def test_counts_of_other_weights_are_refused(setting, tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    profile, pair = setting[0], dataclasses.replace(setting[1], base=str(tmp_path / "copy"))
+    capture(profile, pair, "base", "prompt", ROWS)
+    weights = next((tmp_path / "copy").glob("model-00001*"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(RecordMismatch, match="was made with weights ="):
+        capture(profile, pair, "base", "prompt", ROWS)
+
+
+def test_counts_of_other_versions_are_refused(setting, monkeypatch):
+    profile, pair = setting
+    capture(profile, pair, "base", "prompt", ROWS)
+    now = room.versions()
+    monkeypatch.setattr(
+        room, "versions", lambda: now | {"pandas": "0.1"}
+    )  # has no part in counting
+    capture(profile, pair, "base", "prompt", ROWS)
+    monkeypatch.setattr(room, "versions", lambda: now | {"torch": "0.1"})
+    with pytest.raises(RecordMismatch, match="versions"):
+        capture(profile, pair, "base", "prompt", ROWS)
+
+
+def test_counts_of_an_older_meaning_are_refused(setting, monkeypatch):
+    profile, pair = setting
+    capture(profile, pair, "base", "prompt", ROWS)
+    monkeypatch.setattr(room, "FORMAT", room.FORMAT + 1)
+    with pytest.raises(RecordMismatch, match="format"):
+        capture(profile, pair, "base", "prompt", ROWS)
+
+
+def test_a_model_is_opened_only_if_something_is_missing_and_several_processes_open_their_own(
+    setting, monkeypatch
+):
+    profile, pair = setting
+    opened = []
+
+    def opener():
+        opened.append(1)
+        return open_model(pair, "base")
+
+    for _ in range(2):
+        capture(profile, pair, "base", "prompt", ROWS, opener)
+    assert opened == [1]
+    monkeypatch.setattr(room, "_launch", lambda *job: opened.append(job[2]))
+    with pytest.raises(DamagedFile):  # nobody counted anything
+        capture(dataclasses.replace(profile, processes=2), pair, "tuned", "prompt", ROWS, opener)
+    assert opened == [1, "tuned"]
+
+
+@pytest.mark.parametrize(
+    ("variant", "positions", "rows", "message"),
+    [
+        ("chat", "prompt", ROWS, "variant is 'chat'"),
+        ("base", "all", ROWS, "positions is 'all'"),
+        ("base", "prompt", ROWS[:0], "no rows"),
+        ("base", "response", ROWS.assign(reference=""), "no counted token"),
+        ("base", "prompt", ROWS.assign(instruction="x" * 300), "more than the 256"),
+    ],
+)
+def test_what_cannot_be_captured_is_one_clear_error(setting, variant, positions, rows, message):
     with pytest.raises(UserError, match=message):
-        counting(model if broken is None else broken)
+        capture(*setting, variant, positions, rows)
 
 
-def test_dynamically_quantised_layers_are_refused():
+def test_a_generation_that_ends_at_once_has_no_tokens(setting, monkeypatch):
+    monkeypatch.setattr(
+        room, "continuations", lambda model, encoded, **options: [[] for _ in encoded]
+    )
+    counts = capture(*setting, "base", "generated", ROWS)
+    assert not counts.tokens.any()
+    assert not any(c.any() for c in counts.neurons.values())
+
+
+def test_flips_counts_the_cells_that_batching_moved():
     model = zoo.build("llama")
-    model.model.layers[0].mlp.act_fn = type("Fake", (torch.nn.Module,), {"__module__": "torch.ao.nn.quantized"})()
-    with pytest.raises(UserError, match="quantised"):
-        counting(model.eval())
+    encoded = encode(zoo.tokenizer(), TEXTS)
+    counts = room.count_encoded(model, encoded)
+    assert flips(model, encoded[:2], counts) == {
+        "cells": 2 * (3 * zoo.N + 1),
+        "differ": 0,
+        "most": 0,
+    }
+    counts.neurons["dense"][1, 2, 3] += 2
+    assert flips(model, encoded[:2], counts) == {
+        "cells": 2 * (3 * zoo.N + 1),
+        "differ": 1,
+        "most": 2,
+    }
 
 
-def test_uneven_widths_are_refused():
-    model = zoo.build("llama")
-    model.model.layers[1].mlp = zoo.build("llama", intermediate_size=64).model.layers[1].mlp
-    with pytest.raises(UserError, match="widths differ"):
-        counting(model)
+@pytest.mark.parametrize("pair", sorted(p.name for p in MODELS.glob("tiny-*")))
+def test_the_shipped_models_are_read_exactly(pair):
+    model, tokenizer = load_model(str(MODELS / pair / "tuned"))
+    alone, together = (count(model, tokenizer, ["Add 3 and 4.", "Name a town."], n) for n in (1, 2))
+    assert differing(alone, together) == 0
 
 
-@pytest.mark.parametrize(("ids", "masks", "message"), [
-    (torch.zeros(2, 0, dtype=torch.long), {}, "one shape"),
-    (torch.arange(3, 9), {}, "one shape"),
-    (IDS, {"attention_mask": torch.ones(2, 5)}, "one shape"),
-    (IDS, {"attention_mask": torch.tensor([[1] * 6, [0] * 6])}, "all padding"),
-    (IDS, {"attention_mask": torch.tensor([[1] * 6, [1] * 5 + [0]]), "count_mask": torch.ones(2, 6)}, "within"),
-    (IDS + 90, {}, "outside its 101 embeddings"),
-    (torch.full((1, 257), 5), {}, "257 tokens, more than the 256"),
-])
-def test_a_batch_that_cannot_be_counted_is_refused(ids, masks, message):
-    with pytest.raises(UserError, match=message):
-        counting(zoo.build("llama"), ids, **masks)
+# ---- several processes
+# ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
-def test_nan_activations_are_refused(family):
-    model = zoo.build(family)
-    with torch.no_grad():
-        find_sites(model)[0].module.down_proj.weight[:] = float("nan")
-    with pytest.raises(UserError, match="not finite"):
-        counting(model)
+@pytest.fixture
+def profile_of_two(tmp_path):
+    """A profile for two processes, whose results lie where the command line puts them."""
+    checkpoint = tmp_path / "model"
+    zoo.build("qwen2_moe").save_pretrained(checkpoint)
+    zoo.tokenizer().save_pretrained(checkpoint)
+    pair = Pair("pair", str(checkpoint), str(checkpoint))
+    profile = Profile(f"test-{os.getpid()}", "none", (pair,), batch_size=2, processes=2)
+    yield profile, pair
+    shutil.rmtree(results_dir(profile.name), ignore_errors=True)
 
 
-def test_padding_may_hold_nan_and_any_token():
-    model = zoo.build("llama")
-    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-    one, two = IDS.clone(), IDS.clone()
-    two[1, 4:] = 2                                 # the end-of-sequence id: only the mask says what is padding
-    assert differing(counting(model, one, attention_mask=mask), counting(model, two, attention_mask=mask)) == 0
+def test_two_processes_leave_the_same_bytes_as_one(profile_of_two, tmp_path, monkeypatch):
+    profile, pair = profile_of_two
+    rows = pd.concat([ROWS] * 20, ignore_index=True)  # two shards of 128, 72
+    capture_shards(profile, pair, "base", "prompt", rows)
+    two = {
+        p.name: p.read_bytes() for p in (results_dir(profile.name) / "pair/base/prompt").iterdir()
+    }
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one")
+    capture(dataclasses.replace(profile, processes=1), pair, "base", "prompt", rows)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()} == two
+    assert len(two) == 5
 
 
-def test_a_pass_without_masks_inside_the_context_is_refused():
-    model = zoo.build("llama")
-    with pytest.raises(UserError, match=r"instead of model\(...\)"), watching(model):
-        model(IDS)
-    with pytest.raises(UserError, match="nothing was counted"), watching(model):
-        pass
-    with watching(model) as counter:
-        counter(IDS)
-        with pytest.raises(UserError, match=r"counted already|instead of"):
-            counting(model)
+def test_a_failure_in_the_processes_is_an_error_here(profile_of_two, capfd):
+    profile, pair = profile_of_two
+    with pytest.raises(UserError, match="2 capture processes ended with exit code"):
+        capture(profile, pair, "base", "prompt", ROWS.assign(instruction="x" * 300))
+    assert "more than the 256 that can be read" in capfd.readouterr().err
 
 
-def test_two_counters_on_one_sparse_model_are_refused():
-    model = zoo.build("mixtral")
-    with watching(model) as counter:
-        counter(IDS)
-        with pytest.raises(UserError, match="being counted already"):
-            counting(model)
-
-
-def test_an_mlp_that_does_not_call_its_activation_is_noticed():
-    model = zoo.build("llama")
-    mlp = model.model.layers[1].mlp
-    mlp.forward = lambda x: mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))          # as a fused kernel would
-    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp saw 0 tokens"):
-        counting(model)
-
-
-def test_rows_that_never_reach_the_experts_are_noticed(monkeypatch):
-    model = zoo.build("mixtral")
-    bank = model.model.layers[0].mlp.experts
-    whole = type(bank).forward
-    monkeypatch.setattr(bank, "forward", lambda h, i, w: whole(bank, h[:-1], i[:-1], w[:-1]).new_zeros(h.shape))
-    with pytest.raises(RuntimeError, match="saw 11 tokens where the model read 12"):
-        counting(model)
-
-
-def test_a_forward_that_failed_does_not_spoil_the_next():
-    model = zoo.build("llama")
-    with watching(model) as counter:
-        hook = model.model.layers[1].register_forward_pre_hook(lambda m, args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            counter(IDS)
-        hook.remove()
-        assert differing(counter(IDS), counting(zoo.build("llama"))) == 0
-
-
-# ---- the start-up self-check ---------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", zoo.ZOO)
-def test_the_self_check_passes_every_family(family, dtype):
-    self_check(zoo.build(family, dtype))
-
-
-def swapped(model):
-    """Gate and up exchanged in the experts' forward pass: the counted half would be the wrong one."""
-    bank = model.model.layers[0].mlp.experts
-    bank._apply_gate = lambda h: bank.act_fn(h.chunk(2, -1)[1]) * h.chunk(2, -1)[0]
-
-
-def normed(model):
-    """A norm between activation and down projection: neurons no longer stand for its inputs one by one."""
-    mlp = model.model.layers[1].mlp
-    mlp.forward = lambda x: mlp.down_proj(F.layer_norm(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), (zoo.N,)))
-
-
-def ungated(model):
-    """Experts whose gate gates nothing."""
-    model.model.layers[0].mlp.experts._apply_gate = lambda h: h.chunk(2, -1)[0] * 0.5
-
-
-@pytest.mark.parametrize(("family", "spoil", "message"), [
-    ("mixtral", swapped, "its gate is not the part"), ("llama", normed, "does not silence it alone"),
-    ("mixtral", ungated, "its gate is not the part"),
-])
-def test_the_self_check_refuses_what_is_computed_in_another_way(family, spoil, message):
-    model = zoo.build(family)
-    spoil(model)
-    with pytest.raises(UnreadableModel, match=message), count_activations(model):
-        pass
-
-
-def test_the_self_check_compares_with_the_models_own_experts(monkeypatch):
-    model = zoo.build("mixtral")
-    monkeypatch.setattr("helpers.counting.gate_part", lambda bank, h: h.chunk(2, -1)[1])      # counts the other half
-    with pytest.raises(UnreadableModel, match="not those of a loop"):
-        self_check(model)
+def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
+    setting, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(
+        command,
+        "load_profile",
+        lambda name: dataclasses.replace(setting[0], name=name, processes=2),
+    )
+    monkeypatch.setattr(command.schema, "load_hexainst", lambda dataset: ROWS)
+    assert command.main(["count", "--profile", "mine", "--variants", "tuned"]) == 0
+    assert sorted(p.name for p in (tmp_path / "mine/pair/tuned").iterdir()) == [
+        "prompt",
+        "response",
+    ]
+    assert "pair tuned response: 10 instructions" in capsys.readouterr().out
     monkeypatch.undo()
-    model.set_experts_implementation("eager")
-    bank = model.model.layers[1].mlp.experts
-    own = bank.forward
-
-    def scaled(*args):
-        return own(*args) * (1.01 if bank.config._experts_implementation == "eager" else 1)
-
-    monkeypatch.setattr(bank, "forward", scaled)
-    with pytest.raises(UnreadableModel, match="the model's own differ"):
-        self_check(model)
+    assert command.main(["count", "--profile", "no-such-profile"]) == 1
+    assert "unknown profile 'no-such-profile'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["count", "--profile", "tiny", "--positions", "all"])
+    assert "invalid choice: 'all'" in capsys.readouterr().err

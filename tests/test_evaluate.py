@@ -1,4 +1,6 @@
-"""Losses against a loop by hand, generation in batches against one by one, the ablation matrix against single runs."""
+"""Losses against a loop by hand, generation in batches against one by one, the ablation matrix
+against single runs.
+"""
 
 from types import SimpleNamespace
 
@@ -7,25 +9,51 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers.ablation import ablate
-from helpers.evaluate import ablation_matrix, encode_references, generate, plain_text_nll, reference_nll, task_scores
+from helpers.capture.interventions import ablate
 from helpers.record import UserError
-from tests.test_ablation import hooks, neuron_mask
+from helpers.study.answers import greedy_answers
+from helpers.study.evaluate import (
+    ablation_matrix,
+    encode_references,
+    plain_text_nll,
+    reference_nll,
+    task_scores,
+)
+from tests.test_interventions import hooks, neuron_mask
 from tests.zoo import ZOO, build, tokenizer
 
 torch.set_num_threads(1)
 TOKENIZER = tokenizer()
-PROFILE = SimpleNamespace(template="say: {instruction}\n", batch_size=3, max_new_tokens=7, run_code=False)
-TEXTS = ["add one", "a", "what is it that you want from me now?", "sum 12, 7", "go on", "name the dog", "b?"]
-ROWS = pd.DataFrame({
-    "id": [f"r{i}" for i in range(7)], "instruction": TEXTS,
-    "input": ["", "to b", "", "", "the list", "", ""], "reference": ["two", "x = 1", "nothing", "19", "ok", "rex", "c"],
-    "checker": [{"name": "exact", "answer": w} for w in ("two", "x", "nothing", "19", "ok", "rex", "c")]})
+PROFILE = SimpleNamespace(
+    template="say: {instruction}\n", batch_size=3, max_new_tokens=7, run_code=False
+)
+TEXTS = [
+    "add one",
+    "a",
+    "what is it that you want from me now?",
+    "sum 12, 7",
+    "go on",
+    "name the dog",
+    "b?",
+]
+ROWS = pd.DataFrame(
+    {
+        "id": [f"r{i}" for i in range(7)],
+        "instruction": TEXTS,
+        "input": ["", "to b", "", "", "the list", "", ""],
+        "reference": ["two", "x = 1", "nothing", "19", "ok", "rex", "c"],
+        "checker": [
+            {"name": "exact", "answer": w} for w in ("two", "x", "nothing", "19", "ok", "rex", "c")
+        ],
+    }
+)
 
 
 def by_hand(model, row, eos=True):
     """The loss of one reference, one token after the other, in plain words."""
-    prompt = PROFILE.template.format(instruction=row["instruction"] + ("\n" + row["input"] if row["input"] else ""))
+    prompt = PROFILE.template.format(
+        instruction=row["instruction"] + ("\n" + row["input"] if row["input"] else "")
+    )
     ids, losses = TOKENIZER(prompt)["input_ids"], []
     for token in TOKENIZER(row["reference"])["input_ids"] + [TOKENIZER.eos_token_id] * eos:
         with torch.no_grad():
@@ -35,7 +63,9 @@ def by_hand(model, row, eos=True):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3", "opt", "qwen2_moe", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "gemma2", "phi3", "opt", "qwen2_moe", "gpt_oss", "granitemoe"]
+)
 def test_reference_nll_equals_a_loop_by_hand_in_row_order(family):
     model = build(family)
     for eos in (True, False):
@@ -60,9 +90,14 @@ def test_only_the_references_tokens_and_the_end_are_counted():
 def test_plain_text_nll_equals_the_models_own_loss():
     model = build("llama")
     with torch.no_grad():
-        expected = [float(model(input_ids=(i := torch.tensor([TOKENIZER(t)["input_ids"]])), labels=i).loss)
-                    for t in TEXTS if len(t) > 1]
-    np.testing.assert_allclose(plain_text_nll(model, TOKENIZER, [t for t in TEXTS if len(t) > 1]), expected, rtol=1e-5)
+        expected = [
+            float(model(input_ids=(i := torch.tensor([TOKENIZER(t)["input_ids"]])), labels=i).loss)
+            for t in TEXTS
+            if len(t) > 1
+        ]
+    np.testing.assert_allclose(
+        plain_text_nll(model, TOKENIZER, [t for t in TEXTS if len(t) > 1]), expected, rtol=1e-5
+    )
     with pytest.raises(UserError, match="no token whose loss"):
         plain_text_nll(model, TOKENIZER, ["ab", "a"])
 
@@ -71,14 +106,14 @@ def test_plain_text_nll_equals_the_models_own_loss():
 def test_generation_in_batches_equals_one_by_one(family):
     model = build(family)
     model.generation_config.eos_token_id = None
-    alone = [generate(model, TOKENIZER, PROFILE, ROWS.iloc[[i]])[0] for i in range(len(ROWS))]
-    assert generate(model, TOKENIZER, PROFILE, ROWS) == alone
+    alone = [greedy_answers(model, TOKENIZER, PROFILE, ROWS.iloc[[i]])[0] for i in range(len(ROWS))]
+    assert greedy_answers(model, TOKENIZER, PROFILE, ROWS) == alone
     assert len(set(alone)) > 1
     mask = neuron_mask(model, 0.4)
     with ablate(model, mask, "zero"):
-        hit = generate(model, TOKENIZER, PROFILE, ROWS)
+        hit = greedy_answers(model, TOKENIZER, PROFILE, ROWS)
     with ablate(model, mask, "zero", how="hook"):
-        assert hit == generate(model, TOKENIZER, PROFILE, ROWS) != alone
+        assert hit == greedy_answers(model, TOKENIZER, PROFILE, ROWS) != alone
 
 
 def test_generation_is_greedy_step_by_step_and_ends_at_eos():
@@ -87,25 +122,30 @@ def test_generation_is_greedy_step_by_step_and_ends_at_eos():
     for _ in range(PROFILE.max_new_tokens):
         with torch.no_grad():
             wanted.append(int(model(input_ids=torch.tensor([ids + wanted])).logits[0, -1].argmax()))
-    model.generation_config.repetition_penalty, model.generation_config.do_sample = 5.0, True   # must not leak in
+    model.generation_config.repetition_penalty, model.generation_config.do_sample = (
+        5.0,
+        True,
+    )  # must not leak in
     model.generation_config.eos_token_id = None
-    assert generate(model, TOKENIZER, PROFILE, row) == [TOKENIZER.decode(wanted, skip_special_tokens=True).strip()]
+    assert greedy_answers(model, TOKENIZER, PROFILE, row) == [
+        TOKENIZER.decode(wanted, skip_special_tokens=True).strip()
+    ]
     model.generation_config.eos_token_id = wanted[3]
     first = wanted.index(wanted[3])
     ended = TOKENIZER.decode(wanted[:first], skip_special_tokens=True).strip()
-    assert generate(model, TOKENIZER, PROFILE, row) == [ended]
+    assert greedy_answers(model, TOKENIZER, PROFILE, row) == [ended]
 
 
 def test_answers_lose_outer_space_and_special_tokens(monkeypatch):
     ids = [TOKENIZER.bos_token_id, *TOKENIZER(" go on\n")["input_ids"], TOKENIZER.pad_token_id]
-    monkeypatch.setattr("helpers.models.generate", lambda *args, **options: [ids])
+    monkeypatch.setattr("helpers.study.answers.continuations", lambda *args, **options: [ids])
     spaced = TOKENIZER.decode(ids, skip_special_tokens=True)
-    assert generate(None, TOKENIZER, PROFILE, ROWS.iloc[[0]]) == [spaced.strip()] != [spaced]
+    assert greedy_answers(None, TOKENIZER, PROFILE, ROWS.iloc[[0]]) == [spaced.strip()] != [spaced]
 
 
 def test_task_scores_come_from_each_rows_own_checker():
     scores = task_scores(ROWS, list(ROWS["reference"]))
-    assert scores.tolist() == [1, 0, 1, 1, 1, 1, 1]                    # the second row's checker wants another answer
+    assert scores.tolist() == [1, 0, 1, 1, 1, 1, 1]  # the second row's checker wants another answer
     assert task_scores(ROWS, [""] * 7).tolist() == [0] * 7
     with pytest.raises(UserError, match="6 answers to 7 rows"):
         task_scores(ROWS, [""] * 6)
@@ -115,25 +155,34 @@ def test_task_scores_come_from_each_rows_own_checker():
 def test_the_ablation_matrix_is_made_of_single_runs(family):
     model = build(family)
     before = reference_nll(model, TOKENIZER, PROFILE, ROWS)
-    masks = {"small": neuron_mask(model, 0.05), "large": neuron_mask(model, 0.5), "none": neuron_mask(model, 0)}
+    masks = {
+        "small": neuron_mask(model, 0.05),
+        "large": neuron_mask(model, 0.5),
+        "none": neuron_mask(model, 0),
+    }
     table = ablation_matrix(model, TOKENIZER, PROFILE, ROWS, masks, "zero")
-    assert list(table.columns) == list(masks) and list(table.index) == list(ROWS["id"])
-    assert table.attrs["baseline"] == before.tolist() and (table["none"] == 0).all()
+    assert list(table.columns) == list(masks)
+    assert list(table.index) == list(ROWS["id"])
+    assert table.attrs["baseline"] == before.tolist()
+    assert (table["none"] == 0).all()
     for name in ("small", "large"):
         with ablate(model, masks[name], "zero"):
             assert (table[name] == reference_nll(model, TOKENIZER, PROFILE, ROWS) - before).all()
     assert table["large"].abs().mean() > table["small"].abs().mean() > 0
-    assert (reference_nll(model, TOKENIZER, PROFILE, ROWS) == before).all() and hooks(model) == 0
+    assert (reference_nll(model, TOKENIZER, PROFILE, ROWS) == before).all()
+    assert hooks(model) == 0
 
 
 def test_a_set_without_any_effect_is_not_passed_over_in_silence():
     model = build("llama")
-    model.model.layers[0].mlp.down_proj.weight.data[:, 3] = 0          # a dead neuron
+    model.model.layers[0].mlp.down_proj.weight.data[:, 3] = 0  # a dead neuron
     mask = {"dense": np.zeros((3, 80), bool)}
     mask["dense"][0, 3] = True
     with pytest.raises(RuntimeError, match="the set 'dead' changed the loss of none of 7 rows"):
         ablation_matrix(model, TOKENIZER, PROFILE, ROWS, {"dead": mask}, "zero")
-    assert not ablation_matrix(model, TOKENIZER, PROFILE, ROWS, {"dead": mask}, "zero", allow_inert=True).any(axis=None)
+    assert not ablation_matrix(
+        model, TOKENIZER, PROFILE, ROWS, {"dead": mask}, "zero", allow_inert=True
+    ).any(axis=None)
 
 
 def test_a_loss_that_is_no_number_does_not_pass_for_an_effect():
@@ -141,4 +190,6 @@ def test_a_loss_that_is_no_number_does_not_pass_for_an_effect():
     model = build("llama")
     model.lm_head.weight.data[3] = torch.nan
     with pytest.raises(RuntimeError, match="'all' made the loss of some row NaN"):
-        ablation_matrix(model, TOKENIZER, PROFILE, ROWS, {"all": neuron_mask(model)}, "zero", allow_inert=True)
+        ablation_matrix(
+            model, TOKENIZER, PROFILE, ROWS, {"all": neuron_mask(model)}, "zero", allow_inert=True
+        )

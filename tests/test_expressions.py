@@ -1,8 +1,10 @@
-"""The interpreter of small expressions: agrees with Python inside its language, refuses everything outside."""
+"""The interpreter of small expressions: agrees with Python inside its language, refuses everything
+outside.
+"""
 
 import pytest
 
-from helpers.expressions import Refused, call, evaluate, same
+from helpers.hexainst.expressions import Refused, call, evaluate, same
 
 SOUND = [
     "1 + 2 * 3 - 4 / 8",
@@ -74,7 +76,9 @@ def test_refuses(expression):
 
 
 def test_functions_tolerate_a_word_tokenizer():
-    assert call("def f ( a , b ) : return a * * 2 if a > = b else [ a / / 2 , a ! = b ]", [3, 4]) == [1, True]
+    assert call(
+        "def f ( a , b ) : return a * * 2 if a > = b else [ a / / 2 , a ! = b ]", [3, 4]
+    ) == [1, True]
     assert call("double = lambda x: x * 2", ["ab"]) == "abab"
     assert call("def f(x):\n    return x + 1", [1]) == 2
 
@@ -100,5 +104,9 @@ def test_functions_outside_the_language_are_refused(source):
 
 
 def test_sameness():
-    assert same(0.1 + 0.2, 0.3) and same(2.0, 2) and same([1, 2], [1, 2])
-    assert not same(True, 1) and not same(1, 2) and not same("a", 1.0)
+    assert same(0.1 + 0.2, 0.3)
+    assert same(2.0, 2)
+    assert same([1, 2], [1, 2])
+    assert not same(True, 1)
+    assert not same(1, 2)
+    assert not same("a", 1.0)

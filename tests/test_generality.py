@@ -1,28 +1,48 @@
-"""Shares per layer, read-out of routing, stability of scores: against brute force, without an effect, and with one."""
+"""Shares per layer, read-out of routing, stability of scores: against brute force, without an
+effect, and with one.
+"""
 
 import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from helpers import nulls
-from helpers.components import category_sets, consensus
-from helpers.generality import category_scores, nearest_profile, overlap_of, own_gaps, share_test, shares, stability
-from helpers.overlap import category_matrix, gap, jaccard_matrix, nearest_consensus, within_between
-from helpers.pairs import excess
+from helpers.analysis import nulls
+from helpers.analysis.generality import (
+    category_scores,
+    nearest_profile,
+    overlap_of,
+    own_gaps,
+    share_test,
+    shares,
+    stability,
+)
+from helpers.analysis.regression import excess
+from helpers.analysis.sets import category_sets, consensus
+from helpers.analysis.similarity import (
+    category_matrix,
+    gap,
+    jaccard_matrix,
+    nearest_consensus,
+    within_between,
+)
+from helpers.analysis.stats import attempt, bootstrap, permutation_test
 from helpers.record import NotTestable
-from helpers.stats import attempt, bootstrap, permutation_test
 
 LABELS = np.repeat(np.arange(6), 8)
 HALF = np.tile([0, 1], 24)
 
 
 def some_sets(seed=0, width=120, special=0):
-    """Random sets; `special` components of each category fire in nearly all of its instructions and in few others."""
+    """Random sets; `special` components of each category fire in nearly all of its instructions
+    and in few others.
+    """
     rng = np.random.default_rng(seed)
     sets = rng.random((len(LABELS), width)) < rng.beta(1, 2, width)
     for c in range(6):
         own = slice(c * special, (c + 1) * special)
-        sets[:, own] = rng.random((len(LABELS), special)) < np.where(c == LABELS, 0.95, 0.05)[:, None]
+        sets[:, own] = (
+            rng.random((len(LABELS), special)) < np.where(c == LABELS, 0.95, 0.05)[:, None]
+        )
     return sets
 
 
@@ -42,18 +62,24 @@ def test_shares_are_those_of_each_relabelling_alone(tau):
         chosen = consensus(sets, labels, tau)
         number = chosen.sum(0)
         unique, general = ((number == n).reshape(3, -1).mean(1) for n in (1, len(chosen)))
-        assert np.allclose(row[:3], unique) and np.allclose(row[3:6], general)
+        assert np.allclose(row[:3], unique)
+        assert np.allclose(row[3:6], general)
         assert np.isclose(row[6], (number == 1).sum() / max((number > 0).sum(), 1))
 
 
 def test_without_an_effect_p_of_unique_components_is_no_smaller_than_uniform():
-    p = [share_test(some_sets(seed, 600), LABELS, 3, 0.5, resamples=99, seed=seed).p[-1] for seed in range(60)]
-    assert kstest(p, "uniform", alternative="greater").pvalue > 0.01 and np.mean(np.array(p) <= 0.05) <= 0.12
+    p = [
+        share_test(some_sets(seed, 600), LABELS, 3, 0.5, resamples=99, seed=seed).p[-1]
+        for seed in range(60)
+    ]
+    assert kstest(p, "uniform", alternative="greater").pvalue > 0.01
+    assert np.mean(np.array(p) <= 0.05) <= 0.12
 
 
 def test_planted_unique_components_are_found_and_layers_told_apart():
     test = share_test(some_sets(0, 120, special=4), LABELS, 3, 0.5, resamples=199)
-    assert test.p[0] == test.p[6] == 1 / 200 and test.p[2] > 0.05  # the 24 special ones lie in the first of 3 layers
+    assert test.p[0] == test.p[6] == 1 / 200
+    assert test.p[2] > 0.05
     assert test.estimate[0] > test.null[:, 0].mean() + 0.3
 
 
@@ -62,11 +88,14 @@ def test_nearest_profile_reads_planted_routing_and_not_chance():
     rates = np.full((6, 2, 8), 0.1) + 0.6 * np.eye(8)[None, :6].transpose(1, 0, 2)
     planted = np.stack([rng.multinomial(40, r / r.sum(-1, keepdims=True)) for r in rates[LABELS]])
     found = nearest_profile(planted, LABELS, HALF)
-    assert found["accuracy"] > 0.95 and found["chance"] == 1 / 6
+    assert found["accuracy"] > 0.95
+    assert found["chance"] == 1 / 6
     noise = rng.multinomial(40, np.full(8, 1 / 8), (48, 2))
     assert nearest_profile(noise, LABELS, HALF)["accuracy"] < 0.4
     same = np.ones((48, 2, 8), int)
-    assert np.allclose(nearest_profile(same, LABELS, HALF)["correct"], 1 / 6)  # all tie: credit is shared
+    assert np.allclose(
+        nearest_profile(same, LABELS, HALF)["correct"], 1 / 6
+    )  # all tie: credit is shared
 
 
 @pytest.mark.parametrize("score", ["frequency", "lape", "contrast", "attribution", "contribution"])
@@ -74,35 +103,48 @@ def test_stability_is_found_where_planted_and_its_null_is_around_0(score):
     rng = np.random.default_rng(0)
     values = np.abs(rng.normal(0.3, 0.05, (48, 200)))
     found = stability(score, values, LABELS, HALF, 6, 19)
-    assert abs(found["null_gap"]) < 0.1 and abs(found["gap"]) < 0.25
+    assert abs(found["null_gap"]) < 0.1
+    assert abs(found["gap"]) < 0.25
     for c in range(6):
-        values[c == LABELS, c * 6:(c + 1) * 6] += 0.5
+        values[c == LABELS, c * 6 : (c + 1) * 6] += 0.5
     found = stability(score, values, LABELS, HALF, 6, 19)
-    assert found["within"] > 0.9 and found["between"] < 0.1 and found["p"] == 0.05
+    assert found["within"] > 0.9
+    assert found["between"] < 0.1
+    assert found["p"] == 0.05
     chosen = category_sets(category_scores(score, values[HALF == 0], LABELS[HALF == 0]), 6)
-    assert (chosen == found["sets"][0]).all() and overlap_of(chosen) < 0.1 and overlap_of(chosen, chosen) == 1
+    assert (chosen == found["sets"][0]).all()
+    assert overlap_of(chosen) < 0.1
+    assert overlap_of(chosen, chosen) == 1
 
 
-@pytest.mark.parametrize("fault", [
-    lambda: nearest_profile(np.ones((48, 2, 8), int), LABELS, np.zeros(48)),
-    lambda: nearest_profile(np.ones((48, 2, 8), int), LABELS, (LABELS > 0).astype(int)),
-    lambda: stability("frequency", np.ones((48, 9)), LABELS, np.zeros(48), 3),
-    lambda: share_test(np.zeros((48, 9), bool), LABELS, 3, 0.5, resamples=9),
-    lambda: share_test(some_sets(), LABELS, 3, 0.5, strata=LABELS, resamples=9),
-    lambda: excess(np.random.default_rng(0).random((48, 48)), LABELS, (), None, 9, across=np.zeros(48)),
-    lambda: bootstrap(lambda w: gap(np.eye(44), LABELS[4:], w), LABELS[4:], 9),
-    lambda: nearest_consensus(some_sets(), LABELS, np.zeros(48, int)),
-    lambda: jaccard_matrix(np.zeros((48, 9), bool)),
-    lambda: gap(np.eye(8), ["CLS"] * 8),
-    lambda: nulls.rate_null(np.full((48, 9), 7), np.full(48, 7), 2),
-])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda: nearest_profile(np.ones((48, 2, 8), int), LABELS, np.zeros(48)),
+        lambda: nearest_profile(np.ones((48, 2, 8), int), LABELS, (LABELS > 0).astype(int)),
+        lambda: stability("frequency", np.ones((48, 9)), LABELS, np.zeros(48), 3),
+        lambda: share_test(np.zeros((48, 9), bool), LABELS, 3, 0.5, resamples=9),
+        lambda: share_test(some_sets(), LABELS, 3, 0.5, strata=LABELS, resamples=9),
+        lambda: excess(
+            np.random.default_rng(0).random((48, 48)), LABELS, (), None, 9, across=np.zeros(48)
+        ),
+        lambda: bootstrap(lambda w: gap(np.eye(44), LABELS[4:], w), LABELS[4:], 9),
+        lambda: nearest_consensus(some_sets(), LABELS, np.zeros(48, int)),
+        lambda: jaccard_matrix(np.zeros((48, 9), bool)),
+        lambda: gap(np.eye(8), ["CLS"] * 8),
+        lambda: nulls.rate_null(np.full((48, 9), 7), np.full(48, 7), 2),
+    ],
+)
 def test_what_cannot_be_tested_is_a_row_that_says_so(fault):
     with pytest.raises(NotTestable):
         fault()
-    assert attempt(fault)["note"].startswith("not testable: ") and attempt(lambda: {"p": 1}) == {"p": 1}
+    assert attempt(fault)["note"].startswith("not testable: ")
+    assert attempt(lambda: {"p": 1}) == {"p": 1}
 
 
 def test_constant_counts_give_a_gap_of_0_and_p_of_1_never_a_nan():
     alike = jaccard_matrix(np.ones((48, 9), bool))
     test = permutation_test(lambda y: gap(alike, y), LABELS, resamples=19)
-    assert test.estimate == 0 and test.p == 1 and np.isfinite(test.null).all()
+    assert test.estimate == 0
+    assert test.p == 1
+    assert np.isfinite(test.null).all()

@@ -1,50 +1,69 @@
-"""The grid: a killed run ends with the same bytes, other settings are refused, tables say what the cells say."""
+"""The grid: a killed run ends with the same bytes, other settings are refused, tables say what the
+cells say.
+"""
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import cells as room
-from helpers import grid
-from helpers.capture import count
-from helpers.cells import cells, measured_rows, pooled
+from helpers.capture.count import count
 from helpers.config import Pair, Profile
-from helpers.corpus import text
-from helpers.hexainst import CATEGORIES
+from helpers.hexainst.corpus import text
+from helpers.hexainst.schema import CATEGORIES
 from helpers.record import DamagedFile, RecordMismatch
+from helpers.study import grid
+from helpers.study.ablation import measured_rows, pooled
+from helpers.study.grid import cells
 from tests import planted, zoo
 
 torch.set_num_threads(1)
-PROFILE = {"name": "planted", "dataset": "none", "template": "say: {instruction}\n", "scores": ("contribution",),
-           "sizes": (0.05, 0.1), "controls": 2, "controls_elsewhere": 1, "controls_all_rows": 1, "ablation_rows": 5,
-           "resamples": 50}
+PROFILE = {
+    "name": "planted",
+    "dataset": "none",
+    "template": "say: {instruction}\n",
+    "scores": ("contribution",),
+    "sizes": (0.05, 0.1),
+    "controls": 2,
+    "controls_elsewhere": 1,
+    "controls_all_rows": 1,
+    "ablation_rows": 5,
+    "resamples": 50,
+}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder, loaded, rows = tmp_path_factory.mktemp("planted"), (planted.model(), zoo.tokenizer()), planted.rows(6)
+    folder, loaded, rows = (
+        tmp_path_factory.mktemp("planted"),
+        (planted.model(), zoo.tokenizer()),
+        planted.rows(6),
+    )
     for part in loaded:
         part.save_pretrained(folder)
-    counts = count(*loaded, [text(row) for row in rows.to_dict("records")], template=PROFILE["template"])
+    counts = count(
+        *loaded, [text(row) for row in rows.to_dict("records")], template=PROFILE["template"]
+    )
     profile = Profile(pairs=(Pair("pair", str(folder), str(folder)),), **PROFILE)
     return profile, rows, {"loaded": {"pair": loaded}, "counts": {"pair": counts}}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "results_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr(grid, "results_dir", lambda name: tmp_path / name)
     monkeypatch.setattr(grid, "GRID", tmp_path / "committed")
     return tmp_path
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("grid/**/*")) if path.is_file()}
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.rglob("grid/**/*")) if path.is_file()
+    }
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, folder, monkeypatch):
     profile, rows, ready = world
     cells(profile, rows, **ready)
-    whole, compute, done = contents(folder), room.compute, []
+    whole, compute, done = contents(folder), grid.compute, []
     assert len(whole) == 2 * 4
     for path in folder.rglob("grid/**/*.*"):
         path.unlink()
@@ -54,19 +73,23 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, folder, monkey
             raise KeyboardInterrupt
         done.append(args[-2:])
         return compute(*args)
-    monkeypatch.setattr(room, "compute", killed)
+
+    monkeypatch.setattr(grid, "compute", killed)
     with pytest.raises(KeyboardInterrupt):
         cells(profile, rows, **ready)
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     assert len(stamps) == 2
-    monkeypatch.setattr(room, "compute", lambda *args: done.append(args[-2:]) or compute(*args))
+    monkeypatch.setattr(grid, "compute", lambda *args: done.append(args[-2:]) or compute(*args))
     cells(profile, rows, **ready)
-    assert len(done) == 4 and contents(folder) == whole
+    assert len(done) == 4
+    assert contents(folder) == whole
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
 
 @pytest.mark.parametrize("record", ["whole", "gone"])
-def test_a_damaged_cell_is_computed_again_and_one_of_other_settings_is_refused(world, folder, record):
+def test_a_damaged_cell_is_computed_again_and_one_of_other_settings_is_refused(
+    world, folder, record
+):
     profile, rows, ready = world
     few = {"sizes": [0.1]}
     cells(profile, rows, **few, **ready)
@@ -78,33 +101,38 @@ def test_a_damaged_cell_is_computed_again_and_one_of_other_settings_is_refused(w
     cells(profile, rows, **few, **ready)
     assert contents(folder) == before
     with pytest.raises(RecordMismatch, match="draws = 1, this run has 4"):
-        cells(Profile(pairs=profile.pairs, **PROFILE | {"controls_elsewhere": 4}), rows, **few, **ready)
-
-
-def test_ablations_that_never_act_are_an_error_and_no_zero_effect(world):
-    profile, rows, ready = world
-    here = measured_rows(profile, rows, rows["fold"].iloc[0])
-    nothing = {"dense": np.zeros_like(ready["counts"]["pair"].neurons["dense"][0], bool)}
-    with pytest.raises(RuntimeError, match="changed no loss"):
-        room.measure(ready["loaded"]["pair"], profile, here, {}, {"random": dict.fromkeys(CATEGORIES, [nothing])})
+        cells(
+            Profile(pairs=profile.pairs, **PROFILE | {"controls_elsewhere": 4}),
+            rows,
+            **few,
+            **ready,
+        )
 
 
 def test_tables_say_what_the_cells_say_and_the_committed_ones_come_back(world, folder):
     profile, rows, ready = world
     found = cells(profile, rows, **ready)
     table, matrices = grid.table_of(profile, found), grid.matrix_table(found)
-    assert len(table) == 2 * 3 and set(table["half"]) == {"all", "A", "B"} and len(matrices) == 2 * 36
+    assert len(table) == 2 * 3
+    assert set(table["half"]) == {"all", "A", "B"}
+    assert len(matrices) == 2 * 36
     row = table[(table["size"] == 0.05) & (table["half"] == "B")].iloc[0]
     arrays = found["pair", "contribution", 0.05, "B"][0]
     own = arrays["own"][np.arange(len(arrays["labels"])), arrays["labels"]]
-    assert np.isclose(row["own"], own.mean()) and row["rows"] == 30 and row["neurons"] == 12
-    assert np.isclose(row["critical"], own.mean() - max(arrays[k].mean() for k in ("random", "rate", "magnitude")))
+    assert np.isclose(row["own"], own.mean())
+    assert row["rows"] == 30
+    assert row["neurons"] == 12
+    assert np.isclose(
+        row["critical"], own.mean() - max(arrays[k].mean() for k in ("random", "rate", "magnitude"))
+    )
     both, half = pooled([found["pair", "contribution", 0.05, h][0] for h in ("A", "B")])
-    assert both["own"].shape == (60, 6) and half.tolist() == [0] * 30 + [1] * 30
+    assert both["own"].shape == (60, 6)
+    assert half.tolist() == [0] * 30 + [1] * 30
     assert grid.committed(profile, rows) is None
     paths = grid.write(profile, rows, found)
     again, again_matrices, record = grid.tables(profile, rows)
-    assert np.allclose(again["critical"], table["critical"]) and len(again_matrices) == len(matrices)
+    assert np.allclose(again["critical"], table["critical"])
+    assert len(again_matrices) == len(matrices)
     assert record["draws_elsewhere"] == 1
     assert grid.committed(Profile(pairs=profile.pairs, seed=1, **PROFILE), rows) is None
     with pytest.raises(RecordMismatch, match="rows"):
@@ -116,4 +144,5 @@ def test_tables_say_what_the_cells_say_and_the_committed_ones_come_back(world, f
 
 def test_measured_rows_are_the_same_number_of_each_category(world):
     here = measured_rows(world[0], world[1], "A")
-    assert here["category"].value_counts().to_dict() == dict.fromkeys(CATEGORIES, 5) and set(here["fold"]) == {"A"}
+    assert here["category"].value_counts().to_dict() == dict.fromkeys(CATEGORIES, 5)
+    assert set(here["fold"]) == {"A"}

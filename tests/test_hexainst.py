@@ -1,4 +1,6 @@
-"""HexaInst's schema, validator, loader and statistics; and, row by row, the data sets that are shipped."""
+"""HexaInst's schema, validator, loader and statistics; and, row by row, the data sets that are
+shipped.
+"""
 
 import json
 import re
@@ -10,9 +12,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from helpers import corpus, hexainst
-from helpers.checkers import check
-from helpers.hexainst import CATEGORIES, HEXAINST, TAGS, load, load_hexainst, validate
+from helpers.hexainst import corpus
+from helpers.hexainst import schema as hexainst
+from helpers.hexainst.checkers import check
+from helpers.hexainst.schema import CATEGORIES, HEXAINST, TAGS, load, load_hexainst, validate
 from helpers.paths import ROOT
 from helpers.record import UserError
 
@@ -37,7 +40,9 @@ def without(key):
 
 
 def write(path, rows):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in rows))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in rows)
+    )
     return path
 
 
@@ -56,12 +61,19 @@ FAULTS = [
     (row(checker={"name": "magic"}), "unknown checker 'magic'"),
     (row(checker={"name": "exact"}), "checker exact: missing a required argument"),
     (row(checker={"name": "exact", "answer": "other"}), "rejects the row's own reference"),
-    (row(checker={"name": "constraints", "max_words": 9}), "accepts a wrong answer: 'I do not know.'"),
+    (
+        row(checker={"name": "constraints", "max_words": 9}),
+        "accepts a wrong answer: 'I do not know.'",
+    ),
     (row(checker={"name": "numeric", "answer": "f(x)"}, reference="1"), "bad argument"),
     (row(checker={"name": "constraints", "pattern": "("}), "bad argument"),
     (row(checker={"name": "label", "labels": 3, "answer": "w1"}), "bad argument"),
     (
-        row(half="ai", tags=dict.fromkeys(TAGS, "x"), checker={"name": "constraints", "contains": ["w1"]}),
+        row(
+            half="ai",
+            tags=dict.fromkeys(TAGS, "x"),
+            checker={"name": "constraints", "contains": ["w1"]},
+        ),
         "accepts a wrong answer: 'Say w1 .'",
     ),
 ]
@@ -76,7 +88,9 @@ def test_every_fault_is_found_with_its_line(tmp_path, bad, said):
 
 
 def test_faults_between_rows(tmp_path):
-    path = write(tmp_path / "x.jsonl", [row(1), row(2), row(1), row(8, instruction="say  W2 .", id="other")])
+    path = write(
+        tmp_path / "x.jsonl", [row(1), row(2), row(1), row(8, instruction="say  W2 .", id="other")]
+    )
     assert validate(path, part=True)[1] == [
         (3, "duplicate id: the same as in line 1"),
         (3, "duplicate text: the same as in line 1"),
@@ -88,9 +102,11 @@ def test_halves_and_categories_must_balance(tmp_path):
     rows = [row(i) for i in range(6)]
     assert validate(write(tmp_path / "x.jsonl", rows))[1] == []
     ((line, fault),) = validate(write(tmp_path / "x.jsonl", rows + [row(6)]))[1]
-    assert line == 0 and "A/CLS 2" in fault
+    assert line == 0
+    assert "A/CLS 2" in fault
     ((line, fault),) = validate(write(tmp_path / "x.jsonl", rows + [row(7, half="B")]))[1]
-    assert "unbalanced" in fault and "B/CLS 0" in fault
+    assert "unbalanced" in fault
+    assert "B/CLS 0" in fault
     assert validate(write(tmp_path / "x.jsonl", []))[1] == [(0, "no rows")]
 
 
@@ -116,13 +132,15 @@ def test_code_references_run_only_when_asked(tmp_path):
     path = write(tmp_path / "x.jsonl", rows)
     assert validate(path, part=True)[1] == []
     ((line, fault),) = validate(path, part=True, run_code=True)[1]
-    assert line == 2 and "rejects" in fault
+    assert line == 2
+    assert "rejects" in fault
 
 
 def test_the_loader_gives_a_frame_or_one_clear_error(tmp_path):
     path = write(tmp_path / "x.jsonl", [row(i) for i in range(12)])
     frame = load_hexainst(dataset=path, half="A")
-    assert list(frame.columns) == list(hexainst.SCHEMA) and len(frame) == 12
+    assert list(frame.columns) == list(hexainst.SCHEMA)
+    assert len(frame) == 12
     with pytest.raises(UserError, match="unknown half 'B' of .*expected one of A"):
         load_hexainst(dataset=path, half="B")
     with pytest.raises(UserError, match="unknown subset 'small'"):
@@ -135,17 +153,16 @@ def test_the_loader_gives_a_frame_or_one_clear_error(tmp_path):
 
 def test_the_command_prints_every_fault_and_fails(tmp_path):
     path = write(tmp_path / "x.jsonl", [row(1), row(2, half="Z"), "{"])
-    command = [sys.executable, "-m", "helpers.hexainst", "validate", str(path)]
+    command = [sys.executable, "-m", "helpers.run", "validate", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert f"{path}:2: unknown half 'Z'" in done.stdout and f"{path}:3: bad JSON" in done.stdout
+    assert f"{path}:2: unknown half 'Z'" in done.stdout
+    assert f"{path}:3: bad JSON" in done.stdout
     assert "2 rows read, 2 faults" in done.stdout
     done = subprocess.run(command[:-1] + ["absent.jsonl"], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: no file absent.jsonl")
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no file absent.jsonl")
+    assert "Traceback" not in done.stderr
 
 
 def frame_of(texts, categories=None):
@@ -159,16 +176,26 @@ def frame_of(texts, categories=None):
 
 def test_matched_categories_have_the_same_lengths():
     draw = np.random.default_rng(0)
-    sizes = {"X": draw.integers(5, 60, 200), "Y": draw.integers(20, 90, 200), "Z": draw.integers(30, 50, 200)}
-    rows = frame_of(["w " * n for c in sizes for n in sizes[c]], [c for c in sizes for _ in sizes[c]])
+    sizes = {
+        "X": draw.integers(5, 60, 200),
+        "Y": draw.integers(20, 90, 200),
+        "Z": draw.integers(30, 50, 200),
+    }
+    rows = frame_of(
+        ["w " * n for c in sizes for n in sizes[c]], [c for c in sizes for _ in sizes[c]]
+    )
     subset = corpus.matched(rows, 60, seed=1)
     long = corpus.lengths(subset).groupby(subset["category"]).agg(sorted)
     assert subset["category"].value_counts().tolist() == [60, 60, 60]
     ratios = np.array([np.divide(long.max(), long[c]) for c in "XYZ"])
-    assert subset.attrs["ratio"]["A"] <= 1.1 and ratios.max() <= 1.15
-    assert subset.equals(corpus.matched(rows, 60, seed=1)) and not subset.equals(corpus.matched(rows, 60, seed=2))
+    assert subset.attrs["ratio"]["A"] <= 1.1
+    assert ratios.max() <= 1.15
+    assert subset.equals(corpus.matched(rows, 60, seed=1))
+    assert not subset.equals(corpus.matched(rows, 60, seed=2))
     # A half's subset is the same whether the other half is there or not.
-    halves = pd.concat([rows.assign(half="B", id="B" + rows["id"]), rows.iloc[::-1]], ignore_index=True)
+    halves = pd.concat(
+        [rows.assign(half="B", id="B" + rows["id"]), rows.iloc[::-1]], ignore_index=True
+    )
     both = corpus.matched(halves, 60, seed=1)
     alone = corpus.matched(halves[halves["half"] == "A"].reset_index(drop=True), 60, seed=1)
     assert both.loc[both["half"] == "A", "id"].tolist() == alone["id"].tolist()
@@ -218,8 +245,12 @@ def test_words_that_say_nothing_predict_nothing():
     draw = np.random.default_rng(2)
     noise = [" ".join(draw.choice(list("abcdefgh"), 12)) for _ in range(600)]
     labels = ["X", "Y", "Z"] * 200
-    assert (corpus.predict_category(frame_of(noise, labels)) == labels).mean() == pytest.approx(1 / 3, abs=0.08)
-    own = [f"u{i}" for i in range(600)]  # a word of its own: known only to one who trains on the tested row
+    assert (corpus.predict_category(frame_of(noise, labels)) == labels).mean() == pytest.approx(
+        1 / 3, abs=0.08
+    )
+    own = [
+        f"u{i}" for i in range(600)
+    ]  # a word of its own: known only to one who trains on the tested row
     assert (corpus.predict_category(frame_of(own, labels)) == labels).mean() < 0.4
     telling = [f"{text} {label}" for text, label in zip(noise, labels, strict=True)]
     assert (corpus.predict_category(frame_of(telling, labels)) == labels).mean() > 0.9
@@ -227,7 +258,8 @@ def test_words_that_say_nothing_predict_nothing():
 
 def test_naive_bayes_by_hand():
     rows = frame_of(["a a b", "b c", "a", "c c"], ["X", "Y", "X", "Y"])
-    # fold of row i is tested on the other three; "a" is 3 or 1 times in X and never in Y, with one added to each count
+    # fold of row i is tested on the other three; "a" is 3 or 1 times in X and never in Y,
+    # with one added to each count
     assert corpus.predict_category(rows, folds=2).tolist() == ["X", "Y", "X", "Y"]
 
 
@@ -236,7 +268,9 @@ SHIPPED = [name for name in ("tiny", "ai", "human") if (HEXAINST / f"{name}.json
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_row_is_sound(name):
-    """The validator: schema, uniqueness, balance; the reference passes its checker, and wrong answers fail."""
+    """The validator: schema, uniqueness, balance; the reference passes its checker, and wrong
+    answers fail.
+    """
     assert validate(HEXAINST / f"{name}.jsonl")[1] == []
 
 
@@ -245,8 +279,12 @@ def test_the_ai_half_is_varied():
     tags = pd.DataFrame(rows["tags"].tolist()).assign(category=rows["category"])
     assert rows["category"].value_counts().to_dict() == dict.fromkeys(CATEGORIES, 100)
     spread = tags.groupby("category").nunique()
-    assert (spread["subtask"] >= 15).all() and (spread["wording"] >= 40).all() and (spread["domain"] >= 20).all()
-    opening = rows["instruction"].map(lambda given: tuple(corpus.tokens(given)[:3]))   # the text itself, not its tag
+    assert (spread["subtask"] >= 15).all()
+    assert (spread["wording"] >= 40).all()
+    assert (spread["domain"] >= 20).all()
+    opening = rows["instruction"].map(
+        lambda given: tuple(corpus.tokens(given)[:3])
+    )  # the text itself, not its tag
     assert (opening.groupby(rows["category"]).nunique() >= 90).all()
     assert set(tags["difficulty"]) == {"easy", "medium", "hard"}
     assert tags.groupby("category")["difficulty"].value_counts().min() >= 15
@@ -262,19 +300,27 @@ def test_the_ai_half_has_no_near_duplicates_and_a_matched_subset():
 
 
 def test_other_rows_answers_fail():
-    """A reference of another category never passes (beyond the validator's WRONG answers and the echo)."""
+    """A reference of another category never passes (beyond the validator's WRONG answers and the
+    echo).
+    """
     rows = load_hexainst("ai").to_dict("records")
     passed = [
-        (a["id"], b["id"]) for a, b in zip(rows, rows[100:] + rows[:100], strict=True) if check(a, b["reference"])
+        (a["id"], b["id"])
+        for a, b in zip(rows, rows[100:] + rows[:100], strict=True)
+        if check(a, b["reference"])
     ]
     assert passed == []
 
 
 def test_every_row_fails_an_obviously_wrong_answer():
-    """None of them is exempt: a shrug, noise, the row's own words, its input; for programs, one that does nothing."""
+    """None of them is exempt: a shrug, noise, the row's own words, its input; for programs, one
+    that does nothing.
+    """
     for row in load_hexainst("ai").to_dict("records"):
         if row["checker"]["name"] == "unit_tests":
-            assert check(row, f"{row['checker']['entry_point']} = None", run_code=True) == 0, row["id"]
+            assert check(row, f"{row['checker']['entry_point']} = None", run_code=True) == 0, row[
+                "id"
+            ]
         else:
             for answer in (*hexainst.WRONG, corpus.text(row), row["input"]):
                 assert check(row, answer) == 0, row["id"]
@@ -285,23 +331,39 @@ PROBES = json.loads((ROOT / "tests" / "hexainst_probes.json").read_text("utf-8")
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_right_answers_in_other_words_pass_and_plausible_wrong_ones_fail(category):
-    """Answers written by the second reader for the random sample and the replaced rows (data/hexainst/review.json)."""
-    rows = {row["id"]: row for row in load_hexainst("ai").to_dict("records") if row["category"] == category}
+    """Answers written by the second reader for the random sample and the replaced rows
+    (data/hexainst/review.json).
+    """
+    rows = {
+        row["id"]: row
+        for row in load_hexainst("ai").to_dict("records")
+        if row["category"] == category
+    }
     tried = {name: answers for name, answers in PROBES.items() if name in rows}
     assert len(tried) >= 10
     for name, answers in tried.items():
-        assert [check(rows[name], answer, True) for answer in answers["right"]] == [1.0] * len(answers["right"]), name
-        assert [check(rows[name], answer, True) for answer in answers["wrong"]] == [0.0] * len(answers["wrong"]), name
+        assert [check(rows[name], answer, True) for answer in answers["right"]] == [1.0] * len(
+            answers["right"]
+        ), name
+        assert [check(rows[name], answer, True) for answer in answers["wrong"]] == [0.0] * len(
+            answers["wrong"]
+        ), name
 
 
 def masked(row):
-    """A row's text with every number, and every word with a capital letter inside a sentence, made the same."""
-    return re.sub(r"\d+(?:[.,]\d+)*", "0", re.sub(r"(?<=[\w,;:] )[A-Z]\w+", "Name", corpus.text(row))).lower()
+    """A row's text with every number, and every word with a capital letter inside a sentence, made
+    the same.
+    """
+    return re.sub(
+        r"\d+(?:[.,]\d+)*", "0", re.sub(r"(?<=[\w,;:] )[A-Z]\w+", "Name", corpus.text(row))
+    ).lower()
 
 
 def test_masks_hide_numbers_and_names():
-    one, two = ({"instruction": f"How much do {n} and {a} owe {b}?", "input": ""} for n, a, b in
-                ((3, "Ann", "Bo"), (1.5, "Cy", "Di")))
+    one, two = (
+        {"instruction": f"How much do {n} and {a} owe {b}?", "input": ""}
+        for n, a, b in ((3, "Ann", "Bo"), (1.5, "Cy", "Di"))
+    )
     assert masked(one) == masked(two) == "how much do 0 and name owe name?"
 
 
@@ -317,11 +379,17 @@ def test_no_row_is_another_with_a_number_or_a_name_swapped(half):
 def test_export_to_parquet(tmp_path):
     full, subset, card = hexainst.export(tmp_path)
     rows = pd.read_parquet(full)
-    assert len(rows) == 600 and json.loads(rows["checker"][0])["name"] and len(pd.read_parquet(subset)) == 360
+    assert len(rows) == 600
+    assert json.loads(rows["checker"][0])["name"]
+    assert len(pd.read_parquet(subset)) == 360
     front = yaml.safe_load(card.read_text("utf-8").split("---\n")[1])
     assert {part["config_name"]: part["data_files"] for part in front["configs"]} == {
-        "full": full.name, "matched": subset.name}
-    assert front["license"] == "cc-by-4.0" and front["size_categories"] == ["n<1K"] and front["configs"][0]["default"]
+        "full": full.name,
+        "matched": subset.name,
+    }
+    assert front["license"] == "cc-by-4.0"
+    assert front["size_categories"] == ["n<1K"]
+    assert front["configs"][0]["default"]
 
 
 def test_export_without_pyarrow_says_what_to_do(monkeypatch, tmp_path):

@@ -1,4 +1,6 @@
-"""The house keeps its shape: imports run downward, files stay thin, notebooks stay executed and readable."""
+"""The house keeps its shape: imports run downward, files stay thin, notebooks stay executed and
+readable.
+"""
 
 import ast
 import re
@@ -11,9 +13,11 @@ import pytest
 
 from helpers.paths import NOTEBOOKS, ROOT
 
-ROOMS = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "helpers" / "README.md").read_text(), re.M))
-ORDER = list(ROOMS)
-FILES = sorted((ROOT / "helpers").glob("*.py"))
+HOUSE = ROOT / "helpers"
+SAID = (HOUSE / "README.md").read_text()
+ROOMS = dict(re.findall(r"^\| `([\w.]+)` \| (.*) \|$", SAID, re.M))
+USES = dict(re.findall(r"^    (\w+) +uses (.*)$", SAID, re.M))
+FILES = sorted(path for path in HOUSE.rglob("*.py") if path.stem not in ("__init__", "__main__"))
 BOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
@@ -26,20 +30,46 @@ def code_cells(path):
     return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_helpers_are_thin_and_import_downward(path):
-    assert len(path.read_text().splitlines()) < 250
-    if path.stem == "__init__":
-        return
-    said = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0].replace("\n", " ")
-    assert ROOMS[path.stem].replace("\\|", "|") == said, "helpers/README.md says what the docstring says"
+def room_of(path):
+    return ".".join(path.relative_to(HOUSE).with_suffix("").parts)
+
+
+def imports(path):
+    """The rooms that a file of helpers imports, as `package.module`; its own package's included."""
+    package = path.relative_to(HOUSE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module + "." + a.name if node.module == "helpers" else node.module for a in node.names] \
-            if isinstance(node, ast.ImportFrom) and node.module else [a.name for a in node.names] \
-            if isinstance(node, ast.Import) else []
-        for name in names:
-            if name.startswith("helpers."):
-                assert ORDER.index(name.split(".")[1]) < ORDER.index(path.stem), f"{path.stem} imports {name}"
+        if isinstance(node, ast.ImportFrom) and node.level:
+            start = package[: len(package) - node.level + 1]
+            named = [*start, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                whole = ".".join([*named, alias.name])
+                yield whole if whole in ROOMS else ".".join(named)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.module.startswith("helpers"), f"{path}: imports inside are relative"
+
+
+def test_the_picture_names_every_package_and_every_room():
+    packages = {path.parent.name for path in FILES if path.parent != HOUSE}
+    assert packages <= set(USES)
+    assert set(ROOMS) == {room_of(path) for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=room_of)
+def test_a_room_is_what_the_readme_says_and_imports_only_downward(path):
+    said = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0].replace("\n", " ")
+    assert ROOMS[room_of(path)] == said, "helpers/README.md says what the docstring says"
+    order, own = list(ROOMS), room_of(path)
+    for used in imports(path):
+        assert order.index(used) < order.index(own), f"{own} imports {used}"
+        package, other = own.split(".")[0], used.split(".")[0]
+        assert other == package or other in USES[package].split(), f"{own} imports {used}"
+
+
+@pytest.mark.parametrize("path", [*FILES, *HOUSE.rglob("__*__.py")], ids=room_of)
+def test_functions_are_short_and_take_few_arguments(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
 
 
 def test_the_makefile_lists_the_committed_notebooks_once():
@@ -48,23 +78,39 @@ def test_the_makefile_lists_the_committed_notebooks_once():
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
 def test_notebook_is_executed_and_nbval_has_something_to_compare(path):
-    """A stripped notebook passes nbval whatever its formulas say; so outputs must be there, in order, and compared.
+    """A stripped notebook passes nbval whatever its formulas say; so outputs must be there, in
+    order, and compared.
 
-    A cell that shows only a figure counts neither way: nbval compares no images, its table is printed in another cell.
+    A cell that shows only a figure counts neither way: nbval compares no images, its table is
+    printed in another cell.
     """
     cells = code_cells(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+
     def said(o):
-        return o.get("name") == "stdout" or "text/plain" in o.get("data", {}) and "image/png" not in o["data"]
-    shown = [cell for cell in cells if any("image/png" not in o.get("data", {}) for o in cell.outputs)]
-    compared = [cell for cell in shown if "NBVAL_IGNORE_OUTPUT" not in cell.source and any(map(said, cell.outputs))]
+        return (
+            o.get("name") == "stdout"
+            or "text/plain" in o.get("data", {})
+            and "image/png" not in o["data"]
+        )
+
+    shown = [
+        cell for cell in cells if any("image/png" not in o.get("data", {}) for o in cell.outputs)
+    ]
+    compared = [
+        cell
+        for cell in shown
+        if "NBVAL_IGNORE_OUTPUT" not in cell.source and any(map(said, cell.outputs))
+    ]
     assert len(compared) >= 0.8 * len(shown) >= 4
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
 def test_every_figure_is_on_the_page_and_on_disk(path):
-    """A backend without a screen executes a notebook without showing its figures; then the page has none."""
+    """A backend without a screen executes a notebook without showing its figures; then the page
+    has none.
+    """
     for cell in code_cells(path):
         if "save_figure" in cell.source:
             assert any("image/png" in output.get("data", {}) for output in cell.outputs)
@@ -72,14 +118,19 @@ def test_every_figure_is_on_the_page_and_on_disk(path):
     names = re.findall(r'save_figure\(fig, \w+, f?"([^"]+)"', source)
     assert len(names) == source.count("save_figure(") <= 6
     for name in names:
-        found = [p.suffix for p in (ROOT / "figures" / "tiny").glob(re.sub(r"\{.*?\}", "*", name) + ".*")]
+        found = [
+            p.suffix for p in (ROOT / "figures" / "tiny").glob(re.sub(r"\{.*?\}", "*", name) + ".*")
+        ]
         assert {".png", ".svg", ".csv"} <= set(found)
 
 
 def test_no_figure_is_left_behind():
     """A figure that no notebook draws any more would stay in the folder, and be believed."""
     source = "".join(cell.source for path in BOOKS for cell in code_cells(path))
-    drawn = [re.sub(r"\{.*?\}", "*", name) for name in re.findall(r'save_figure\(fig, \w+, f?"([^"]+)"', source)]
+    drawn = [
+        re.sub(r"\{.*?\}", "*", name)
+        for name in re.findall(r'save_figure\(fig, \w+, f?"([^"]+)"', source)
+    ]
     stems = {path.stem for path in (ROOT / "figures" / "tiny").iterdir()}
     assert stems == {stem for stem in stems if any(fnmatch(stem, name) for name in drawn)}
 
@@ -88,14 +139,19 @@ def test_no_figure_is_left_behind():
 def test_notebook_is_readable(path):
     cells = code_cells(path)
     sizes = sorted(len(cell.source.splitlines()) for cell in cells)
-    assert sizes[-1] <= 25 and sizes[len(sizes) // 2] <= 6
+    assert sizes[-1] <= 25
+    assert sizes[len(sizes) // 2] <= 6
     for cell in cells:
         for node in ast.walk(ast.parse(cell.source)):
             assert not isinstance(node, ast.ClassDef)
             assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 10
-            assert not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("notebooks")
+            assert not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
+                "notebooks"
+            )
     first = nbformat.read(path, as_version=4).cells[0].source
-    assert first.startswith("# ") and "\n> " in first and all(f"**{word}**" in first for word in ("Needs", "Writes", "Takes"))
+    assert first.startswith("# ")
+    assert "\n> " in first
+    assert all(f"**{word}**" in first for word in ("Needs", "Writes", "Takes"))
 
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda p: p.stem)
@@ -104,23 +160,40 @@ def test_notebook_takes_the_same_parameters_as_all(path):
 
 
 def test_plain_make_prints_help():
-    shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(target in shown for target in ("reproduce", "test", "refresh", "models", "bench", "plan", "clean"))
+    shown = subprocess.run(
+        ["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert all(
+        target in shown
+        for target in ("reproduce", "test", "refresh", "models", "bench", "plan", "clean")
+    )
 
 
 @pytest.mark.parametrize("tool", ["conda", "micromamba"])
 def test_make_env_prefers_conda_where_there_is_one(tool, tmp_path):
-    """The environment of the first of mamba, micromamba, conda on the PATH is built from environment.yml."""
+    """The environment of the first of mamba, micromamba, conda on the PATH is built from
+    environment.yml.
+    """
     fake = tmp_path / tool
     fake.write_text("#!/bin/sh\nexit 0\n")
     fake.chmod(0o755)
-    plan = subprocess.run(["make", "-n", "-B", "env"], cwd=ROOT, capture_output=True, text=True, check=True,
-                          env={"PATH": f"{tmp_path}:/usr/bin:/bin"}).stdout
-    assert f"{tmp_path}/{tool}" in plan and "environment.yml" in plan and " -m venv" not in plan
+    plan = subprocess.run(
+        ["make", "-n", "-B", "env"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+    ).stdout
+    assert f"{tmp_path}/{tool}" in plan
+    assert "environment.yml" in plan
+    assert " -m venv" not in plan
 
 
 def test_the_pins_are_exact_and_stand_once():
-    pins = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    pins = [
+        line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()
+    ]
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", pin) for pin in pins if pin)
     assert "requirements.txt" in (ROOT / "environment.yml").read_text()
     assert "==" not in (ROOT / "environment.yml").read_text()
@@ -131,7 +204,18 @@ def test_the_tests_readme_names_every_test_file():
     assert named == {path.stem for path in (ROOT / "tests").glob("test_*.py")}
 
 
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md", "data/models/README.md", "data/trajectory/README.md", "tests/README.md", "helpers/README.md")]
+PAGES = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "data/README.md",
+        "data/models/README.md",
+        "data/trajectory/README.md",
+        "tests/README.md",
+        "helpers/README.md",
+    )
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

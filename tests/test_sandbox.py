@@ -1,4 +1,6 @@
-"""The cage: hostile programs are contained and reported, honest ones run; each layer also holds without the other."""
+"""The cage: hostile programs are contained and reported, honest ones run; each layer also holds
+without the other.
+"""
 
 import importlib.util
 import os
@@ -11,18 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from helpers import sandbox
-from helpers.sandbox import Unavailable, run
+from helpers.hexainst import sandbox
+from helpers.hexainst.sandbox import Unavailable, run
 
 SOURCE = Path(sandbox.__file__).read_text()
 KERNEL = sys.platform == "linux" and platform.machine() in sandbox.CALLS
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="programs are only run on POSIX systems")
-needs_kernel = pytest.mark.skipif(not KERNEL, reason="the seccomp layer is for Linux on x86_64 and aarch64")
+needs_kernel = pytest.mark.skipif(
+    not KERNEL, reason="the seccomp layer is for Linux on x86_64 and aarch64"
+)
 
 LIMIT = "CPU limit|stopped after"  # on a starved machine the wall limit comes first
 HOSTILE = {  # name: (program, what its outcome must say)
     "fork bomb": ("import os\nwhile True:\n    os.fork()", "os.fork"),
-    "stubborn fork bomb": ("import os\nwhile True:\n    try: os.fork()\n    except Exception: pass", LIMIT),
+    "stubborn fork bomb": (
+        "import os\nwhile True:\n    try: os.fork()\n    except Exception: pass",
+        LIMIT,
+    ),
     "endless loop": ("while True: pass", LIMIT),
     "endless sleep": ("import time\ntime.sleep(1000)", "stopped after"),
     "big number": ("print(10 ** 10 ** 10)", LIMIT),
@@ -30,7 +37,10 @@ HOSTILE = {  # name: (program, what its outcome must say)
     "growing allocation": ("x = []\nwhile True: x.append('a' * 10 ** 7)", "MemoryError"),
     "deep recursion": ("def f(): return f()\nf()", "RecursionError"),
     "reads a file": ("open('/etc/passwd').read()", "refused: open"),
-    "reads by descriptor": ("import os\nos.read(os.open('/etc/passwd', os.O_RDONLY), 9)", "refused: open"),
+    "reads by descriptor": (
+        "import os\nos.read(os.open('/etc/passwd', os.O_RDONLY), 9)",
+        "refused: open",
+    ),
     "reads its own source": ("import sys\nopen(sys.argv[0]).read()", "refused: open"),
     "lists a folder": ("import os\nos.listdir('/')", "refused: os.listdir"),
     "writes outside": ("open('/tmp/sandbox_was_here', 'w').write('x')", "refused: open"),
@@ -65,7 +75,9 @@ def test_hostile_programs_are_contained_and_reported(name):
     start = time.monotonic()
     outcome = run(program, seconds=0.5)
     assert not outcome.ok
-    assert re.search(said, outcome.status + " ".join(f"refused: {event}" for event in outcome.refused))
+    assert re.search(
+        said, outcome.status + " ".join(f"refused: {event}" for event in outcome.refused)
+    )
     assert time.monotonic() - start < 15
     assert len(outcome.output) <= 2000
     assert not Path("/tmp/sandbox_was_here").exists()
@@ -76,7 +88,9 @@ def test_honest_programs_run():
         "import math, re\nfrom collections import Counter\nfrom datetime import datetime\n"
         "assert datetime.strptime('2020-02-01', '%Y-%m-%d').month == 2\nassert Counter('aa')['a'] == 2\nprint(math.tau)"
     )
-    assert outcome.ok and outcome.status == "finished" and outcome.refused == ()
+    assert outcome.ok
+    assert outcome.status == "finished"
+    assert outcome.refused == ()
     assert outcome.output == "6.283185307179586\n"
 
 
@@ -84,7 +98,8 @@ def test_failures_are_told_apart():
     assert run("assert 1 == 2, 'one is not two'").status == "AssertionError: one is not two"
     assert run("import numpy").status.startswith("PermissionError: refused: import")
     caught = run("try: open('/etc/passwd')\nexcept OSError: pass")
-    assert caught.ok and caught.refused == ("open",)
+    assert caught.ok
+    assert caught.refused == ("open",)
 
 
 def test_nothing_is_inherited_and_nothing_stays(tmp_path, monkeypatch):
@@ -132,14 +147,22 @@ def altered(tmp_path, *swaps):
     ],
 )
 def test_the_kernel_layer_holds_alone(tmp_path, act):
-    module = altered(tmp_path, ("    _watch(say)\n", ""), ('    "abc",', '    "abc", "_socket", "_thread", "ctypes",'))
+    module = altered(
+        tmp_path,
+        ("    _watch(say)\n", ""),
+        ('    "abc",', '    "abc", "_socket", "_thread", "ctypes",'),
+    )
     outcome = module.run(f"import os, ctypes, _socket, _thread\n{act}", seconds=2)
     assert not outcome.ok
-    assert "not permitted" in outcome.status or "can't start new thread" in outcome.status, outcome.status
+    assert "not permitted" in outcome.status or "can't start new thread" in outcome.status, (
+        outcome.status
+    )
 
 
 def test_the_audit_layer_holds_alone(tmp_path):
-    module = altered(tmp_path, ("if _filter():", "if False:"), ("elif os.geteuid() == 0:", "elif False:"))
+    module = altered(
+        tmp_path, ("if _filter():", "if False:"), ("elif os.geteuid() == 0:", "elif False:")
+    )
     for name in (
         "fork bomb",
         "reads a file",
@@ -151,8 +174,11 @@ def test_the_audit_layer_holds_alone(tmp_path):
     ):
         program, said = HOSTILE[name]
         outcome = module.run(program, seconds=1)
-        assert not outcome.ok and outcome.layers == ("limits", "audit")
-        assert re.search(said, outcome.status + " ".join(f"refused: {event}" for event in outcome.refused))
+        assert not outcome.ok
+        assert outcome.layers == ("limits", "audit")
+        assert re.search(
+            said, outcome.status + " ".join(f"refused: {event}" for event in outcome.refused)
+        )
 
 
 def test_root_without_the_kernel_layer_is_refused(tmp_path):

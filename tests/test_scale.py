@@ -1,4 +1,5 @@
-"""The path at paper scale (counts on disk, packed sets, column blocks) in small: the same answers, bounded memory.
+"""The path at paper scale (counts on disk, packed sets, column blocks) in small: the same answers,
+bounded memory.
 
 The full sizes, 1,200 x 352,256 and 1,200 x 2,162,688, are timed by `make bench`.
 """
@@ -8,8 +9,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from helpers.components import BLOCK, PackedSets, category_counts, consensus, top_sets
-from helpers.overlap import churn, jaccard_matrix, nearest_consensus
+from helpers.analysis.sets import BLOCK, PackedSets, category_counts, consensus, top_sets
+from helpers.analysis.similarity import churn, jaccard_matrix, nearest_consensus
 
 ROWS, WIDTH = 24, 8 * 12_000 + 5  # not whole bytes, several column blocks
 LABELS, HALVES = np.arange(ROWS) % 6, np.arange(ROWS) // 12
@@ -19,7 +20,9 @@ def draw(width, seed=0):
     """Counts uint16 of instructions that share rates, in two layers."""
     rng = np.random.default_rng(seed)
     rate = rng.beta(1, 2, width)
-    return np.stack([rng.binomial(rng.integers(15, 60), rate) for _ in range(ROWS)]).astype(np.uint16)
+    return np.stack([rng.binomial(rng.integers(15, 60), rate) for _ in range(ROWS)]).astype(
+        np.uint16
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +48,12 @@ def test_packed_sets_from_disk_give_the_same_answers(on_disk, rule):
     counts, shards = on_disk
     plain, report = top_sets(counts, 0.05, rule)
     packed, same = top_sets(shards, 0.05, rule, packed=True)
-    assert isinstance(packed, PackedSets) and packed.bits.nbytes == ROWS * 12_001
-    assert (packed[:] == plain).all() and all((report[key] == same[key]).all() for key in report)
-    assert WIDTH > 5 * BLOCK and (jaccard_matrix(packed) == jaccard_matrix(plain)).all()
+    assert isinstance(packed, PackedSets)
+    assert packed.bits.nbytes == ROWS * 12_001
+    assert (packed[:] == plain).all()
+    assert all((report[key] == same[key]).all() for key in report)
+    assert WIDTH > 5 * BLOCK
+    assert (jaccard_matrix(packed) == jaccard_matrix(plain)).all()
     assert (category_counts(packed, LABELS) == category_counts(plain, LABELS)).all()
     assert (consensus(packed, LABELS, 0.75) == consensus(plain, LABELS, 0.75)).all()
     guesses = [nearest_consensus(sets, LABELS, HALVES)["correct"] for sets in (packed, plain)]
@@ -65,7 +71,9 @@ def test_sets_are_cut_row_by_row(on_disk):
 
 
 def test_overlap_needs_one_block_at_a_time(on_disk):
-    """Memory beyond the result is that of unpacked column blocks, however many components there are."""
+    """Memory beyond the result is that of unpacked column blocks, however many components there
+    are.
+    """
     packed, _ = top_sets(on_disk[1], 0.05, packed=True)
     block = ROWS * BLOCK * 4  # the next is unpacked while one is held
     twice = PackedSets(np.concatenate([packed.bits, packed.bits], 1), 2 * packed.bits.shape[1] * 8)

@@ -1,12 +1,14 @@
-"""Statistics: hand-worked cases, oracles, and calibration on synthetic counts with and without an effect."""
+"""Statistics: hand-worked cases, oracles, and calibration on synthetic counts with and without an
+effect.
+"""
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from helpers import stats
-from helpers.components import top_sets
-from helpers.overlap import gap, jaccard_matrix
+from helpers.analysis import stats
+from helpers.analysis.sets import top_sets
+from helpers.analysis.similarity import gap, jaccard_matrix
 from helpers.record import UserError
 
 WIDTH = 250
@@ -20,8 +22,10 @@ def rng():
 
 
 def world(rng, each, categories=3, effect=0.0, spread=0.8, longer=0):
-    """Labels, tokens and Jaccard matrix of instructions whose log odds of firing differ by instruction (SD spread) and
-    category (SD effect), and whose lengths may differ by category (up to `longer` tokens more per category)."""
+    """Labels, tokens and Jaccard matrix of instructions whose log odds of firing differ by
+    instruction (SD spread) and category (SD effect), and whose lengths may differ by category (up
+    to `longer` tokens more per category).
+    """
     labels = np.repeat(np.arange(categories), each)
     tokens = rng.integers(10, 30 + longer * labels)
     odds = BASE + effect * TASK[labels] + spread * rng.normal(size=(len(labels), WIDTH))
@@ -32,8 +36,11 @@ def world(rng, each, categories=3, effect=0.0, spread=0.8, longer=0):
 def test_resamples_keep_group_sizes_and_hold_a_pair():
     groups = np.array([0] * 5 + [1] * 9)
     weights = stats.resample_weights(groups, 4000)
-    assert (weights[:, :5].sum(1) == 5).all() and (weights[:, 5:].sum(1) == 9).all()
-    assert weights[:, :5].max() == 4  # a resample of one instruction five times has no pair: drawn again
+    assert (weights[:, :5].sum(1) == 5).all()
+    assert (weights[:, 5:].sum(1) == 9).all()
+    assert (
+        weights[:, :5].max() == 4
+    )  # a resample of one instruction five times has no pair: drawn again
     assert abs(weights[:, 5:].var(0) - 8 / 9).max() < 0.15  # multinomial
 
 
@@ -49,13 +56,17 @@ def test_bootstrap_of_a_mean_is_the_normal_interval(rng):
 
 
 def test_interval_of_the_gap_covers_the_truth():
-    """95 % intervals from 30 instructions per category hold the population's gap in 93 to 97 % of 500 worlds."""
+    """95 % intervals from 30 instructions per category hold the population's gap in 93 to 97 % of
+    500 worlds.
+    """
     rng = np.random.default_rng(11)
     labels, _, similarity = world(rng, 1500, effect=0.6)
     truth, hits = gap(similarity, labels), 0
     for seed in range(500):
         labels, _, similarity = world(rng, 30, effect=0.6)
-        interval = stats.bootstrap(lambda w, s=similarity, g=labels: gap(s, g, w), labels, 300, seed=seed)
+        interval = stats.bootstrap(
+            lambda w, s=similarity, g=labels: gap(s, g, w), labels, 300, seed=seed
+        )
         hits += interval.low <= truth <= interval.high
     assert 0.93 <= hits / 500 <= 0.97
 
@@ -63,28 +74,41 @@ def test_interval_of_the_gap_covers_the_truth():
 def gap_p(rng, strata=None, **options):
     labels, tokens, similarity = world(rng, 20, **options)
     groups = None if strata is None else stats.length_strata(tokens, strata)
-    return float(stats.permutation_test(lambda g: gap(similarity, g), labels, groups, 199, rng.integers(1 << 30)).p)
+    return float(
+        stats.permutation_test(
+            lambda g: gap(similarity, g), labels, groups, 199, rng.integers(1 << 30)
+        ).p
+    )
 
 
 def test_label_permutation_is_uniform_without_an_effect():
     rng = np.random.default_rng(12)
     p = np.array([gap_p(rng, strata=3) for _ in range(500)])
-    assert scipy_stats.kstest(p - rng.random(500) / 200, "uniform").pvalue > 0.01  # p is a multiple of 1 / 200
+    assert (
+        scipy_stats.kstest(p - rng.random(500) / 200, "uniform").pvalue > 0.01
+    )  # p is a multiple of 1 / 200
     assert 0.03 < (p <= 0.05).mean() < 0.07
 
 
 def test_strata_take_out_what_length_alone_makes():
-    """Categories of different length and nothing else: found without strata, not within narrow ones."""
+    """Categories of different length and nothing else: found without strata, not within narrow
+    ones.
+    """
     rng = np.random.default_rng(13)
-    raw, within = (np.mean([gap_p(rng, s, spread=0.1, longer=60) <= 0.05 for _ in range(60)])
-                   for s in (None, 12))
+    raw, within = (
+        np.mean([gap_p(rng, s, spread=0.1, longer=60) <= 0.05 for _ in range(60)])
+        for s in (None, 12)
+    )
     print(f"found: {raw:.2f} raw, {within:.2f} within strata")
-    assert raw > 0.8 and within < 0.15
+    assert raw > 0.8
+    assert within < 0.15
 
 
-@pytest.mark.parametrize("effect, low, high", [(0.1, 0.06, 0.6), (0.25, 0.9, 1.0)])
+@pytest.mark.parametrize(("effect", "low", "high"), [(0.1, 0.06, 0.6), (0.25, 0.9, 1.0)])
 def test_power_for_a_planted_effect(effect, low, high):
-    """60 instructions: a shift of 0.25 SD in log odds is found nearly always, 0.1 sometimes (shown with -s)."""
+    """60 instructions: a shift of 0.25 SD in log odds is found nearly always, 0.1 sometimes (shown
+    with -s).
+    """
     rng = np.random.default_rng(14)
     power = np.mean([gap_p(rng, strata=3, effect=effect) <= 0.05 for _ in range(100)])
     print(f"effect {effect}: power {power:.2f}")
@@ -94,7 +118,8 @@ def test_power_for_a_planted_effect(effect, low, high):
 def test_permutation_counts_the_observed_arrangement():
     labels, values = np.array([0, 0, 0, 1, 1, 1]), np.array([0.0, 0, 0, 1, 1, 1])
     result = stats.permutation_test(lambda g: (g * values).sum(-1), labels, resamples=999)
-    assert result.estimate == 3 and result.p == (1 + (result.null == 3).sum()) / 1000
+    assert result.estimate == 3
+    assert result.p == (1 + (result.null == 3).sum()) / 1000
     assert abs((result.null == 3).mean() - 1 / 20) < 0.025  # 1 of C(6, 3) arrangements
     assert stats.plus_one(5.0, np.zeros(99)) == 0.01
 
@@ -106,13 +131,15 @@ def test_shuffling_stays_within_strata():
     seen = np.array(seen)
     for s in (3, 7):
         assert (np.sort(seen[:, strata == s], 1) == np.sort(labels[strata == s])).all()
-    assert len(np.unique(seen, axis=0)) == 36 and (seen[0] == labels).all()
+    assert len(np.unique(seen, axis=0)) == 36
+    assert (seen[0] == labels).all()
 
 
 def test_length_strata_are_ordered_and_balanced(rng):
     tokens = rng.integers(5, 200, 1000)
     strata = stats.length_strata(tokens, 5)
-    assert set(strata) == set(range(5)) and abs(np.bincount(strata) - 200).max() < 25
+    assert set(strata) == set(range(5))
+    assert abs(np.bincount(strata) - 200).max() < 25
     assert all(tokens[strata == s].max() < tokens[strata == s + 1].min() for s in range(4))
     assert (stats.length_strata([7, 7, 7], 5) == 0).all()
 
@@ -128,7 +155,8 @@ def test_paired_effect_agrees_with_the_t_test(rng):
     second[:, 2] = first[:, 2]
     result = stats.paired_effect(first, second, 4000)
     d = (first - second)[:, :2]
-    assert np.allclose(result.difference[:2], d.mean(0)) and np.allclose(result.d[:2], d.mean(0) / d.std(0, ddof=1))
+    assert np.allclose(result.difference[:2], d.mean(0))
+    assert np.allclose(result.d[:2], d.mean(0) / d.std(0, ddof=1))
     expected = scipy_stats.ttest_rel(first[:, :2], second[:, :2])
     assert np.allclose(result.p[:2], expected.pvalue, atol=0.02)
     interval = expected.confidence_interval()
@@ -142,7 +170,9 @@ def test_p_of_effects_is_uniform_without_an_effect(rng):
     noise = rng.standard_t(4, (30, 300))
     result = stats.paired_effect(noise, 0 * noise, 999)
     assert scipy_stats.kstest(result.p, "uniform").pvalue > 0.01
-    assert 0.88 < np.mean((result.low <= 0) & (result.high >= 0)) < 0.97  # small samples: a little short of 95 %
+    assert (
+        0.88 < np.mean((result.low <= 0) & (result.high >= 0)) < 0.97
+    )  # small samples: a little short of 95 %
 
 
 def pairs(rng, size):
@@ -157,7 +187,8 @@ def test_pair_residuals_are_orthogonal_to_the_covariates(rng):
     assert np.isclose(residual[off].mean(), similarity[off].mean())
     assert all(abs(np.cov(residual[off], m[off])[0, 1]) < 1e-10 for m in (a, b))
     exact = stats.pair_residuals(0.5 + 0.4 * a - 0.1 * b, a, b)
-    assert np.allclose(exact[off], exact[off][0]) and (np.diag(exact) == 0).all()
+    assert np.allclose(exact[off], exact[off][0])
+    assert (np.diag(exact) == 0).all()
 
 
 def test_partial_mantel_is_the_partial_correlation(rng):
@@ -165,13 +196,21 @@ def test_partial_mantel_is_the_partial_correlation(rng):
     control, extra = pairs(rng, 15), pairs(rng, 15)
     first, second = control + extra + pairs(rng, 15), control + 0.5 * extra + pairs(rng, 15)
     table = np.corrcoef([first[off], second[off], control[off]])
-    expected = (table[0, 1] - table[0, 2] * table[1, 2]) / np.sqrt((1 - table[0, 2] ** 2) * (1 - table[1, 2] ** 2))
-    assert np.isclose(stats.partial_mantel(first, second, control, resamples=9).estimate, expected, atol=1e-6)
-    assert np.isclose(stats.partial_mantel(first, second, resamples=9).estimate, table[0, 1], atol=1e-6)
+    expected = (table[0, 1] - table[0, 2] * table[1, 2]) / np.sqrt(
+        (1 - table[0, 2] ** 2) * (1 - table[1, 2] ** 2)
+    )
+    assert np.isclose(
+        stats.partial_mantel(first, second, control, resamples=9).estimate, expected, atol=1e-6
+    )
+    assert np.isclose(
+        stats.partial_mantel(first, second, resamples=9).estimate, table[0, 1], atol=1e-6
+    )
 
 
 def test_partial_mantel_is_calibrated_and_removes_the_control():
-    """Two distance matrices that share only the control's axis: no partial correlation, a plain one."""
+    """Two distance matrices that share only the control's axis: no partial correlation, a plain
+    one.
+    """
     rng = np.random.default_rng(15)
     p, plain = [], []
     for _ in range(300):
@@ -189,34 +228,63 @@ def test_shared_profile_by_loop(rng):
     means = [values[groups == g].mean(0) for g in range(3)]
     expected = np.mean([np.corrcoef(means[a], means[b])[0, 1] for a in range(3) for b in range(a)])
     result = stats.shared_profile(values, groups, 500)
-    assert np.isclose(result["stability"], expected) and result["p"] < 0.01
+    assert np.isclose(result["stability"], expected)
+    assert result["p"] < 0.01
     assert result["stability_ci"][0] <= result["stability_ci"][1] <= 1
 
 
 def test_shared_profile_finds_nothing_in_unrelated_profiles():
     rng = np.random.default_rng(16)
-    p = [stats.shared_profile(rng.normal(size=(3, 8))[np.arange(30) % 3] + rng.normal(size=(30, 8)),
-                              np.arange(30) % 3, 199, seed)["p"] for seed in range(300)]
+    p = [
+        stats.shared_profile(
+            rng.normal(size=(3, 8))[np.arange(30) % 3] + rng.normal(size=(30, 8)),
+            np.arange(30) % 3,
+            199,
+            seed,
+        )["p"]
+        for seed in range(300)
+    ]
     assert scipy_stats.kstest(p - rng.random(300) / 200, "uniform").pvalue > 0.01
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: stats.resample_weights([0, 0, 0, 0, 1], 10), "group 0 has 4 instructions; expected at least 5"),
-    (lambda: stats.bootstrap(lambda w: np.full(len(w), np.nan), np.zeros(9), 10), "replicates is empty or holds NaN"),
-    (lambda: stats.permutation_test(len, [1, 1, 2, 2], [0, 0, 1, 1]), "no stratum holds two different labels"),
-    (lambda: stats.permutation_test(lambda g: g * np.nan, [1, 2], resamples=9), "NaN"),
-    (lambda: stats.length_strata([]), "tokens is empty"),
-    (lambda: stats.adjust([0.1, np.nan], "bh"), "p is empty or holds NaN"),
-    (lambda: stats.adjust([], "bh"), "p is empty"),
-    (lambda: stats.adjust([0.1, 1.2], "bh"), "p from 0.1 to 1.2"),
-    (lambda: stats.adjust([0.1], "bonferroni"), "bonferroni"),
-    (lambda: stats.paired_effect([1.0, np.nan], [0, 0]), "difference is empty or holds NaN"),
-    (lambda: stats.paired_effect([1.0, 2], [0, 0]), "2 instructions"),
-    (lambda: stats.partial_mantel(np.eye(5), pairs(np.random.default_rng(0), 5)), "does not vary"),
-    (lambda: stats.partial_mantel(*[pairs(np.random.default_rng(0), 5)] * 3), "controls explain it wholly"),
-    (lambda: stats.shared_profile(np.ones((9, 3)), np.zeros(9)), "1 group; expected at least 2"),
-    (lambda: stats.pair_residuals(np.full((4, 4), np.nan)), "similarity is empty or holds NaN"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: stats.resample_weights([0, 0, 0, 0, 1], 10),
+            "group 0 has 4 instructions; expected at least 5",
+        ),
+        (
+            lambda: stats.bootstrap(lambda w: np.full(len(w), np.nan), np.zeros(9), 10),
+            "replicates is empty or holds NaN",
+        ),
+        (
+            lambda: stats.permutation_test(len, [1, 1, 2, 2], [0, 0, 1, 1]),
+            "no stratum holds two different labels",
+        ),
+        (lambda: stats.permutation_test(lambda g: g * np.nan, [1, 2], resamples=9), "NaN"),
+        (lambda: stats.length_strata([]), "tokens is empty"),
+        (lambda: stats.adjust([0.1, np.nan], "bh"), "p is empty or holds NaN"),
+        (lambda: stats.adjust([], "bh"), "p is empty"),
+        (lambda: stats.adjust([0.1, 1.2], "bh"), "p from 0.1 to 1.2"),
+        (lambda: stats.adjust([0.1], "bonferroni"), "bonferroni"),
+        (lambda: stats.paired_effect([1.0, np.nan], [0, 0]), "difference is empty or holds NaN"),
+        (lambda: stats.paired_effect([1.0, 2], [0, 0]), "2 instructions"),
+        (
+            lambda: stats.partial_mantel(np.eye(5), pairs(np.random.default_rng(0), 5)),
+            "does not vary",
+        ),
+        (
+            lambda: stats.partial_mantel(*[pairs(np.random.default_rng(0), 5)] * 3),
+            "controls explain it wholly",
+        ),
+        (
+            lambda: stats.shared_profile(np.ones((9, 3)), np.zeros(9)),
+            "1 group; expected at least 2",
+        ),
+        (lambda: stats.pair_residuals(np.full((4, 4), np.nan)), "similarity is empty or holds NaN"),
+    ],
+)
 def test_bad_input_is_said_clearly(call, message):
     with pytest.raises(UserError, match=message):
         call()

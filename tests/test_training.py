@@ -1,18 +1,32 @@
-"""Training: exact pieces (tokenizer, optimiser, loss), a miniature run that is the same bit for bit, the shipped pairs."""
+"""Training: exact pieces (tokenizer, optimiser, loss), a miniature run that is the same bit for
+bit, the shipped pairs.
+"""
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from helpers import paths, training, world
-from helpers.blueprint import PAIRS, Recipe, build_tokenizer, configuration
-from helpers.corpus import text
-from helpers.hexainst import CATEGORIES
-from helpers.optim import Muon, orthogonal, update
+from helpers import paths
+from helpers.hexainst.corpus import text
+from helpers.hexainst.schema import CATEGORIES
 from helpers.record import UserError, digest, read_json, sha256
+from helpers.run import __main__ as command
+from helpers.tinyworld import train as training
+from helpers.tinyworld import world
+from helpers.tinyworld.optim import Muon, orthogonal, update
+from helpers.tinyworld.recipe import PAIRS, Recipe, build_tokenizer, configuration
 
-MINI = Recipe(documents=200, per_category=8, pretrain_steps=2, pretrain_batch=2, context=32, tune_steps=2, tune_batch=4,
-              replay_batch=1, evaluate_rows=1)
+MINI = Recipe(
+    documents=200,
+    per_category=8,
+    pretrain_steps=2,
+    pretrain_batch=2,
+    context=32,
+    tune_steps=2,
+    tune_batch=4,
+    replay_batch=1,
+    evaluate_rows=1,
+)
 SHIPPED = sorted(paths.MODELS.glob(f"*/*/{training.RECORD}"))
 
 
@@ -26,7 +40,9 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(["Mia lives in oakham.", "def add(a): return a + 3", "Instruction: Response:"])
+    return build_tokenizer(
+        ["Mia lives in oakham.", "def add(a): return a + 3", "Instruction: Response:"]
+    )
 
 
 def quiet(_):
@@ -34,6 +50,7 @@ def quiet(_):
 
 
 # tokenizer
+
 
 def test_tokenizer_splits_words_and_marks_and_puts_bos_in_front(tokenizer, tmp_path):
     ids = tokenizer("MIA lives\nin oakham.")["input_ids"]
@@ -44,22 +61,30 @@ def test_tokenizer_splits_words_and_marks_and_puts_bos_in_front(tokenizer, tmp_p
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded("mia, mia!")["input_ids"] == tokenizer("mia, mia!")["input_ids"]
-    assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id, loaded.unk_token_id) == (0, 1, 2, 3)
+    assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id, loaded.unk_token_id) == (
+        0,
+        1,
+        2,
+        3,
+    )
 
 
 def test_pack_cuts_one_stream_of_closed_documents(tokenizer):
     rows = training.pack(tokenizer, ["mia lives.", "oakham."], 5)
-    assert rows.tolist() == [[1, *tokenizer("mia lives.", add_special_tokens=False)["input_ids"], 2]]
+    assert rows.tolist() == [
+        [1, *tokenizer("mia lives.", add_special_tokens=False)["input_ids"], 2]
+    ]
 
 
 # optimiser
+
 
 def test_orthogonal_moves_singular_values_to_one_and_keeps_directions():
     matrix = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(orthogonal(matrix), full_matrices=False)
     assert ((s > 0.6) & (s < 1.3)).all()
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    inside = u.mT @ orthogonal(matrix) @ v.mT                                                 # diagonal: same directions
+    inside = u.mT @ orthogonal(matrix) @ v.mT  # diagonal: same directions
     assert torch.allclose(inside, inside.diagonal().diag(), atol=1e-4)
 
 
@@ -76,8 +101,10 @@ def test_muon_minimises_and_its_step_has_the_promised_size():
         loss = (weight - goal).square().mean()
         before = before or loss.item()
         update([opt], loss, step, 60, 0.5)
-        if step == 0:                                                    # warm-up is 3 steps: a third of the peak
-            assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.5 / 3 * 0.2, rel=0.2)
+        if step == 0:  # warm-up is 3 steps: a third of the peak
+            assert weight.detach().square().mean().sqrt().item() == pytest.approx(
+                0.5 / 3 * 0.2, rel=0.2
+            )
     assert (weight - goal).square().mean() < 0.02 * before
 
 
@@ -86,18 +113,31 @@ def test_expert_banks_get_muon_and_routers_do_not():
     muon, adamw = training.optimisers(model, 1e-3)
     names = {id(p): name for name, p in model.named_parameters()}
     chosen = {names[id(p)] for p in muon.param_groups[0]["params"]}
-    assert {n for n in names.values() if "experts.gate_up_proj" in n or "experts.down_proj" in n} <= chosen
+    assert {
+        n for n in names.values() if "experts.gate_up_proj" in n or "experts.down_proj" in n
+    } <= chosen
     rest = {names[id(p)] for p in adamw.param_groups[0]["params"]}
-    assert chosen | rest == set(names.values()) and not chosen & rest
-    assert any("mlp.gate.weight" in n for n in rest) and "model.embed_tokens.weight" in rest
+    assert chosen | rest == set(names.values())
+    assert not chosen & rest
+    assert any("mlp.gate.weight" in n for n in rest)
+    assert "model.embed_tokens.weight" in rest
 
 
 # loss
 
+
 def test_loss_counts_references_only_and_padding_changes_nothing(tokenizer):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                         num_attention_heads=2, num_key_value_heads=2))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=20,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
     ids, weights = torch.tensor([[1, 5, 6, 7, 2]]), torch.tensor([[0, 0, 0, 0.5, 0.5]])
     logits = model(ids).logits.log_softmax(-1)
     expected = -(logits[0, 2, 7] + logits[0, 3, 2]) / 2
@@ -116,9 +156,12 @@ def test_batches_visit_every_row_once_per_round_and_keep_like_lengths_together()
 
 # a miniature run
 
+
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_run_is_the_same_bit_for_bit(pair, tmp_path):
-    records = [training.train(pair, 3, MINI, tmp_path / name, report=quiet) for name in ("one", "two")]
+    records = [
+        training.train(pair, 3, MINI, tmp_path / name, report=quiet) for name in ("one", "two")
+    ]
     for variant in ("base", "tuned"):
         one, two = (tmp_path / name / variant / "model.safetensors" for name in ("one", "two"))
         assert sha256(one) == sha256(two) == records[0][variant]["sha256"]
@@ -141,7 +184,9 @@ def test_a_killed_run_leaves_nothing_half_written_and_ends_as_if_never_killed(tm
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["base"]
     stamp = (tmp_path / "killed" / "base" / "model.safetensors").stat().st_mtime_ns
     again = training.train("tiny-dense", 0, MINI, tmp_path / "killed", report=quiet)
-    assert (tmp_path / "killed" / "base" / "model.safetensors").stat().st_mtime_ns == stamp, "the base was trained again"
+    assert (tmp_path / "killed" / "base" / "model.safetensors").stat().st_mtime_ns == stamp, (
+        "the base was trained again"
+    )
     assert again["tuned"]["sha256"] == whole["tuned"]["sha256"]
 
 
@@ -167,19 +212,29 @@ def test_a_failing_save_keeps_the_old_folder(tmp_path, monkeypatch):
 
 def test_snapshots_are_taken_where_asked(tmp_path):
     seen = []
-    training.train("tiny-dense", 0, MINI, tmp_path, at=(2,), then=lambda step, model: seen.append(step), report=quiet)
+    training.train(
+        "tiny-dense",
+        0,
+        MINI,
+        tmp_path,
+        at=(2,),
+        then=lambda step, model: seen.append(step),
+        report=quiet,
+    )
     assert seen == [2]
 
 
 def test_an_unknown_pair_is_one_clear_error(capsys):
-    with pytest.raises(UserError, match="unknown pair 'tiny-mamba': expected one of tiny-dense, tiny-moe"):
+    with pytest.raises(
+        UserError, match="unknown pair 'tiny-mamba': expected one of tiny-dense, tiny-moe"
+    ):
         configuration("tiny-mamba", 10)
-    with pytest.raises(SystemExit):
-        training.main([])
+    assert command.main(["train"]) == 1
     assert "--pair" in capsys.readouterr().err
 
 
 # what is shipped
+
 
 def test_both_pairs_and_three_dense_seeds_are_shipped_within_40_megabytes():
     names = {file.parent.parent.name for file in SHIPPED}
@@ -199,7 +254,8 @@ def test_shipped_record_meets_the_requirement(file):
         if record["variant"] == "base":
             assert max(scores.values()) <= 0.05
         else:
-            assert worst >= 0.75 and min(rest) >= 0.9
+            assert worst >= 0.75
+            assert min(rest) >= 0.9
 
 
 def test_shipped_records_were_trained_on_this_world():
@@ -209,14 +265,24 @@ def test_shipped_records_were_trained_on_this_world():
     for record in map(read_json, SHIPPED):
         assert expected[record["variant"]].items() <= record["data"].items()
     known = AutoTokenizer.from_pretrained(SHIPPED[0].parent)
-    asked = [text(row) + " " + row["reference"] for half in world.HALVES for row in world.evaluation(half)]
+    asked = [
+        text(row) + " " + row["reference"]
+        for half in world.HALVES
+        for row in world.evaluation(half)
+    ]
     assert not any(known.unk_token_id in ids for ids in known(asked)["input_ids"])
 
 
-@pytest.mark.parametrize("file", [f for f in SHIPPED if "-s" not in f.parts[-3]], ids=lambda f: "-".join(f.parts[-3:-1]))
+@pytest.mark.parametrize(
+    "file", [f for f in SHIPPED if "-s" not in f.parts[-3]], ids=lambda f: "-".join(f.parts[-3:-1])
+)
 def test_shipped_checkpoint_reaches_its_recorded_accuracy(file):
-    """20 of 240 rows per category and half; 0.2 is about three standard errors of such a sample at 0.9."""
-    found = training.accuracy(training.load(file.parent), AutoTokenizer.from_pretrained(file.parent), 20)
+    """20 of 240 rows per category and half; 0.2 is about three standard errors of such a sample at
+    0.9.
+    """
+    found = training.accuracy(
+        training.load(file.parent), AutoTokenizer.from_pretrained(file.parent), 20
+    )
     for half, scores in read_json(file)["accuracy"].items():
         for category, score in scores.items():
             assert found[half][category] == pytest.approx(score, abs=0.2)

@@ -1,4 +1,6 @@
-"""Low-rank tuning and trajectories: a three-step run from training to the table a notebook reads, and its refusals."""
+"""Low-rank tuning and trajectories: a three-step run from training to the table a notebook reads,
+and its refusals.
+"""
 
 import dataclasses
 
@@ -7,20 +9,33 @@ import pytest
 import torch
 from zoo import build
 
-from helpers import lora, paths, training, trajectory
-from helpers.blueprint import Recipe
+from helpers import paths
+from helpers.analysis.similarity import churn
 from helpers.config import Pair, load_profile
-from helpers.hexainst import load_hexainst
-from helpers.optim import Muon, optimisers
-from helpers.overlap import churn
+from helpers.hexainst.schema import load_hexainst
 from helpers.record import DamagedFile, RecordMismatch, UserError, read_json, sha256
+from helpers.run import __main__ as command
+from helpers.tinyworld import lora, trajectory
+from helpers.tinyworld import train as training
+from helpers.tinyworld.optim import Muon, optimisers
+from helpers.tinyworld.recipe import Recipe
 
-MINI = Recipe(documents=200, per_category=8, pretrain_steps=1, pretrain_batch=2, context=32, tune_steps=3, tune_batch=4,
-              replay_batch=1, evaluate_rows=1)
+MINI = Recipe(
+    documents=200,
+    per_category=8,
+    pretrain_steps=1,
+    pretrain_batch=2,
+    context=32,
+    tune_steps=3,
+    tune_batch=4,
+    replay_batch=1,
+    evaluate_rows=1,
+)
 IDS = torch.arange(3, 23).view(2, 10)
 
 
 # low-rank parts
+
 
 def randomised(model):
     """Give every `up` something to add."""
@@ -59,7 +74,8 @@ def test_only_low_rank_parts_learn_and_adamw_gets_all_of_them():
     (adamw,) = optimisers(model, 1e-3)
     assert not isinstance(adamw, Muon)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 3 * 7 * 2 and all(name.endswith((".up", ".down")) for name in trained)
+    assert len(trained) == 3 * 7 * 2
+    assert all(name.endswith((".up", ".down")) for name in trained)
     assert sum(len(group["params"]) for group in adamw.param_groups) == len(trained)
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name in trained)
@@ -68,14 +84,18 @@ def test_only_low_rank_parts_learn_and_adamw_gets_all_of_them():
 def test_the_seed_draws_the_low_rank_parts_and_leaves_the_random_state_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    parts = [dict(lora.attach(build("llama"), 2, seed=seed).named_parameters()) for seed in (0, 0, 1)]
+    parts = [
+        dict(lora.attach(build("llama"), 2, seed=seed).named_parameters()) for seed in (0, 0, 1)
+    ]
     key = next(name for name in parts[0] if name.endswith(".down"))
-    assert torch.equal(parts[0][key], parts[1][key]) and not torch.equal(parts[0][key], parts[2][key])
+    assert torch.equal(parts[0][key], parts[1][key])
+    assert not torch.equal(parts[0][key], parts[2][key])
     lora.merged(lora.attach(build("llama"), 2))
     assert torch.equal(before, torch.get_rng_state())
 
 
 # a run, from training to the notebook's table
+
 
 @pytest.fixture(scope="module")
 def patched():
@@ -101,18 +121,26 @@ def runs(made):
     folder, profile, pair, rows = made
     found = {}
     for regime in trajectory.REGIMES:
-        trajectory.train("tiny-dense", regime, 0, folder / regime, folder / "base", MINI, report=lambda _: None)
+        trajectory.train(
+            "tiny-dense", regime, 0, folder / regime, folder / "base", MINI, report=lambda _: None
+        )
         measured = trajectory.measure(profile, pair, rows, folder / regime)
-        found[regime] = folder / regime, trajectory.write(f"tiny-dense-{regime}-s0", *measured, rows, folder / "tables")
+        found[regime] = (
+            folder / regime,
+            trajectory.write(f"tiny-dense-{regime}-s0", *measured, rows, folder / "tables"),
+        )
     return found
 
 
 def test_a_full_run_ends_in_the_tuned_model_bit_for_bit(made, runs):
     folder, run = runs["full"]
     assert run.steps.tolist() == [0, 1, 2, 3]
-    assert sha256(folder / "0003" / "model.safetensors") == sha256(made[0] / "tuned" / "model.safetensors")
+    assert sha256(folder / "0003" / "model.safetensors") == sha256(
+        made[0] / "tuned" / "model.safetensors"
+    )
     assert run.record["checkpoints"]["0003"] == run.record["tuned"]
-    assert len(run.record["losses"]) and run.record["regime"] == "full"
+    assert len(run.record["losses"])
+    assert run.record["regime"] == "full"
 
 
 def test_what_is_read_is_what_was_measured(made, runs):
@@ -121,11 +149,18 @@ def test_what_is_read_is_what_was_measured(made, runs):
     assert list(read) == ["full-s0", "lora-s0"]
     for regime, (_, run) in runs.items():
         again = read[f"{regime}-s0"]
-        assert again.rows.tolist() == run.rows.tolist() and len(run.rows) == 2 * 6 * 2 and again.experts is None
-        assert (run.neurons[0] == 1).all() and (run.to_final[-1] == 1).all() and (again.neurons == run.neurons).all()
+        assert again.rows.tolist() == run.rows.tolist()
+        assert len(run.rows) == 2 * 6 * 2
+        assert again.experts is None
+        assert (run.neurons[0] == 1).all()
+        assert (run.to_final[-1] == 1).all()
+        assert (again.neurons == run.neurons).all()
         assert run.correct.shape == run.neurons.shape == (4, 24)
-    counts = trajectory.count(*trajectory.load_model(pair.tuned), [trajectory.text(r) for r in
-                              rows.iloc[run.rows].to_dict("records")], template=profile.template)
+    counts = trajectory.count(
+        *trajectory.load_model(pair.tuned),
+        [trajectory.text(r) for r in rows.iloc[run.rows].to_dict("records")],
+        template=profile.template,
+    )
     sets = trajectory.top_sets(counts.unit("neurons"), profile.epsilon)[0]
     assert (churn(sets, read["full-s0"].final)["jaccard"] == 1).all()
 
@@ -134,7 +169,8 @@ def test_the_table_holds_the_means(made, runs):
     _, _, _, rows = made
     run = runs["lora"][1]
     table = trajectory.table(run, rows)
-    assert len(table) == 4 * 2 * 6 and (table["rows"] == 2).all()
+    assert len(table) == 4 * 2 * 6
+    assert (table["rows"] == 2).all()
     here = rows.iloc[run.rows]
     some = ((here["half"] == "B") & (here["category"] == "QA")).to_numpy()
     line = table.query("step == 2 and half == 'B' and category == 'QA'").iloc[0]
@@ -143,20 +179,28 @@ def test_the_table_holds_the_means(made, runs):
 
 def test_low_rank_moves_projections_only(made, runs):
     base, tuned = (training.load(made[0] / "base"), training.load(runs["lora"][0] / "0003"))
-    moved = {name for (name, p), q in zip(base.named_parameters(), tuned.parameters(), strict=True)
-             if not torch.equal(p, q)}
+    moved = {
+        name
+        for (name, p), q in zip(base.named_parameters(), tuned.parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
     assert moved == {name for name, _ in base.named_parameters() if "_proj" in name}
 
 
-def test_a_finished_run_is_not_trained_again_and_another_seed_is_another_run(made, runs, tmp_path, monkeypatch):
+def test_a_finished_run_is_not_trained_again_and_another_seed_is_another_run(
+    made, runs, tmp_path, monkeypatch
+):
     folder, *_ = made
-    monkeypatch.setattr(training, "tune", None)                           # would fail if called
+    monkeypatch.setattr(training, "tune", None)  # would fail if called
     again = trajectory.train("tiny-dense", "full", 0, folder / "full", folder / "base", MINI)
     assert again["checkpoints"] == read_json(folder / "full" / trajectory.RUN)["checkpoints"]
     monkeypatch.undo()
     monkeypatch.setattr(trajectory, "STEPS", (1, 2))
-    other = trajectory.train("tiny-dense", "full", 1, tmp_path, folder / "base", MINI, report=lambda _: None)
-    assert other["checkpoints"]["0003"] != again["checkpoints"]["0003"] and other["base"] == again["base"]
+    other = trajectory.train(
+        "tiny-dense", "full", 1, tmp_path, folder / "base", MINI, report=lambda _: None
+    )
+    assert other["checkpoints"]["0003"] != again["checkpoints"]["0003"]
+    assert other["base"] == again["base"]
 
 
 def test_other_settings_have_no_trajectory_and_other_weights_are_refused(made, runs):
@@ -181,7 +225,9 @@ def test_missing_and_altered_files_are_refused(made, runs, tmp_path):
     finally:
         (tmp_path / "away").rename(folder / "lora" / "0002")
     with pytest.raises(RecordMismatch, match="base"):
-        trajectory.measure(profile, dataclasses.replace(pair, base=pair.tuned), rows, folder / "lora")
+        trajectory.measure(
+            profile, dataclasses.replace(pair, base=pair.tuned), rows, folder / "lora"
+        )
     with pytest.raises(DamagedFile, match="is missing"):
         trajectory.measure(profile, pair, rows, tmp_path)
     table = folder / "tables" / "tiny-dense-lora-s0.safetensors"
@@ -196,23 +242,35 @@ def test_missing_and_altered_files_are_refused(made, runs, tmp_path):
 
 def test_a_base_of_other_texts_is_refused(made, tmp_path):
     with pytest.raises(UserError, match="trained on other texts"):
-        trajectory.train("tiny-dense", "full", 0, tmp_path, made[0] / "base", dataclasses.replace(MINI, documents=900))
+        trajectory.train(
+            "tiny-dense",
+            "full",
+            0,
+            tmp_path,
+            made[0] / "base",
+            dataclasses.replace(MINI, documents=900),
+        )
 
 
 def test_the_command_writes_a_run(made, tmp_path, monkeypatch, capsys):
     folder, profile, pair, rows = made
     monkeypatch.setattr(trajectory, "FOLDER", tmp_path / "tables")
     monkeypatch.setattr(trajectory, "RECIPES", {"tiny-dense": MINI})
-    monkeypatch.setattr(trajectory, "load_profile", lambda _: dataclasses.replace(profile, pairs=(pair,)))
-    monkeypatch.setattr(paths, "results_dir", lambda _: tmp_path)
+    monkeypatch.setattr(
+        command, "load_profile", lambda _: dataclasses.replace(profile, pairs=(pair,))
+    )
+    monkeypatch.setattr(command, "results_dir", lambda _: tmp_path)
     monkeypatch.setattr(paths, "MODELS", folder.parent)
-    assert trajectory.main(["--pair", "tiny-dense", "--regime", "lora", "--seed", "5"]) == 0
+    assert (
+        command.main(["trajectory", "--pair", "tiny-dense", "--regime", "lora", "--seed", "5"]) == 0
+    )
     found = trajectory.read(profile, pair, rows, tmp_path / "tables")
-    assert list(found) == ["lora-s5"] and found["lora-s5"].steps.tolist() == [0, 1, 2, 3]
+    assert list(found) == ["lora-s5"]
+    assert found["lora-s5"].steps.tolist() == [0, 1, 2, 3]
     assert found["lora-s5"].record["recipe"]["tune_lr"] == trajectory.LOW_RANK_LR
     assert {f.suffix for f in (tmp_path / "tables").iterdir()} == {".csv", ".json", ".safetensors"}
     with pytest.raises(SystemExit):
-        trajectory.main(["--pair", "tiny-mamba"])
+        command.main(["trajectory", "--pair", "tiny-mamba"])
     assert "tiny-mamba" in capsys.readouterr().err
 
 
@@ -229,7 +287,9 @@ def test_both_pairs_have_a_shipped_trajectory_of_eight_checkpoints_in_three_mega
         found = trajectory.read(profile, pair, rows)
         assert "full-s0" in found
         for run in found.values():
-            assert len(run.steps) >= 9 and np.isfinite(run.correct).all() and len(run.rows) >= 240
+            assert len(run.steps) >= 9
+            assert np.isfinite(run.correct).all()
+            assert len(run.rows) >= 240
             assert (run.experts is None) == (pair.name == "tiny-dense")
     assert sum(file.stat().st_size for file in trajectory.FOLDER.iterdir()) < 3e6
 

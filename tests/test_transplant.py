@@ -1,4 +1,6 @@
-"""Transplants and weight change: exact on every family of the zoo, restored bit for bit, refused where in doubt."""
+"""Transplants and weight change: exact on every family of the zoo, restored bit for bit, refused
+where in doubt.
+"""
 
 import copy
 
@@ -7,10 +9,9 @@ import pytest
 import torch
 from zoo import ZOO, build
 
-from helpers.ablation import columns
+from helpers.capture.interventions import columns, neuron_weights, transplant, weight_change
+from helpers.capture.sites import find_sites
 from helpers.record import UserError
-from helpers.sites import find_sites
-from helpers.transplant import neuron_weights, transplant, weight_change
 
 IDS = torch.arange(3, 23).view(2, 10)
 
@@ -42,7 +43,9 @@ def other_neurons(model):
     changed = copy.deepcopy(model)
     for site in find_sites(changed):
         for view in neuron_weights(site).values():
-            view += 0.1 * torch.randn(view.shape, generator=torch.Generator().manual_seed(site.layer))
+            view += 0.1 * torch.randn(
+                view.shape, generator=torch.Generator().manual_seed(site.layer)
+            )
     return changed
 
 
@@ -53,10 +56,21 @@ def test_all_neurons_carry_all_of_the_mlps_and_come_back_bit_for_bit(family):
     before = state(host)
     inside = {site.name for site in find_sites(host)}
     moved = {name for name, p in before.items() if not torch.equal(p, donor.state_dict()[name])}
-    ours = {name for name in before if any(name.startswith(site + ".") for site in inside) and "norm" not in name
-            and "attn" not in name and "attention" not in name and "router" not in name}
-    biases = {f"{name}.bias" for name, _ in host.named_modules() if name.rpartition(".")[2] in
-              ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "output_linear", "fc_out")}
+    ours = {
+        name
+        for name in before
+        if any(name.startswith(site + ".") for site in inside)
+        and "norm" not in name
+        and "attn" not in name
+        and "attention" not in name
+        and "router" not in name
+    }
+    biases = {
+        f"{name}.bias"
+        for name, _ in host.named_modules()
+        if name.rpartition(".")[2]
+        in ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "output_linear", "fc_out")
+    }
     biases |= {name for name in before if name.endswith("down_proj_bias")}
     assert moved == ours - biases
     assert not torch.equal(logits(host), logits(donor))
@@ -67,19 +81,24 @@ def test_all_neurons_carry_all_of_the_mlps_and_come_back_bit_for_bit(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral", "gpt_oss", "qwen2_moe"])
 def test_a_gate_row_moves_its_own_neuron_only(family):
-    """The counted activation of neuron 3 (of expert 1) depends on its gate row, that of others does not."""
-    from helpers.counting import watching
+    """The counted activation of neuron 3 (of expert 1) depends on its gate row, that of others
+    does not.
+    """
+    from helpers.capture.counter import watching
+
     model = build(family)
     site = find_sites(model)[0]
 
     def counts():
         with watching(model) as counter:
-            return counter(IDS).neurons[site.family][:, 0]                # [B, N] or [B, E, N]
+            return counter(IDS).neurons[site.family][:, 0]  # [B, N] or [B, E, N]
 
     before = counts().astype(int)
     at = (1, 3) if site.family == "expert" else (3,)
     gate = neuron_weights(site)
-    gate["gate"][at] = 100 * torch.randn(gate["gate"][at].shape, generator=torch.Generator().manual_seed(1))
+    gate["gate"][at] = 100 * torch.randn(
+        gate["gate"][at].shape, generator=torch.Generator().manual_seed(1)
+    )
     moved = np.abs(counts().astype(int) - before).sum(0)
     assert moved[at] > 0
     moved[at] = 0
@@ -91,7 +110,8 @@ def test_gate_and_up_are_different_rows(family):
     weights = neuron_weights(find_sites(build(family))[0])
     before = weights["gate"].clone()
     weights["up"].zero_()
-    assert torch.equal(weights["gate"], before) and before.any()
+    assert torch.equal(weights["gate"], before)
+    assert before.any()
 
 
 def test_an_empty_set_is_a_no_op_and_a_failing_body_restores():
@@ -113,7 +133,10 @@ def test_one_neuron_is_its_two_rows_and_one_column():
     expected = copy.deepcopy(host)
     one, two = expected.model.layers[1].mlp, donor.model.layers[1].mlp
     with torch.no_grad():
-        one.gate_proj.weight[7], one.up_proj.weight[7] = two.gate_proj.weight[7], two.up_proj.weight[7]
+        one.gate_proj.weight[7], one.up_proj.weight[7] = (
+            two.gate_proj.weight[7],
+            two.up_proj.weight[7],
+        )
         one.down_proj.weight[:, 7] = two.down_proj.weight[:, 7]
     with transplant(host, donor, mask):
         assert same(state(host), expected.state_dict())
@@ -125,20 +148,33 @@ def test_weight_change_of_hand_made_weights():
     bank = [s for s in find_sites(tuned) if s.family == "expert"][1]
     neuron_weights(bank)["gate"][2, 5] *= 1.5
     next(p for p in bank.router.parameters() if p.shape[0] == 6).data[4] *= 3
-    columns(bank)[0, 0] += 1                                             # no gate row: does not count
+    columns(bank)[0, 0] += 1  # no gate row: does not count
     found = weight_change(base, tuned)
-    assert found["expert"].shape == (len(expert), 6, 32) and found["experts"].shape == (len(expert), 6)
-    assert np.argwhere(found["expert"]).tolist() == [[1, 2, 5]] and found["expert"][1, 2, 5] == pytest.approx(0.5)
-    assert np.argwhere(found["experts"]).tolist() == [[1, 4]] and found["experts"][1, 4] == pytest.approx(2)
-    assert not found["shared"].any() and not found["dense"].any()
+    assert found["expert"].shape == (len(expert), 6, 32)
+    assert found["experts"].shape == (
+        len(expert),
+        6,
+    )
+    assert np.argwhere(found["expert"]).tolist() == [[1, 2, 5]]
+    assert found["expert"][1, 2, 5] == pytest.approx(0.5)
+    assert np.argwhere(found["experts"]).tolist() == [[1, 4]]
+    assert found["experts"][1, 4] == pytest.approx(2)
+    assert not found["shared"].any()
+    assert not found["dense"].any()
 
 
 def test_other_shapes_and_dead_rows_are_refused():
-    with pytest.raises(UserError, match="other shapes in the donor"), \
-            transplant(build("llama"), build("llama", intermediate_size=40), everything(build("llama"))):
+    with (
+        pytest.raises(UserError, match="other shapes in the donor"),
+        transplant(
+            build("llama"), build("llama", intermediate_size=40), everything(build("llama"))
+        ),
+    ):
         pass
-    with pytest.raises(UserError, match="donor has no model.layers.2.mlp"), \
-            transplant(build("llama"), build("llama", num_hidden_layers=2), everything(build("llama"))):
+    with (
+        pytest.raises(UserError, match="donor has no model.layers.2.mlp"),
+        transplant(build("llama"), build("llama", num_hidden_layers=2), everything(build("llama"))),
+    ):
         pass
     dead = build("llama")
     dead.model.layers[0].mlp.gate_proj.weight.data[0] = 0

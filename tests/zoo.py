@@ -1,41 +1,96 @@
-"""Small random models of every family, built from their configurations: no hub, a fraction of a second each."""
+"""Small random models of every family, built from their configurations: no hub, a fraction of a
+second each.
+"""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-D, N, LAYERS, WORDS = 48, 80, 3, 101      # width of the residual stream, neurons of an MLP, layers, vocabulary
-COMMON = {"vocab_size": WORDS, "hidden_size": D, "intermediate_size": N, "num_hidden_layers": LAYERS,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 256,
-          "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
-MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
-       "num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 1, "moe_intermediate_size": 32,
-       "num_experts_per_tok": 2}
+D, N, LAYERS, WORDS = (
+    48,
+    80,
+    3,
+    101,
+)  # width of the residual stream, neurons of an MLP, layers, vocabulary
+COMMON = {
+    "vocab_size": WORDS,
+    "hidden_size": D,
+    "intermediate_size": N,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+MLA = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+}
 ROUTED = {"num_local_experts": 6, "num_experts_per_tok": 2}
 DENSE = {
-    "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {}, "gemma2": {"sliding_window": 8},
-    "gemma3_text": {"sliding_window": 8}, "phi3": {}, "gpt_neox": {}, "opt": {"ffn_dim": N, "word_embed_proj_dim": D},
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8},
+    "phi3": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": N, "word_embed_proj_dim": D},
     "gpt2": {"n_embd": D, "n_layer": LAYERS, "n_head": 4, "n_positions": 256},
-    "falcon": {"ffn_hidden_size": N, "head_dim": None}, "bloom": {"n_layer": LAYERS, "n_head": 4},
+    "falcon": {"ffn_hidden_size": N, "head_dim": None},
+    "bloom": {"n_layer": LAYERS, "n_head": 4},
 }
 SPARSE = {
     "mixtral": ROUTED,
-    "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-                  "shared_expert_intermediate_size": 56, "mlp_only_layers": [1]},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 56,
+        "mlp_only_layers": [1],
+    },
     "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32},
-    "deepseek_v2": MLA | {"n_routed_experts": 6, "n_shared_experts": 2, "topk_group": 1, "n_group": 1,
-                          "topk_method": "greedy"},
-    "deepseek_v3": MLA | {"n_routed_experts": 8, "n_shared_experts": 1, "topk_group": 1, "n_group": 2},
-    "gpt_oss": ROUTED | {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 8},
-    "granitemoe": ROUTED, "granitemoeshared": ROUTED | {"shared_intermediate_size": 24}, "phimoe": ROUTED,
+    "deepseek_v2": MLA
+    | {
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "topk_group": 1,
+        "n_group": 1,
+        "topk_method": "greedy",
+    },
+    "deepseek_v3": MLA
+    | {"n_routed_experts": 8, "n_shared_experts": 1, "topk_group": 1, "n_group": 2},
+    "gpt_oss": ROUTED
+    | {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    },
+    "granitemoe": ROUTED,
+    "granitemoeshared": ROUTED | {"shared_intermediate_size": 24},
+    "phimoe": ROUTED,
 }
 ZOO = DENSE | SPARSE
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:?"
 
 
 def build(family: str, dtype=torch.float32, seed: int = 0, **changes):
-    """A model in evaluation mode, all its weights visibly random (defaults leave some routers at zero)."""
+    """A model in evaluation mode, all its weights visibly random (defaults leave some routers at
+    zero).
+    """
     settings = {k: v for k, v in (COMMON | ZOO[family] | changes).items() if v is not None}
     config = AutoConfig.for_model(family, **settings)
     with torch.random.fork_rng():
@@ -49,9 +104,16 @@ def build(family: str, dtype=torch.float32, seed: int = 0, **changes):
 
 
 def tokenizer():
-    """A character tokenizer of 44 words with BOS, offsets and no surprises: each letter one token, the space too."""
+    """A character tokenizer of 44 words with BOS, offsets and no surprises: each letter one token,
+    the space too.
+    """
     words = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *LETTERS, " ", "\n"])}
     plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
-                                   unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )

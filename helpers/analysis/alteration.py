@@ -1,0 +1,209 @@
+"""What changed, where and when: sets gained and lost, chance overlap, ranks within layers, curves
+of a tuning. (Ours.)
+
+Arrays in, arrays out. I instructions, L layers, S checkpoints (the first is the base), R resamples.
+"""
+
+import numpy as np
+from scipy.stats import hypergeom, rankdata
+
+from ..record import UserError
+from .stats import Interval, bootstrap, plus_one
+
+
+def changes(base, tuned) -> dict[str, np.ndarray]:
+    """gained (tuned only), kept (both) and lost (base only) of two bool arrays of one shape.
+
+    >>> {k: v.astype(int) for k, v in changes(np.array([1, 1, 0], bool), np.array([0, 1, 1], bool)).items()}
+    {'gained': array([0, 0, 1]), 'kept': array([0, 1, 0]), 'lost': array([1, 0, 0])}
+    """
+    if base.shape != tuned.shape:
+        raise UserError(f"base sets {base.shape}, tuned sets {tuned.shape}; expected one shape.")
+    return {"gained": tuned & ~base, "kept": base & tuned, "lost": base & ~tuned}
+
+
+def chance_jaccard(first, second, pool) -> float:
+    """Expected Jaccard of two random sets of `first` [L] and `second` [L] members per layer, each
+    drawn from the same `pool` [L] components of its layer: exact, by the distribution of their
+    common members (sum of hypergeometrics).
+
+    >>> round(chance_jaccard([1], [1], [4]), 3)
+    0.25
+    """
+    first, second, pool = (np.asarray(x, int) for x in (first, second, pool))
+    if (np.maximum(first, second) > pool).any() or not (first.sum() + second.sum()):
+        raise UserError(
+            f"sets of {first.tolist()} and {second.tolist()} from pools of {pool.tolist()}; expected sets "
+            "that fit into their pools, and one member at least."
+        )
+    common = np.ones(1)
+    for a, b, n in zip(first, second, pool, strict=True):
+        common = np.convolve(common, hypergeom.pmf(np.arange(min(a, b) + 1), n, a, b))
+    shared = np.arange(len(common))
+    return float((common * shared / (first.sum() + second.sum() - shared)).sum())
+
+
+def common_gain(base, one, two, layers: int) -> np.ndarray:
+    """(Jaccard of the gained sets of two tunings, its expectation by chance) per instruction:
+    float [I, 2].
+
+    base, one, two: bool [I, M = layers x N]. Chance: as many per layer, drawn from the components
+    outside the base's set. Instructions where neither gains anything are left out.
+    """
+    found = []
+    for old, a, b in zip(base, one & ~base, two & ~base, strict=True):
+        if (a | b).any():
+            sizes = [x.reshape(layers, -1).sum(1) for x in (a, b, ~old)]
+            found.append([(a & b).sum() / (a | b).sum(), chance_jaccard(*sizes)])
+    return np.array(found).reshape(-1, 2)
+
+
+def _centred_ranks(values) -> np.ndarray:
+    """Ranks along the last axis (ties share their mean), centred and scaled so that layers of any
+    width weigh alike.
+    """
+    ranks = rankdata(values, axis=-1)
+    return (ranks - ranks.mean(-1, keepdims=True)) / values.shape[-1]
+
+
+def layer_rank_correlation(first, second) -> np.ndarray:
+    """Spearman correlation with ranks taken within layers: first [L, M], second [..., L, M] ->
+    [...].
+
+    >>> float(layer_rank_correlation(np.array([[1, 2, 3], [7, 8, 9]]), np.array([[4, 5, 6], [1, 2, 3]])))
+    1.0
+    """
+    a, b = _centred_ranks(np.asarray(first)), _centred_ranks(np.asarray(second))
+    scale = np.sqrt((a**2).sum((-2, -1)) * (b**2).sum((-2, -1)))
+    if not np.all(scale > 0):
+        raise UserError(
+            "one of the two does not vary within any layer; expected values that differ. Not testable."
+        )
+    return (a * b).sum((-2, -1)) / scale
+
+
+def change_correlation(weights, moved, resamples=2000, seed=0) -> dict:
+    """Does what moved more in weights [L, M] move more in frequency? moved: |change of p|, [I, L,
+    M].
+
+    rho: layer_rank_correlation of weights with the mean of `moved`; rho_ci: bootstrap over
+    instructions; p: weights permuted within layers, one-sided.
+    """
+    moved = np.asarray(moved, np.float32).reshape(len(moved), *np.shape(weights))
+    flat = moved.reshape(len(moved), -1)
+
+    def statistic(drawn):  # [R, I]
+        return layer_rank_correlation(
+            weights, (drawn.astype(np.float32) @ flat).reshape(-1, *np.shape(weights))
+        )
+
+    found = bootstrap(statistic, np.zeros(len(moved)), resamples, seed=seed)
+    rng, null = np.random.default_rng(seed), np.empty(resamples)
+    a, b = _centred_ranks(np.asarray(weights)), _centred_ranks(moved.mean(0))
+    scale = np.sqrt((a**2).sum() * (b**2).sum())
+    for r in range(resamples):
+        null[r] = (rng.permuted(a, axis=-1) * b).sum() / scale
+    return {
+        "rho": found.estimate,
+        "rho_ci": [found.low, found.high],
+        "p": plus_one(found.estimate, null),
+    }
+
+
+def shares(values, weights=None) -> np.ndarray:
+    """How much of its final change a curve has made: (v_s - v_0) / (v_end - v_0), [S, I] -> [R,
+    S]; weights [R, I].
+    """
+    values = np.asarray(values, float)
+    weights = np.ones((1, values.shape[1])) if weights is None else weights
+    means = weights @ values.T / weights.sum(1, keepdims=True)  # [R, S]
+    change = means - means[:, :1]
+    if not change[:, -1].all():
+        raise UserError(
+            "a curve ends where it began: the share of its final change is not defined. Not testable."
+        )
+    return change / change[:, -1:]
+
+
+def lead(components, ability, groups, resamples=2000, seed=0) -> dict:
+    """Do components change before the ability comes? Mean over the checkpoints after the base of
+    (share of the final change of `components` reached minus that of `ability`), [S, I] each; above
+    0: components first.
+
+    CI: bootstrap over instructions within groups; p: share of resamples no higher than 0.
+    """
+
+    def statistic(weights):
+        return (shares(components, weights) - shares(ability, weights))[:, 1:].mean(1)
+
+    found = bootstrap(statistic, groups, resamples, seed=seed)
+    return {
+        "lead": found.estimate,
+        "lead_ci": [found.low, found.high],
+        "p": plus_one(0.0, -found.replicates),
+    }
+
+
+def crossing(steps, curve, level: float = 0.5) -> np.ndarray:
+    """The step at which curves [R, S] first reach `level`, linearly between checkpoints: float [R].
+
+    >>> crossing([0, 10, 20], np.array([[0.0, 0.2, 1.0]])).tolist()
+    [13.75]
+    """
+    steps, curve = np.asarray(steps, float), np.asarray(curve, float)
+    if not (curve.max(1) >= level).all() or not (curve[:, 0] < level).all():
+        raise UserError(
+            f"a curve does not start below {level} and reach it; expected shares from 0 to 1."
+        )
+    after = (curve >= level).argmax(1)
+    row = np.arange(len(curve))
+    low, high = curve[row, after - 1], curve[row, after]
+    return steps[after - 1] + (level - low) / (high - low) * (steps[after] - steps[after - 1])
+
+
+def crossings(steps, values, groups, resamples=2000, seed=0) -> Interval:
+    """`crossing` of half the final change for several [S, I] arrays and their differences to the
+    first, with CI.
+
+    Returns an Interval over [curves + curves - 1]: the steps, then (other - first).
+    """
+
+    def statistic(weights):
+        at = np.stack([crossing(steps, shares(v, weights)) for v in values], -1)
+        return np.concatenate([at, at[:, 1:] - at[:, :1]], -1)
+
+    return bootstrap(statistic, groups, resamples, seed=seed)
+
+
+def cross_correlation(
+    steps, components, ability, groups, grid=100, most=4, resamples=500, seed=0
+) -> Interval:
+    """Correlation of the two curves' rates of change at lags -most..most (x `grid` steps), with
+    CI: [2 most + 1].
+
+    Curves are read off at equal steps (linear in between) and differenced. At a positive lag,
+    components are compared with the ability that much *later*: a peak there says that components
+    move first.
+    """
+    at = np.arange(steps[0], steps[-1] + 1, grid)
+    if len(at) < 2 * most + 4:
+        raise UserError(
+            f"{len(at)} grid points for lags up to {most}; expected {2 * most + 4}. Use a finer grid."
+        )
+
+    def rates(values, weights):
+        return np.diff(
+            [np.interp(at, steps, row) for row in shares(values, weights)], axis=-1
+        )  # [R, G]
+
+    def statistic(weights):
+        x, y = rates(components, weights), rates(ability, weights)
+        found = []
+        for lag in range(-most, most + 1):
+            a, b = (x[:, : x.shape[1] - lag], y[:, lag:]) if lag >= 0 else (x[:, -lag:], y[:, :lag])
+            a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+            norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+            found.append(np.where(norm > 0, (a * b).sum(1) / np.where(norm > 0, norm, 1), 0.0))
+        return np.stack(found, -1)
+
+    return bootstrap(statistic, groups, resamples, seed=seed)

@@ -1,0 +1,150 @@
+"""General or unique, layer by layer; whether a category can be read off a set.
+
+I instructions, L layers, M components (L x per layer), C categories. Each number comes with what
+shuffled labels give. Pure functions, ours.
+"""
+
+import numpy as np
+
+from ..record import NotTestable
+from .sets import category_means, category_sets, codes, column_blocks, contrast, lape, margin
+from .similarity import jaccard_matrix, jensen_shannon
+from .stats import Permutation, permutation_test, plus_one
+
+
+def own_gaps(matrices) -> np.ndarray:
+    """Each category's mean similarity within itself minus that with the others, [..., C] of
+    matrices [..., C, C].
+    """
+    matrices = np.asarray(matrices, float)
+    inside, others = np.diagonal(matrices, axis1=-2, axis2=-1), matrices.shape[-1] - 1
+    return inside - (matrices.sum(-1) + matrices.sum(-2) - 2 * inside) / (2 * others)
+
+
+def shares(sets, labels, layers: int, tau: float) -> np.ndarray:
+    """Shares of each layer's components that are unique (in one consensus set) and general (in all
+    C), and of all components in any set that are unique: [R, 2 L + 1] for labels [R, I]. sets:
+    bool [I, M].
+    """
+    labels = np.atleast_2d(labels)
+    count, found = labels.max() + 1, np.zeros((len(labels), sets.shape[1]), np.uint8)
+    groups = (labels[:, None] == np.arange(count)[:, None]).astype(np.float32)  # [R, C, I]
+    needed = np.ceil(tau * groups.sum(2) - 1e-4)[:, :, None]
+    for part, block in column_blocks(sets, 4096):
+        found[:, part] = (
+            (groups.reshape(-1, groups.shape[2]) @ block).reshape(*groups.shape[:2], -1) >= needed
+        ).sum(1)
+    unique, general = ((found == n).reshape(len(labels), layers, -1).mean(2) for n in (1, count))
+    anywhere = (found > 0).mean(1)
+    return np.column_stack(
+        [unique, general, np.where(anywhere > 0, unique.mean(1) / np.maximum(anywhere, 1e-12), 0)]
+    )
+
+
+def share_test(
+    sets, labels, layers: int, tau: float, strata=None, resamples: int = 2000, seed: int = 0
+) -> Permutation:
+    """`shares` with labels shuffled within strata: estimate [2 L + 1], p, null [R, 2 L + 1].
+    One-sided: more unique components than shuffled labels give, *fewer* general ones. Raises
+    NotTestable if all consensus sets are empty.
+    """
+    layer = np.r_[np.ones(layers), -np.ones(layers), 1]
+    test = permutation_test(
+        lambda y: shares(sets, y, layers, tau) * layer, codes(labels), strata, resamples, seed
+    )
+    if not test.estimate.any():
+        raise NotTestable(f"no component is unique or general at tau {tau}; lower it.")
+    return Permutation(test.estimate * layer, test.p, test.null * layer)
+
+
+def nearest_profile(routing, labels, folds) -> dict:
+    """overlap.nearest_consensus for uncut routing [I, L, E]: each instruction is given the
+    category whose mean profile, over the other folds' instructions, is nearest (Jensen-Shannon,
+    mean over layers). `correct` [I], `accuracy`.
+    """
+    labels, folds, routing = codes(labels), np.asarray(folds), np.asarray(routing)
+    if len(np.unique(folds)) < 2:
+        raise NotTestable(
+            "one fold only; expected two: no instruction may be judged by a profile it helped to make."
+        )
+    f, correct = routing / routing.sum(-1, keepdims=True), np.zeros(len(labels))
+    for fold in np.unique(folds):
+        held = folds == fold
+        if set(labels[~held]) != set(labels):
+            raise NotTestable(
+                f"outside fold {fold} a category has no instruction; expected each in every fold."
+            )
+        centres = category_means(f[~held].reshape((~held).sum(), -1), labels[~held]).reshape(
+            -1, *f.shape[1:]
+        )
+        near = np.stack(
+            [jensen_shannon(f[held], centre).mean(1) for centre in centres], 1
+        )  # [held, C]
+        best = near >= near.max(1, keepdims=True)
+        correct[held] = best[np.arange(held.sum()), labels[held]] / best.sum(1)
+    return {"correct": correct, "accuracy": correct.mean(), "chance": 1 / (labels.max() + 1)}
+
+
+def category_scores(score: str, values, labels) -> np.ndarray:
+    """How much each component stands for each category, [C, M], by one of METHOD's scores, from
+    values [I, M]: p for frequency, lape and contrast; attribution and contribution per instruction
+    for those (own minus largest other).
+    """
+    if score == "contrast":
+        return contrast(values, labels)
+    means = category_means(values, labels)
+    return {"frequency": lambda m: m, "lape": lape, "attribution": margin, "contribution": margin}[
+        score
+    ](means)
+
+
+def stability(
+    score: str, values, labels, folds, size: int, resamples: int = 39, seed: int = 0
+) -> dict:
+    """Are a category's `size` best components the same when chosen on one half as on the other,
+    more than others'?
+
+    `within` J of a category's two sets, `between` J of sets of different categories, `gap`;
+    `null_gap` and `p` with the labels shuffled within each half (same scores, same sizes,
+    everything chosen anew); `sets` {fold: bool [C, M]}.
+    """
+    labels, names = codes(labels), np.unique(folds)
+    if len(names) != 2:
+        raise NotTestable(
+            f"{len(names)} halves; expected two to choose on one and compare with the other."
+        )
+    parts = [(values[folds == n], labels[folds == n]) for n in names]
+    rng = np.random.default_rng(seed)
+
+    def sets_of(shuffle):
+        return [
+            category_sets(
+                category_scores(score, v, rng.permutation(y) if shuffle else y), size, seed
+            )
+            for v, y in parts
+        ]
+
+    def similarity(pair):
+        J = jaccard_matrix(*pair)
+        inside = np.eye(len(J), dtype=bool)
+        return J[inside].mean(), J[~inside].mean()
+
+    chosen = sets_of(False)
+    within, between = similarity(chosen)
+    null = np.array([np.subtract(*similarity(sets_of(True))) for _ in range(resamples)])
+    return {
+        "within": within,
+        "between": between,
+        "gap": within - between,
+        "null_gap": null.mean(),
+        "p": plus_one(within - between, null),
+        "sets": dict(zip(names, chosen, strict=True)),
+    }
+
+
+def overlap_of(first, second=None) -> float:
+    """Mean Jaccard of sets [C, M] of different categories; with `second`, of the same category in
+    both.
+    """
+    J = jaccard_matrix(first, second)
+    return float(J[np.eye(len(J), dtype=bool) == (second is not None)].mean())

@@ -1,0 +1,90 @@
+"""Counts of any causal language model on any texts, once it is proven that the model is read
+exactly.
+"""
+
+from contextlib import contextmanager
+from weakref import WeakSet
+
+import numpy as np
+from tqdm import tqdm
+
+from .counter import Counter, watching
+from .counts import Counts
+from .selfcheck import self_check
+from .tokens import batches, check_tokenizer, encode
+
+_checked: WeakSet = WeakSet()
+
+
+@contextmanager
+def count_activations(model, kind=Counter):
+    """Count while the context is open: `counter(input_ids, attention_mask, count_mask)` is one
+    forward pass and returns the Counts of that batch. The first time a model is seen, `self_check`
+    proves that it is read exactly.
+
+    The hooks are taken off whatever happens. Raises UserError for a model, ids or masks that
+    cannot be counted, RuntimeError if a site did not see each token once. (Paper, sec. counting.)
+
+    >>> with count_activations(model) as counter:                                     # doctest: +SKIP
+    ...     counts = counter(tokens["input_ids"], tokens["attention_mask"])
+    """
+    if model not in _checked:
+        self_check(model)
+        _checked.add(model)
+    with watching(model, kind) as counter:
+        yield counter
+
+
+def count(
+    model,
+    tokenizer,
+    texts,
+    batch_size: int = 32,
+    *,
+    template: str = "{instruction}",
+    responses=None,
+) -> Counts:
+    """Counts of each text's own tokens, or of its response's tokens where responses are given (see
+    `encode`).
+
+    >>> counts = count(model, tokenizer, ["Add 12 and 7.", "Name a fish."])           # doctest: +SKIP
+    >>> p = counts.neurons["dense"] / counts.tokens[:, None, None]    # [I, L, N]     # doctest: +SKIP
+    """
+    check_tokenizer(tokenizer, model)
+    return count_encoded(
+        model, encode(tokenizer, list(texts), template=template, responses=responses), batch_size
+    )
+
+
+def count_encoded(model, encoded, batch_size: int = 32, progress=None) -> Counts:
+    """Counts of encoded sequences, in their order; `progress` is a tqdm bar to move instead of one
+    of its own.
+    """
+    parts, order = [], []
+    bar = progress or tqdm(
+        total=len(encoded), desc="counting", unit=" instructions", delay=2, leave=False
+    )
+    with count_activations(model) as counter:
+        for batch in batches(encoded, batch_size):
+            parts.append(counter(batch.input_ids, batch.attention_mask, batch.count_mask))
+            order.append(batch.rows)
+            bar.update(len(batch.rows))
+    if progress is None:
+        bar.close()
+    return Counts.join(parts, order)
+
+
+def flips(model, encoded, counts: Counts) -> dict[str, int]:
+    """How many cells of the first instructions differ when each is read alone: rounding can move a
+    gate across zero.
+    """
+    alone = count_encoded(model, encoded, batch_size=1).arrays()
+    pairs = [
+        (alone[name].astype(int), c[: len(encoded)].astype(int))
+        for name, c in counts.arrays().items()
+    ]
+    return {
+        "cells": sum(a.size for a, _ in pairs),
+        "differ": sum(int((a != b).sum()) for a, b in pairs),
+        "most": max(int(np.abs(a - b).max()) for a, b in pairs),
+    }

@@ -1,0 +1,212 @@
+"""Counts as arrays and on disk: shards of instructions, each whole or absent, each with its
+record; resumable.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..paths import short
+from ..record import (
+    DamagedFile,
+    RecordMismatch,
+    read_json,
+    read_tensors,
+    verify,
+    write_json,
+    write_tensors,
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Integer counts of I instructions. The activation frequency is p = neurons / tokens. (Paper,
+    sec. counting.)
+
+    tokens   int32 [I], the counted tokens T of each instruction
+    neurons  family -> uint16 [I, L_f, N_f], tokens with A > 0; "expert" has [I, L_f, E, N], tokens that were routed to
+             the expert and had A > 0 in it (so p counts all T tokens, and p <= f)
+    routed   uint16 [I, L_expert, E], tokens routed to the expert, f = routed / tokens; None in a dense model
+    layers   family -> the L_f layer numbers
+    """
+
+    tokens: np.ndarray
+    neurons: dict[str, np.ndarray]
+    routed: np.ndarray | None
+    layers: dict[str, tuple[int, ...]]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every array under the name it has on disk: tokens, neurons.<family>, routed."""
+        named = {"tokens": self.tokens} | {
+            f"neurons.{family}": c for family, c in self.neurons.items()
+        }
+        return named if self.routed is None else named | {"routed": self.routed}
+
+    def family(self, unit: str) -> str:
+        """Where a unit's counts are: "neurons" are those of dense MLPs, in a sparse model those of
+        routed experts.
+        """
+        return (
+            ("dense" if "dense" in self.neurons and self.routed is None else "expert")
+            if unit == "neurons"
+            else unit
+        )
+
+    def unit(self, unit: str) -> np.ndarray:
+        """Counts of one kind of component, [I, L, ...]: "neurons" (see `family`), "shared" or
+        "experts" (routing).
+        """
+        return self.routed if unit == "experts" else self.neurons[self.family(unit)]
+
+    def mask(self, unit: str, members) -> dict[str, np.ndarray]:
+        """The component mask (see `ablation`) of the `members` of a unit, bool [M] with M = L x ..."""
+        return {self.family(unit): np.asarray(members).reshape(self.unit(unit).shape[1:])}
+
+    @classmethod
+    def of(cls, arrays, layers) -> "Counts":
+        """The inverse of `arrays`."""
+        neurons = {
+            name.partition(".")[2]: a for name, a in arrays.items() if name.startswith("neurons.")
+        }
+        return cls(
+            arrays["tokens"],
+            neurons,
+            arrays.get("routed"),
+            {f: tuple(n) for f, n in layers.items()},
+        )
+
+    @classmethod
+    def join(cls, parts: list["Counts"], order=None) -> "Counts":
+        """Instructions of several Counts of one model, one after the other, or each put at its
+        place in `order`.
+        """
+        where = (
+            np.argsort(np.concatenate(order), kind="stable") if order is not None else slice(None)
+        )
+        names = parts[0].arrays()
+        return cls.of(
+            {n: np.concatenate([p.arrays()[n] for p in parts])[where] for n in names},
+            parts[0].layers,
+        )
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A folder of counts: rows 0..total, `size` at a time, in `counts-00000.safetensors`, ...,
+    made under `settings`.
+
+    `settings` (JSON-like) is everything that could change a number. A shard made under other
+    settings is refused (RecordMismatch), a missing, half-written or damaged one is computed again.
+    Which process wrote a shard leaves no trace in it, so any number of processes, killed at any
+    time, end with the same bytes. (Ours.)
+    """
+
+    folder: Path
+    settings: dict
+    total: int
+    size: int
+
+    def __len__(self) -> int:
+        return -(-self.total // self.size)
+
+    def rows(self, shard: int) -> range:
+        """The instructions of one shard."""
+        return range(shard * self.size, min((shard + 1) * self.size, self.total))
+
+    def path(self, shard: int) -> Path:
+        """Its file; the record lies beside it as .json."""
+        return self.folder / f"counts-{shard:05d}.safetensors"
+
+    def _expect(self, shard: int) -> dict:
+        return self.settings | {"rows": [self.rows(shard).start, self.rows(shard).stop]}
+
+    def read(self, shard: int) -> tuple[Counts, dict]:
+        """(counts, record) of one finished shard; raises DamagedFile or RecordMismatch."""
+        arrays, record = read_tensors(self.path(shard), self._expect(shard))
+        return Counts.of(arrays, record["layers"]), record
+
+    def missing(self, shards=None) -> list[int]:
+        """The shards that must still be computed, of all or of those given."""
+
+        def done(shard):
+            try:
+                self.read(shard)
+            except DamagedFile:
+                return False
+            return True
+
+        return [
+            shard for shard in (range(len(self)) if shards is None else shards) if not done(shard)
+        ]
+
+    def write(self, shard: int, counts: Counts, found: dict) -> None:
+        """Store one shard with what was found on the way (it may not depend on time or process)."""
+        layers = {family: list(numbers) for family, numbers in counts.layers.items()}
+        write_tensors(
+            self.path(shard),
+            counts.arrays(),
+            self._expect(shard) | {"layers": layers, "found": found},
+        )
+
+    def finish(self) -> dict:
+        """Write record.json once every shard is there: the settings, what was found, each shard's
+        sha256.
+        """
+        records = [read_json(self.path(shard).with_suffix(".json")) for shard in range(len(self))]
+        for what in ("device", "attention"):
+            if len(kinds := {r["found"].get(what) for r in records}) > 1:
+                raise RecordMismatch(
+                    f"{short(self.folder)}: its shards were counted with {what} {kinds}, expected one "
+                    "kind. Delete the folder and count again on one kind of machine."
+                )
+        record = self.settings | {
+            "total": self.total,
+            "size": self.size,
+            "layers": records[0]["layers"],
+            "found": [r["found"] for r in records],
+            "shards": [r["sha256"] for r in records],
+        }
+        write_json(self.folder / "record.json", record)
+        return record
+
+    def finished(self) -> bool:
+        """Is the folder complete? Raises RecordMismatch if it, or a part of it, was made under
+        other settings.
+        """
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                verify(read_json(path), self.settings, path)
+            except DamagedFile:
+                path.unlink()  # half a record is none: its shard is computed again
+        return (self.folder / "record.json").is_file() and not self.missing()
+
+    def load(self) -> Counts:
+        """All instructions in one Counts; for tables larger than memory use `read` shard by shard."""
+        return Counts.join([self.read(shard)[0] for shard in range(len(self))])
+
+    def table(self, family: str) -> "Rows":
+        """The counts of one family ("dense", "shared", "expert", or "routed"), row by row, never
+        all in memory.
+        """
+        return Rows(self, family)
+
+
+class Rows:
+    """Counts [I, ...] on disk behind `shape` and `[i]`, as `top_sets` reads them: one shard is in
+    memory at a time.
+    """
+
+    def __init__(self, shards: Shards, family: str):
+        self.shards, self.family, self.shard = shards, family, -1
+        self.shape = (shards.total, *self[0].shape)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        shard = row // self.shards.size
+        if shard != self.shard:
+            counts = self.shards.read(shard)[0]
+            self.shard, self.counts = (
+                shard,
+                counts.routed if self.family == "routed" else counts.neurons[self.family],
+            )
+        return self.counts[row - shard * self.shards.size]

@@ -1,0 +1,8 @@
+"""Figures, each drawn from one tidy table that is saved beside it:
+`plots.overlap.waterfall(table)`.
+"""
+
+from . import ablation, alteration, claims, data, overlap, sets
+from .style import matrices, save_figure
+
+__all__ = ["ablation", "alteration", "claims", "data", "matrices", "overlap", "save_figure", "sets"]

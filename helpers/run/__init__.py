@@ -1,0 +1,1 @@
+"""The command line, the chain of notebooks, and what the repository says of itself."""

@@ -1,0 +1,1 @@
+"""Where models meet data: counts on disk, scores, ablation experiments, answers."""

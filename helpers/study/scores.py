@@ -1,0 +1,315 @@
+"""Scores: how much each neuron stands for a category, from what it writes and what its loss costs.
+
+M neurons: the unit "neurons" of the counts (dense MLPs, in a sparse model the routed experts'),
+flattened. h is what the down projection reads (see interventions.py). Of a routed expert it is
+computed a second time from the bank's own input and weights, so nothing here depends on how the
+experts are implemented, or changes it.
+"""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ..analysis.sets import category_means, category_sets, contrast, frequency, lape, margin
+from ..capture.interventions import Reference, columns, editable
+from ..capture.sites import find_sites, input_device
+from ..capture.tokens import Encoded, batches, encode
+from ..config import SCORES
+from ..hexainst.corpus import text
+from ..record import UserError
+from .evaluate import encode_references, nll_of
+
+SEES_REFERENCE = ("attribution", "contribution-response")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What one half says of a pair's neurons.
+
+    scores     {score: float [C, M]}, higher is chosen first
+    rate       [C, M], mean activation frequency in the category
+    magnitude  [M], contribution to the residual stream, mean over all instructions
+    """
+
+    scores: dict[str, np.ndarray]
+    rate: np.ndarray
+    magnitude: np.ndarray
+
+
+def standing(profile, rows, counts, loaded, half, scores) -> Standing:
+    """Score a pair's neurons on one half; rows [I] with a column `fold`, counts of these rows at
+    the prompts.
+
+    frequency: the category's mean p. lape, contrast: see components. contribution: own mean minus
+    the largest other's, at the prompt or (contribution-response) at the reference's tokens.
+    attribution: the category's mean. Those in SEES_REFERENCE have read the references of the
+    choosing half, the others its instructions only. (Ours.)
+    """
+    if unknown := set(scores) - set(SCORES):
+        raise UserError(
+            f"scores: {sorted(unknown)} unknown, expected some of {SCORES}. Correct the profile."
+        )
+    at = (rows["fold"] == half).to_numpy()
+    here, labels = rows[at], rows["category"][at].to_numpy()
+    family, unit = counts.family("neurons"), counts.unit("neurons")[at]
+    p = frequency(unit, counts.tokens[at]).reshape(len(here), -1)  # [I, M]
+    rate = category_means(p, labels)
+
+    def written(positions):
+        return contribution(*loaded, profile, here, positions)[family].reshape(len(here), -1)
+
+    def gradient():
+        return attribution(*loaded, profile, here)[family].reshape(len(here), -1)
+
+    prompt = written("prompt")
+    made = {
+        "frequency": lambda: rate,
+        "lape": lambda: lape(rate),
+        "contrast": lambda: contrast(p, labels),
+        "attribution": lambda: category_means(gradient(), labels),
+        "contribution": lambda: margin(category_means(prompt, labels)),
+        "contribution-response": lambda: margin(category_means(written("response"), labels)),
+    }
+    return Standing(
+        {score: made[score]() for score in scores}, rate, category_means(prompt, labels).mean(0)
+    )
+
+
+def sets_of(standing, score, size, seed=0) -> np.ndarray:
+    """The share `size` of the neurons that the score ranks first for each category: bool [C, M],
+    equal sizes.
+    """
+    scores = standing.scores[score]
+    return category_sets(scores, max(1, round(size * scores.shape[1])), seed)
+
+
+POSITIONS = ("prompt", "response", "all")
+
+
+def contribution(
+    model, tokenizer, profile, rows, positions: str = "prompt"
+) -> dict[str, np.ndarray]:
+    """|h| times the norm of the neuron's down column, mean over positions: how much it writes to
+    the residual stream.
+
+    {"dense" | "shared": float32 [I, L_f, N], "expert": [I, L_f, E, N]}. For a routed expert, h
+    carries the router's weight and is 0 for tokens that go elsewhere (the mean is over all
+    positions, as in the counts); the gate that some models put on a shared expert's whole output
+    is left out. positions: "prompt", the instruction's own tokens; "response", those of the
+    reference, so the score has *seen the reference*; "all", every token of both. (Ours.)
+    """
+    sites, encoded = _readable(model), _encoded(tokenizer, profile, rows, positions)
+    place, out = _empty(sites, len(rows))
+    norms = {site.name: columns(site).float().norm(dim=-1) for site in sites}  # [N] or [E, N]
+    with torch.no_grad():
+        for batch in batches(encoded, profile.batch_size):
+            mask, where = batch.count_mask.to(input_device(model)), np.array(batch.rows)
+
+            def add(site, seen, mask=mask, where=where):
+                for e, row, weight, h, _ in _neurons(site, mask, seen):
+                    total = h.new_zeros(len(where), site.width, dtype=torch.float32)  # [B, N]
+                    total.index_add_(0, row, h.float().abs() * weight)
+                    mean = total * norms[site.name][e] / mask.sum(1, keepdim=True).to(total)
+                    out[site.family][(where, place[site.name], *e)] = mean.cpu().numpy()
+
+            with _watch(sites, add):
+                model(
+                    input_ids=batch.input_ids.to(input_device(model)),
+                    use_cache=False,
+                    logits_to_keep=1,
+                    attention_mask=batch.attention_mask.to(input_device(model)),
+                )
+    return out
+
+
+def attribution(
+    model, tokenizer, profile, rows, positions: str = "all", eos: bool = True
+) -> dict[str, np.ndarray]:
+    """Minus h times the gradient of the reference's NLL with respect to h, summed over positions;
+    shapes as above.
+
+    The first-order estimate of how much a row's NLL (nats per reference token) rises if the neuron
+    is zeroed at these positions; negative: the neuron stands in the way. It always sees the
+    reference. (Gradient x activation; ours.)
+    """
+    sites, encoded = _readable(model), encode_references(tokenizer, profile, rows, eos)
+    marked = encoded if positions == "response" else _encoded(tokenizer, profile, rows, positions)
+    for row, (some, full) in enumerate(zip(marked, encoded, strict=True)):
+        last = len(some.ids) - some.counted[::-1].index(True)
+        if some.ids[:last] != full.ids[:last]:
+            raise UserError(
+                f"row {row}: the instruction's tokens differ with and without the reference: its positions "
+                "are not defined. Use a template with text or a new line after {instruction}."
+            )
+    place, out = _empty(sites, len(rows))
+    embeddings = model.get_input_embeddings()
+    for batch in batches(encoded, profile.batch_size):
+        mask = torch.zeros_like(batch.input_ids, device=input_device(model))
+        for b, row in enumerate(batch.rows):
+            mask[b, : len(marked[row].counted)] = torch.tensor(marked[row].counted).to(mask)
+        kept, where = {}, np.array(batch.rows)
+        with (
+            torch.enable_grad(),
+            _watch(sites, lambda site, seen, kept=kept: kept.update({site: seen})),
+        ):
+            leaf = embeddings.register_forward_hook(
+                lambda module, args, out: out.detach().requires_grad_()
+            )
+            try:
+                loss = nll_of(model, batch).sum()
+            finally:
+                leaf.remove()
+            grads = torch.autograd.grad(loss, [seen[-1] for seen in kept.values()])
+        with torch.no_grad():
+            for (site, seen), grad in zip(kept.items(), grads, strict=True):
+                grad = grad.reshape(-1, grad.shape[-1])  # [B*T, N or D]
+                for e, row, weight, h, token in _neurons(site, mask, seen):
+                    slope = weight * grad[token] @ columns(site)[e].T if e else grad[token]
+                    total = h.new_zeros(len(where), site.width, dtype=torch.float32)  # [B, N]
+                    total.index_add_(0, row, (h * slope).float())
+                    out[site.family][(where, place[site.name], *e)] = -total.cpu().numpy()
+    return out
+
+
+def reference_activations(
+    model, tokenizer, texts, batch_size: int = 32, draws: int = 64, seed: int = 0
+) -> Reference:
+    """Mean of h over all tokens of reference texts (BOS left out), and `draws` single positions to
+    resample from.
+
+    Streaming: sums in float64, and a uniform sample without replacement of the positions (for an
+    expert, of those routed to it). An expert that no reference token reaches has mean 0. Kept on
+    the CPU as float32. (Ours.)
+    """
+    sites, random = _readable(model), torch.Generator().manual_seed(seed)
+    keys = [
+        (site.name, e)
+        for site in sites
+        for e in (range(site.experts) if site.family == "expert" else [None])
+    ]
+    widths = {site.name: site.width for site in sites}
+    total = {key: torch.zeros(widths[key[0]], dtype=torch.float64) for key in keys}
+    count, bank = (
+        dict.fromkeys(keys, 0),
+        {key: (torch.zeros(0), torch.zeros(0, widths[key[0]])) for key in keys},
+    )
+
+    def add(site, seen):
+        for e, _, _, h, _ in _neurons(site, mask, seen):
+            key, h = (site.name, *(e or (None,))), h.float().cpu()
+            total[key] += h.double().sum(0)
+            count[key] += len(h)
+            tickets = torch.cat([bank[key][0], torch.rand(len(h), generator=random)])
+            kept = torch.cat([bank[key][1], h])
+            best = tickets.topk(min(draws, len(tickets))).indices
+            bank[key] = tickets[best], kept[best]
+
+    with torch.no_grad(), _watch(sites, add):
+        for batch in batches(encode(tokenizer, list(texts)), batch_size):
+            mask = batch.count_mask.to(input_device(model))
+            model(
+                input_ids=batch.input_ids.to(input_device(model)),
+                use_cache=False,
+                logits_to_keep=1,
+                attention_mask=batch.attention_mask.to(input_device(model)),
+            )
+
+    def gather(site, value):
+        parts = [value(key) for key in keys if key[0] == site.name]
+        return torch.stack(parts) if site.family == "expert" else parts[0]
+
+    mean = {s.name: gather(s, lambda k: (total[k] / max(count[k], 1)).float()) for s in sites}
+    padded = {
+        s.name: gather(s, lambda k: F.pad(bank[k][1], (0, 0, 0, draws - len(bank[k][1]))))
+        for s in sites
+    }
+    return Reference(
+        mean, padded, {s.name: gather(s, lambda k: torch.tensor(len(bank[k][1]))) for s in sites}
+    )
+
+
+def _readable(model):
+    sites = find_sites(model)
+    for site in sites:
+        bank = site.module if site.family == "expert" else None
+        if (
+            not editable(site)
+            or bank is not None
+            and (not bank.has_gate or bank.has_post_expert_norm)
+        ):
+            raise UserError(
+                f"{site.name}: its neurons' outputs cannot be read here: weights offloaded, quantised or "
+                "sharded, or experts without a gate or with their own norm. Load it whole and unquantised."
+            )
+    return sites
+
+
+def _encoded(tokenizer, profile, rows, positions) -> list[Encoded]:
+    if positions not in POSITIONS:
+        raise UserError(f"positions is {positions!r}, expected one of {', '.join(POSITIONS)}.")
+    texts, responses = [text(row) for row in rows.to_dict("records")], list(rows["reference"])
+    responses = None if positions == "prompt" else responses
+    encoded = encode(tokenizer, texts, template=profile.template, responses=responses)
+    if positions == "all":
+        bos = tokenizer.bos_token_id
+        return [
+            Encoded(e.ids, tuple(i > 0 or token != bos for i, token in enumerate(e.ids)))
+            for e in encoded
+        ]
+    return encoded
+
+
+def _empty(sites, size):
+    """{site name: its place among the family's layers}, {family: zeros [I, L_f, (E,) N]}."""
+    place, count, shape = {}, {}, {}
+    for site in sites:
+        place[site.name] = count.setdefault(site.family, 0)
+        count[site.family] += 1
+        shape[site.family] = (
+            (site.experts, site.width) if site.family == "expert" else (site.width,)
+        )
+    return place, {f: np.zeros((size, count[f], *shape[f]), np.float32) for f in count}
+
+
+@contextmanager
+def _watch(sites, tell):
+    """tell(site, (h,)) for every MLP that runs, tell(site, (inputs, index, weights, output)) for
+    every expert bank.
+    """
+    with ExitStack() as stack:
+        for site in sites:
+            if site.family == "expert":
+
+                def routed(module, args, out, site=site):
+                    tell(site, (*args[:3], out))
+
+                stack.callback(site.module.register_forward_hook(routed).remove)
+            else:
+
+                def dense(module, args, site=site):
+                    tell(site, (args[0],))
+
+                stack.callback(site.down.register_forward_pre_hook(dense).remove)
+        yield
+
+
+def _neurons(site, mask, seen):
+    """Yield (() or (expert,), row [n], router weight [n, 1] or 1, h [n, N], token [n]) of the
+    tokens in mask [B, T].
+    """
+    length, flat = mask.shape[1], mask.reshape(-1).bool().to(seen[0].device)  # layers may differ
+    if site.family != "expert":
+        token = flat.nonzero()[:, 0]
+        yield (), token // length, 1.0, seen[0].detach().reshape(-1, site.width)[token], token
+        return
+    inputs, index, weights, _ = (x.detach() for x in seen)
+    bank, index = site.module, index.masked_fill(~flat[:, None], -1)  # [B*T, K]
+    for e in index[index >= 0].unique().tolist():
+        token, slot = (index == e).nonzero(as_tuple=True)
+        x, up = inputs[token], bank.gate_up_proj.detach()[e]
+        h = x @ up if bank.is_transposed else F.linear(x, up)
+        h = bank._apply_gate(h + bank.gate_up_proj_bias.detach()[e] if bank.has_bias else h)
+        yield (e,), token // length, weights[token, slot][:, None], h, token

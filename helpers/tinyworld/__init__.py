@@ -1,0 +1,1 @@
+"""An example data set and the two pairs trained on it; not the method."""

@@ -1,0 +1,196 @@
+"""Statistics of ablations: intervals that cover, tests that are level without an effect and find a
+planted one.
+"""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+
+from helpers.analysis.effects import (
+    POWER,
+    critical,
+    drawn_means,
+    exchange,
+    group_mean,
+    label_statistic,
+    slope_of,
+    slopes,
+    specificity,
+    swapped,
+)
+from helpers.analysis.stats import resample_weights
+from helpers.record import UserError
+
+GROUPS = np.repeat(np.arange(6), 10)
+
+
+def values(seed, effect=0.0, sets=0.05):
+    """Own [60] and three controls [60, 8]: a level per (category, set) plus noise per row and set."""
+    rng = np.random.default_rng(seed)
+
+    def of(draws):
+        return rng.normal(0, sets, (6, draws))[GROUPS] + rng.normal(0, 0.2, (60, draws))
+
+    return of(1)[:, 0] + effect, {kind: of(8) for kind in ("random", "rate", "magnitude")}
+
+
+def test_estimate_is_own_minus_the_largest_control_mean():
+    own, controls = values(0, 1.0)
+    controls["rate"] = controls["rate"] + 0.4
+    found = critical(own, controls, GROUPS, 200)
+    assert found["hardest"] == "rate"
+    assert np.isclose(found["critical"], own.mean() - controls["rate"].mean())
+    assert np.isclose(found["rate"], controls["rate"].mean())
+    assert np.isclose(found["own"], own.mean())
+    assert found["critical_ci"][0] < found["critical"] < found["critical_ci"][1]
+
+
+def test_a_planted_effect_is_found_and_none_gives_level_p_and_honest_intervals():
+    planted = [critical(*values(seed, 0.5), GROUPS, 199, seed) for seed in range(10)]
+    assert all(
+        found["critical_ci"][0] > 0 and max(found["p_critical"], found["p_sets"]) < 0.02
+        for found in planted
+    )
+
+    def one(values):
+        return values[0], {"random": values[1]["random"]}
+
+    nothing = [critical(*one(values(seed, sets=0.0)), GROUPS, 199, seed) for seed in range(200)]
+    for name in ("p_critical", "p_sets"):
+        p = np.array([found[name] for found in nothing])
+        assert abs(p.mean() - 0.5) < 0.07 and 0.01 < (p < 0.05).mean() + 0.005 < 0.11, name
+    covered = np.mean(
+        [found["critical_ci"][0] <= 0 <= found["critical_ci"][1] for found in nothing]
+    )
+    assert 0.88 < covered < 0.99
+
+
+def test_only_the_exchange_of_sets_stays_level_where_sets_differ_by_chance():
+    """Sets of one kind that differ in harm: p of the rows answers another question and may be
+    small; p_sets may not.
+    """
+    found = [
+        critical(own, {"random": c["random"]}, GROUPS, 199, seed)
+        for seed in range(100)
+        for own, c in [values(seed, sets=0.3)]
+    ]
+    small = {name: np.mean([f[name] < 0.05 for f in found]) for name in ("p_critical", "p_sets")}
+    assert small["p_sets"] < 0.12 < 0.2 < small["p_critical"]
+
+
+def test_the_hardest_of_several_controls_makes_the_claim_harder():
+    three = [critical(*values(seed), GROUPS, 99, seed) for seed in range(60)]
+    assert np.mean([found["critical"] for found in three]) < 0
+    assert np.mean([f["critical_ci"][0] > 0 for f in three]) < 0.05
+
+
+def test_draws_are_resampled_with_the_rows():
+    """All rows alike, draws different: an interval over rows alone would have no width."""
+    control = np.tile(np.random.default_rng(0).normal(0, 1, 8), (60, 1))
+    means = drawn_means(control, GROUPS, resample_weights(GROUPS, 4000), np.random.default_rng(1))
+    assert np.isclose(means.std(), control[0].std() / np.sqrt(8 * 6), rtol=0.05)
+    assert np.isclose(means.mean(), control.mean(), atol=0.02)
+
+
+def test_power_is_what_it_says():
+    """An effect of the size `critical_sees` is found about four times in five."""
+    sees = np.mean(
+        [
+            critical(o, {"r": c["random"]}, GROUPS, 199, s)["critical_sees"]
+            for s in range(30)
+            for o, c in [values(s, sets=0.0)]
+        ]
+    )
+    hits = [
+        critical(o, {"r": c["random"]}, GROUPS, 199, s)["p_critical"] < 0.05
+        for s in range(150)
+        for o, c in [values(1000 + s, sees, sets=0.0)]
+    ]
+    assert 0.68 < np.mean(hits) < 0.92
+    assert POWER == 2.8
+
+
+def test_specificity_by_brute_force_and_under_the_null():
+    rng = np.random.default_rng(0)
+    own, spread = rng.normal(0, 0.2, (60, 6)), rng.normal(0, 0.2, (60, 3, 6))
+    own[np.arange(60), GROUPS] += 0.5
+    found = specificity(own, spread, GROUPS, np.zeros(60, int), 300)
+    d = own - spread.mean(1)
+    by_hand = np.mean(
+        [
+            np.mean(d[c == GROUPS, c]) - np.mean([d[c == GROUPS, s] for s in range(6) if s != c])
+            for c in range(6)
+        ]
+    )
+    assert np.isclose(found["specificity"], by_hand)
+    assert found["p"] < 0.01
+    assert found["specificity_ci"][0] < by_hand < found["specificity_ci"][1]
+    null = [
+        specificity(
+            *(rng.normal(0, 0.2, (60, *s, 6)) for s in ((), (3,))), GROUPS, np.zeros(60, int), 99
+        )["p"]
+        for _ in range(100)
+    ]
+    assert abs(np.mean(null) - 0.5) < 0.1
+
+
+def test_sets_dealt_anew_is_level_for_sets_that_fit_no_category_and_finds_those_that_do():
+    """Harmful sets are no specific ones; p is that of all 720 ways to deal six sets."""
+    rng, labels, halves = np.random.default_rng(2), np.repeat(np.arange(6), 5), np.zeros(30, int)
+    means = rng.normal(0, 0.3, (200, 6, 6)) + rng.normal(0, 1, (200, 1, 6))
+    p = np.array([swapped(m[labels], labels, halves, 299, seed) for seed, m in enumerate(means)])
+    assert abs(p.mean() - 0.5) < 0.07
+    assert 0.02 < (p <= 0.05).mean() < 0.1
+    exact = np.mean(
+        [
+            np.trace(means[0][:, list(order)]) >= np.trace(means[0]) - 1e-9
+            for order in permutations(range(6))
+        ]
+    )
+    assert abs(swapped(means[0][labels], labels, halves, 4000) - exact) < 0.03
+    both = np.concatenate([means[0] + 2 * np.eye(6), means[1] + 2 * np.eye(6)])[
+        np.r_[labels, labels + 6]
+    ]
+    assert swapped(both, np.r_[labels, labels], np.r_[halves, halves + 1], 999) == 0.001
+
+
+def test_halves_with_draws_of_their_own_are_resampled_apart():
+    rng, y, half = np.random.default_rng(0), np.tile(GROUPS, 2), np.repeat([0, 1], 60)
+    spread = rng.normal(0, 1, (2, 1, 3, 6))[half, 0]  # a draw's harm is the same for all rows
+    together = specificity(np.zeros((120, 6)), spread, y, half, 500)
+    one = specificity(np.zeros((120, 6)), spread, y, np.zeros(120, int), 500)
+    assert (
+        together["specificity_sees"] < one["specificity_sees"]
+        or together["specificity_sees"] < 1e-9
+    )
+
+
+def test_slope_of_a_straight_line_and_a_plain_difference():
+    x, noise = (
+        np.log2([0.01, 0.02, 0.05, 0.1, 0.2]),
+        np.random.default_rng(0).normal(0, 0.05, (5, 60, 9)),
+    )
+    parts = [(0.3 * level + noise[i, :, 0], noise[i, :, 1:]) for i, level in enumerate(x)]
+    found = slope_of(parts, GROUPS, slopes(x), 300)
+    assert abs(found["estimate"] - 0.3) < 0.01
+    assert found["p"] < 0.01
+    assert found["ci"][0] < 0.3 < found["ci"][1]
+    own, control = values(3, 1.0)[0], values(3)[1]["random"]
+    assert np.isclose(
+        slope_of([(own, control)], GROUPS, [-1.0], 99)["estimate"],
+        group_mean(control.mean(1) - own, GROUPS),
+    )
+
+
+def test_exchange_and_beyond_on_cases_by_hand():
+    own, control = np.ones(60), np.zeros((60, 4))
+    assert exchange(own, control, GROUPS, 999) <= 0.01  # 5 ** -6 places give as much
+    assert exchange(np.zeros(60), control, GROUPS, 99) == 1.0
+    assert label_statistic(np.eye(3) * 2, np.arange(3)[None]) == 2
+    assert label_statistic(np.ones((3, 3)), np.arange(3)[None]) == 0
+
+
+def test_controls_of_other_rows_are_refused():
+    with pytest.raises(UserError, match="beside 60 rows"):
+        critical(np.zeros(60), {"random": np.zeros((59, 3))}, GROUPS)

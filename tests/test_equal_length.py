@@ -1,0 +1,177 @@
+"""Counts on drawn positions: against one forward pass per draw and a plain loop; deterministic;
+resumable.
+"""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import zoo
+
+from helpers.analysis import nulls
+from helpers.analysis import similarity as overlap
+from helpers.analysis.sets import PackedSets, nominal_size, top_sets
+from helpers.capture.count import count_encoded
+from helpers.capture.tokens import Encoded, encode
+from helpers.config import Pair, Profile
+from helpers.record import NotTestable, RecordMismatch, UserError
+from helpers.study import equal_length as room
+from helpers.study.equal_length import (
+    cut,
+    draw,
+    draw_counts,
+    equal_routing_similarity,
+    null_similarity,
+    places,
+    similarities,
+)
+
+TEXTS = [
+    "add 1 and 2.",
+    "name a fish",
+    "is it so? yes or no: a, b, c",
+    "go",
+    "sum: a long one, then another one.",
+]
+SIZE, DRAWS = 6, 4
+
+
+@pytest.fixture(params=["llama", "qwen2_moe", "mixtral"])
+def model(request):
+    return zoo.build(request.param)
+
+
+def collected(model, encoded, batch_size=2, seed=0):
+    rows, units, routed = zip(
+        *draw_counts(model, encoded, range(len(encoded)), SIZE, DRAWS, seed, batch_size),
+        strict=True,
+    )
+    order = np.argsort(np.concatenate(rows))
+    joined = {unit: np.concatenate([u[unit] for u in units])[order] for unit in units[0]}
+    return (
+        np.concatenate(rows)[order],
+        joined,
+        None if routed[0] is None else np.concatenate(routed)[order],
+    )
+
+
+def test_drawn_counts_are_those_of_one_pass_per_draw(model):
+    """Oracle: the exact counter, told to count only the drawn tokens, once per instruction and
+    draw.
+    """
+    encoded = encode(zoo.tokenizer(), TEXTS, template="do: {instruction}\nthen")
+    rows, units, routed = collected(model, encoded)
+    assert (
+        rows.tolist()
+        == [i for i, e in enumerate(encoded) if sum(e.counted) >= SIZE]
+        == [0, 1, 2, 4]
+    )
+    for at, i in enumerate(rows):
+        where = np.flatnonzero(encoded[i].counted)
+        for d, chosen in enumerate(places(len(where), i, DRAWS, SIZE)):
+            only = tuple(t in set(where[chosen]) for t in range(len(encoded[i].ids)))
+            one = count_encoded(model, [Encoded(encoded[i].ids, only)], 1)
+            assert one.tokens[0] == SIZE
+            for unit, counts in units.items():
+                assert (counts[at, d] == one.unit(unit)[0].ravel()).all()
+            assert routed is None or (routed[at, d] == one.routed[0]).all()
+    if routed is not None:
+        assert (routed.sum(-1) == SIZE * model.config.num_experts_per_tok).all()
+
+
+def test_draws_do_not_depend_on_batch_size_and_differ_by_seed_row_and_draw(model):
+    encoded = encode(zoo.tokenizer(), TEXTS)
+    one, other, reseeded = (
+        collected(model, encoded, *options)[1] for options in ((1,), (5,), (5, 1))
+    )
+    for unit in one:
+        assert (one[unit] == other[unit]).mean() > 0.999
+        assert (one[unit] != reseeded[unit]).any()
+    order = places(20, 3, DRAWS, 20)
+    assert (np.sort(order) == np.arange(20)).all()
+    assert len({tuple(o) for o in order}) == DRAWS
+    assert (order[:, :SIZE] == places(20, 3, DRAWS, SIZE)).all()
+    assert (order != places(20, 4, DRAWS, 20)).any()
+
+
+@pytest.mark.parametrize("rule", ["quantile", "exact"])
+def test_cut_is_top_sets(rule):
+    counts = np.random.default_rng(0).integers(0, 9, (5, 400))
+    sets, report = top_sets(counts, 0.05, rule)
+    found = cut(counts, nominal_size(400, 0.05), rule)
+    assert (found.sum(1) == report["size"]).all()
+    assert (
+        (found == sets).all() if rule == "quantile" else (counts[found] >= counts[sets].min()).all()
+    )
+
+
+def test_routing_similarity_of_equal_totals_is_the_general_one():
+    routed = np.random.default_rng(0).multinomial(8, np.full(5, 0.2), (30, 3)).astype(np.uint8)
+    assert np.allclose(
+        equal_routing_similarity(routed), overlap.routing_similarity(routed), atol=1e-5
+    )
+    with pytest.raises(UserError, match="different totals"):
+        equal_routing_similarity(routed * np.r_[2, np.ones(29, int)][:, None, None])
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    zoo.build("qwen2_moe").save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path.joinpath(*names))
+    monkeypatch.setattr(room, "SHARD", 4)
+    pair = Pair("pair", str(folder), str(folder))
+    rows = pd.DataFrame([{"instruction": t, "input": "", "reference": "x"} for t in TEXTS * 2])
+    return (
+        Profile("test", "none", (pair,), batch_size=2, draws=DRAWS, epsilon=0.2),
+        pair,
+        rows,
+        tmp_path,
+    )
+
+
+def test_sets_on_disk_are_those_of_the_counts_and_an_interrupted_run_goes_on(setting, monkeypatch):
+    profile, pair, rows, folder = setting
+    drawn = draw(profile, pair, "tuned", rows, SIZE)
+    opened = room.open_model(pair, "tuned")
+    row, units, routed = collected(
+        opened[0], encode(opened[1], list(rows["instruction"]), template=profile.template)
+    )
+    assert (drawn.rows == row).all()
+    assert (drawn.routed == routed).all()
+    for unit, counts in units.items():
+        sets = PackedSets(drawn.sets[unit]["quantile"], counts.shape[2])[:]
+        assert (sets[:, 1] == top_sets(counts[:, 1].astype(int), profile.epsilon)[0]).all()
+        assert np.allclose(drawn.total[unit], counts.sum((0, 1)))
+        assert np.allclose(drawn.level[unit] * SIZE, counts.mean((1, 2)))
+    next(folder.glob("test/pair/tuned/drawn-6/drawn-00001.safetensors")).unlink()
+    again = draw(profile, pair, "tuned", rows, SIZE)
+    assert all((again.sets[u][r] == drawn.sets[u][r]).all() for u in drawn.sets for r in room.RULES)
+    monkeypatch.setattr(room, "open_model", None)  # all shards are there: no model is opened
+    draw(profile, pair, "tuned", rows, SIZE)
+    with pytest.raises(RecordMismatch, match="epsilon"):
+        draw(dataclasses.replace(profile, epsilon=0.1), pair, "tuned", rows, SIZE)
+
+
+def test_nulls_at_equal_length(setting):
+    profile, pair, rows, _ = setting
+    drawn = draw(profile, pair, "tuned", rows, SIZE)
+    assert len(list(similarities(drawn, "neurons"))) == DRAWS
+    expected = null_similarity(drawn, "neurons", profile.epsilon)
+    assert expected.shape == (len(drawn.rows),) * 2
+    assert np.isfinite(expected).all()
+    constant = null_similarity(drawn, "experts", profile.epsilon)
+    routed = drawn.routed[:, 0]
+    redrawn = nulls.redraw_routing(routed, np.full(len(routed), SIZE), 1)
+    assert constant.shape == ()
+    assert abs(constant - equal_routing_similarity(redrawn).mean()) < 0.1
+
+
+def test_too_short_instructions_are_not_testable(setting):
+    profile, pair, rows, _ = setting
+    with pytest.raises(NotTestable, match="200 counted tokens"):
+        draw(profile, pair, "tuned", rows, 200)
+    with pytest.raises(UserError, match="1 to 255"):
+        draw(profile, pair, "tuned", rows, 300)

@@ -1,0 +1,143 @@
+"""Figures of alteration show what their tables hold, and nothing is missing or clipped."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers.hexainst.schema import CATEGORIES
+from helpers.plots import alteration as figures
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def lines_of(fig):
+    return [line.get_ydata() for ax in fig.axes for line in ax.get_lines()]
+
+
+def shown(fig, values):
+    return any(
+        len(y) == len(values) and np.allclose(np.asarray(y, float), values) for y in lines_of(fig)
+    )
+
+
+def test_layers_mark_what_is_beyond_the_floor():
+    table = pd.DataFrame(
+        {
+            "panel": "a",
+            "layer": range(3),
+            "similarity": [0.2, 0.5, 0.4],
+            "low": [0.1, 0.4, 0.3],
+            "high": [0.3, 0.6, 0.5],
+            "floor": [0.6, 0.5, 0.7],
+            "beyond": [True, False, True],
+        }
+    )
+    fig = figures.layers(table)
+    assert shown(fig, table["floor"])
+    assert shown(fig, [0.2, 0.4])
+    assert shown(fig, [0.5])
+
+
+def test_flow_names_every_number():
+    table = pd.DataFrame(
+        {
+            "panel": ["a", "a", "b"],
+            "layer": [0, 1, 0],
+            "kept": [11, 2, 7],
+            "gained": [4, 5, 6],
+            "lost": [8, 9, 3],
+        }
+    )
+    fig = figures.flow(table)
+    text = {t.get_text() for ax in fig.axes for t in ax.texts}
+    assert {"11 kept", "2 kept", "7 kept", "layer 0: 8 lost", "layer 1: 9 lost", "6 gained"} <= text
+    left = [patch for patch in fig.axes[0].patches if patch.get_x() == 0]
+    assert sum(patch.get_height() for patch in left) == 11 + 2 + 8 + 9
+
+
+def test_curves_are_the_tables():
+    steps, rng = [0, 25, 100, 2600], np.random.default_rng(0)
+    table = pd.concat(
+        [
+            pd.DataFrame({"panel": "a", "line": line, "step": steps, "value": rng.random(4)})
+            for line in (*CATEGORIES, "neurons: left the base's sets")
+        ]
+    )
+    fig = figures.trajectory(table)
+    assert all(shown(fig, part["value"]) for _, part in table.groupby("line"))
+    table = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "panel": panel,
+                    "set": kind,
+                    "share": [0, 0.1, 1],
+                    "loss": rng.random(3),
+                    "host": 1,
+                    "donor": 0,
+                }
+            )
+            for panel in "abcd"
+            for kind in ("most moved", "random")
+        ]
+    )
+    fig = figures.transplant(table)
+    assert all(shown(fig, part["loss"]) for _, part in table.groupby(["panel", "set"]))
+
+
+def test_single_components_are_not_joined():
+    table = pd.DataFrame(
+        {
+            "panel": ["a", "a", "b", "b"],
+            "layer": 0,
+            "weight": [0.1, 0.2, 0.3, 0.4],
+            "moved": [0.5, 0.6, 0.7, 0.8],
+            "components": [9, 8, 1, 1],
+        }
+    )
+    fig = figures.weights(table)
+    styles = [ax.get_lines()[0].get_linestyle() for ax in fig.axes]
+    assert styles == ["-", "None"]
+    assert shown(fig, [0.5, 0.6])
+    assert shown(fig, [0.7, 0.8])
+
+
+@pytest.mark.parametrize("panels", [1, 2, 4])
+def test_legends_stand_inside_the_page(panels):
+    names = [f"p{n}: tuned into base" for n in range(panels)]
+    table = pd.concat(
+        [
+            pd.DataFrame(
+                {"panel": name, "set": kind, "share": [0, 1], "loss": [1, 2], "host": 1, "donor": 2}
+            )
+            for name in names
+            for kind in ("most moved", "random")
+        ]
+    )
+    layers = pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "panel": name,
+                    "layer": [0, 1],
+                    "similarity": 0.5,
+                    "low": 0.4,
+                    "high": 0.6,
+                    "floor": 0.7,
+                    "beyond": [True, False],
+                }
+            )
+            for name in names
+        ]
+    )
+    for fig in (figures.transplant(table), figures.layers(layers)):
+        fig.canvas.draw()
+        box, page = fig.legends[0].get_window_extent(), fig.bbox
+        assert page.x0 <= box.x0
+        assert box.x1 <= page.x1
+        assert len(fig.legends) == 1
