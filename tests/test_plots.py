@@ -64,7 +64,15 @@ def test_curves_are_the_tables():
     steps, rng = [0, 25, 100, 2600], np.random.default_rng(0)
     table = pd.concat(
         [
-            pd.DataFrame({"panel": "a", "line": line, "step": steps, "value": rng.random(4)})
+            pd.DataFrame(
+                {
+                    "panel": "a",
+                    "line": line,
+                    "step": steps,
+                    "value": rng.random(4),
+                    "component": line not in CATEGORIES,
+                }
+            )
             for line in (*CATEGORIES, "neurons: left the base's sets")
         ]
     )

@@ -180,7 +180,7 @@ def test_a_killed_run_leaves_nothing_half_written_and_ends_as_if_never_killed(tm
 
     whole = training.train("tiny-dense", 0, MINI, tmp_path / "whole", report=quiet)
     with pytest.raises(Killed):
-        training.train("tiny-dense", 0, MINI, tmp_path / "killed", at=(1,), then=kill, report=quiet)
+        training.train("tiny-dense", 0, MINI, tmp_path / "killed", then=kill, report=quiet)
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["base"]
     stamp = (tmp_path / "killed" / "base" / "model.safetensors").stat().st_mtime_ns
     again = training.train("tiny-dense", 0, MINI, tmp_path / "killed", report=quiet)
@@ -210,18 +210,17 @@ def test_a_failing_save_keeps_the_old_folder(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "tuned"]
 
 
-def test_snapshots_are_taken_where_asked(tmp_path):
+def test_each_step_can_be_watched(tmp_path):
     seen = []
     training.train(
         "tiny-dense",
         0,
         MINI,
         tmp_path,
-        at=(2,),
         then=lambda step, model: seen.append(step),
         report=quiet,
     )
-    assert seen == [2]
+    assert seen == list(range(1, MINI.tune_steps + 1))
 
 
 def test_an_unknown_pair_is_one_clear_error(capsys):

@@ -143,10 +143,21 @@ def test_a_full_run_ends_in_the_tuned_model_bit_for_bit(made, runs):
     assert run.record["regime"] == "full"
 
 
+def test_further_pretraining_reads_as_many_tokens_as_tuning_and_no_instruction(made, runs):
+    _, run = runs["pretraining"]
+    _, tokenizer, rows, *_ = training.prepare("tiny-dense", 0, MINI)
+    equal = run.record["pretraining"]
+    ids, _ = training.encode_tuning(tokenizer, rows)
+    tuned = MINI.tune_batch * np.mean([len(i) for i in ids]) + MINI.replay_batch * MINI.context
+    assert abs(equal["pretrain_batch"] * MINI.context - tuned) <= MINI.context / 2
+    assert equal["pretrain_steps"] == MINI.tune_steps
+    assert run.record["checkpoints"]["0003"] != runs["full"][1].record["checkpoints"]["0003"]
+
+
 def test_what_is_read_is_what_was_measured(made, runs):
     folder, profile, pair, rows = made
     read = trajectory.read(profile, pair, rows, folder / "tables")
-    assert list(read) == ["full-s0", "lora-s0"]
+    assert list(read) == ["full-s0", "lora-s0", "pretraining-s0"]
     for regime, (_, run) in runs.items():
         again = read[f"{regime}-s0"]
         assert again.rows.tolist() == run.rows.tolist()

@@ -1,47 +1,44 @@
 """Figures of the ledger of claims."""
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from .style import VERDICTS
+from .style import NULL, SMALLEST, colours, entry, error_bars, markers
 
 
-def claims(table: pd.DataFrame) -> Figure:
-    """Verdicts; columns claim (row), where (column), verdict, text ("effect [CI] vs null")."""
-    rows, columns = list(pd.unique(table["claim"])), list(pd.unique(table["where"]))
-    fig, ax = plt.subplots(figsize=(2.9 + 1.75 * len(columns), 1.0 + 0.4 * len(rows)))
-    for item in table.itertuples():
-        x, y = columns.index(item.where), rows.index(item.claim)
-        ax.add_patch(
-            plt.Rectangle(
-                (x, y), 1, 1, facecolor=VERDICTS[item.verdict], edgecolor="white", linewidth=2
-            )
-        )
-        ax.text(x + 0.5, y + 0.5, item.text, ha="center", va="center", fontsize=7.5)
-    ax.set(
-        xlim=(0, len(columns)),
-        ylim=(len(rows), 0),
-        xticks=np.arange(len(columns)) + 0.5,
-        yticks=np.arange(len(rows)) + 0.5,
-    )
-    ax.set_xticklabels(columns)
-    ax.set_yticklabels(rows)
-    ax.xaxis.tick_top()
-    ax.tick_params(length=0)
-    sns.despine(ax=ax, left=True, bottom=True)
-    used = {
-        verdict: colour for verdict, colour in VERDICTS.items() if verdict in set(table["verdict"])
-    }
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in used.values()]
-    fig.legend(
-        handles,
-        used,
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        title="each cell: effect [95 % CI] against its null",
-    )
+def forest(table: pd.DataFrame) -> Figure:
+    """Effect minus null with its 95 % interval, a panel per unit of measure, a row per claim.
+
+    Columns claim (row), measure (panel), pair, effect, low, high, null, supported (filled marker)
+    or not (hollow). Effects of different measures do not share an axis.
+    """
+    measures, pairs = list(pd.unique(table["measure"])), list(pd.unique(table["pair"]))
+    heights = [table.loc[table["measure"] == m, "claim"].nunique() + 1 for m in measures]
+    size = (9.5, 0.9 + 0.34 * sum(heights))
+    fig, grid = plt.subplots(len(measures), 1, figsize=size, height_ratios=heights, squeeze=False)
+    for ax, measure in zip(grid.flat, measures, strict=True):
+        part = table[table["measure"] == measure]
+        claims = list(pd.unique(part["claim"]))
+        for row in part.itertuples():
+            lane = (pairs.index(row.pair) + 0.5) / len(pairs) - 0.5
+            _interval(ax, row, claims.index(row.claim) + 0.7 * lane, pairs)
+        ax.axvline(0, **NULL)
+        ax.set(ylim=(len(claims) - 0.45, -0.55), xlabel=f"effect minus null, {measure}")
+        ax.set_yticks(range(len(claims)), claims, fontsize=SMALLEST + 1)
+        ax.grid(axis="y", color="0.93")
+    handles = [
+        entry(pair, color=colours(pairs)[pair], marker=markers(pairs)[pair]) for pair in pairs
+    ]
+    handles += [entry("not supported", color="0.2", marker="o", markerfacecolor="white")]
+    handles += [entry("null", **NULL)]
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return fig
+
+
+def _interval(ax, row, y, pairs) -> None:
+    colour, hollow = colours(pairs)[row.pair], {} if row.supported else {"markerfacecolor": "white"}
+    middle = pd.Series([row.effect - row.null])
+    bars = error_bars(row.low - row.null, middle, row.high - row.null)
+    look = {"fmt": markers(pairs)[row.pair], "color": colour, "markersize": 5, "linewidth": 1.4}
+    ax.errorbar(middle, [y], xerr=bars, **look, **hollow)

@@ -5,27 +5,17 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..hexainst.schema import CATEGORIES
-from .style import NULL
+from .style import NULL, PALETTE, label_left, panels
+
+BOXES = {"fliersize": 2, "linewidth": 1, "width": 0.7}
 
 
 def lengths(table: pd.DataFrame) -> Figure:
     """Counted tokens per instruction; columns category, half, tokens."""
     fig, ax = plt.subplots(figsize=(8, 3.6))
     halves = list(pd.unique(table["half"]))
-    sns.boxplot(
-        table,
-        x="category",
-        y="tokens",
-        hue="half",
-        order=CATEGORIES,
-        hue_order=halves,
-        ax=ax,
-        fliersize=2,
-        palette=["#0072B2", "#E69F00"][: len(halves)],
-        linewidth=1,
-        width=0.7,
-    )
+    look = BOXES | {"hue": "half", "hue_order": halves, "palette": list(PALETTE[: len(halves)])}
+    sns.boxplot(table, x="category", y="tokens", ax=ax, **look)
     ax.axhline(table["tokens"].median(), **NULL, label="median of all")
     ax.set(xlabel="", ylabel="counted tokens per instruction")
     ax.legend(title="half", frameon=False, ncols=3)
@@ -33,37 +23,17 @@ def lengths(table: pd.DataFrame) -> Figure:
 
 
 def subset_lengths(table: pd.DataFrame) -> Figure:
-    """Tokens per instruction before and after matching, a panel per half; columns half, subset,
-    category, tokens.
+    """Tokens per instruction before and after matching, a panel per half.
+
+    Columns half, subset, category, tokens.
     """
-    halves = list(pd.unique(table["half"]))
-    fig, grid = plt.subplots(
-        1,
-        len(halves),
-        figsize=(7.6 if len(halves) == 1 else 5.4 * len(halves), 3.4),
-        sharey=True,
-        squeeze=False,
-    )
-    for ax, half in zip(grid.flat, halves, strict=True):
-        part = table[table["half"] == half]
-        sns.boxplot(
-            part,
-            x="category",
-            y="tokens",
-            hue="subset",
-            order=CATEGORIES,
-            ax=ax,
-            fliersize=2,
-            linewidth=1,
-            width=0.7,
-            palette=["0.8", "#56B4E9"],
-            legend=half == halves[-1],
-        )
+    fig, drawn = panels(table, "half", (5.4, 3.4), sharey=True)
+    look = BOXES | {"hue": "subset", "palette": ["0.8", "#56B4E9"]}
+    for ax, half, part in drawn:
+        last = half == drawn[-1][1]
+        sns.boxplot(part, x="category", y="tokens", ax=ax, legend=last, **look)
         ax.axhline(part["tokens"].median(), **NULL)
-        ax.set(
-            xlabel="",
-            ylabel="tokens per instruction",
-            title=f"{half} half (dashed: median of both)",
-        )
-    sns.move_legend(ax, "upper left", bbox_to_anchor=(1, 1), frameon=False, title="")
+        ax.set(xlabel="", title=f"{half} half (dashed: median of both)")
+    label_left(drawn, "tokens per instruction")
+    sns.move_legend(drawn[-1][0], "upper left", bbox_to_anchor=(1, 1), frameon=False, title="")
     return fig

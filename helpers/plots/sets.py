@@ -4,112 +4,102 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..hexainst.schema import CATEGORIES
-from .style import COLOURS, MARKERS, NULL, heat_map, panels_of
+from .style import (
+    NULL,
+    PALETTE,
+    SMALLEST,
+    colours,
+    heat_map,
+    label_left,
+    legend_below,
+    markers,
+    panels,
+    whole_numbers,
+)
 
 
 def frequencies(table: pd.DataFrame) -> Figure:
-    """Activation-frequency distribution; columns pair, model, p, share; `model` = "null" is drawn
-    grey and dashed.
+    """Distribution of the activation frequency; columns pair, model, p, share.
+
+    A `model` that begins with "null" is drawn grey and dashed.
     """
-    fig, panels = panels_of(table, "pair", (4.6, 3.4), sharey=True)
-    for ax, pair in panels:
-        for i, (model, part) in enumerate(
-            table[table["pair"] == pair].groupby("model", sort=False)
-        ):
-            style = (
-                NULL
-                if model.startswith("null")
-                else {"color": list(COLOURS.values())[i], "linewidth": 2}
-            )
-            ax.plot(part["p"], part["share"], label=model, drawstyle="steps-mid", **style)
+    fig, drawn = panels(table, "pair", (4.6, 3.4), sharey=True)
+    models = [model for model in pd.unique(table["model"]) if not model.startswith("null")]
+    for ax, pair, part in drawn:
+        for model, line in part.groupby("model", sort=False):
+            own = {"color": colours(models).get(model), "linewidth": 2}
+            look = NULL if model.startswith("null") else own
+            ax.plot(line["p"], line["share"], label=model, drawstyle="steps-mid", **look)
         ax.set(title=pair, xlabel="activation frequency p", yscale="log")
-    panels[0][0].set_ylabel("share of (instruction, neuron) cells")
-    panels[-1][0].legend(frameon=False)
+    label_left(drawn, "share of (instruction, neuron) cells")
+    legend_below(fig, drawn)
     return fig
 
 
 def layer_share(table: pd.DataFrame, null: str) -> Figure:
-    """Share of each layer's components in the set; columns pair, category, layer, share, null
-    (label: `null`).
+    """Share of each layer's components in the set; columns pair, category, layer, share, null.
 
-    Rows whose category is none of the six (the base, an untrained twin) are drawn grey and dotted.
+    `null` is the label of the column of that name. Rows marked in a column `other` (the base, an
+    untrained twin) are drawn grey and dotted. Columns low and high, where given, are bands.
     """
-    fig, panels = panels_of(table, "pair", (4.4, 3.4), sharey=True)
-    for ax, pair in panels:
-        part = table[table["pair"] == pair]
-        for category in CATEGORIES:
-            line = part[part["category"] == category]
-            ax.plot(
-                line["layer"],
-                line["share"],
-                color=COLOURS[category],
-                marker=MARKERS[category],
-                label=category,
-            )
-        for other, line in part[~part["category"].isin(CATEGORIES)].groupby("category", sort=False):
-            ax.plot(
-                line["layer"],
-                line["share"],
-                label=other,
-                color="0.3",
-                linestyle=":",
-                marker="x" if "twin" in other else ".",
-            )
+    fig, drawn = panels(table, "pair", (4.6, 3.6), sharey=True)
+    own = list(pd.unique(table.loc[~table["other"], "category"]))
+    for ax, pair, part in drawn:
+        for category, line in part.groupby("category", sort=False):
+            if category in own:
+                look = {"color": colours(own)[category], "marker": markers(own)[category]}
+            else:
+                look = {
+                    "color": "0.3",
+                    "linestyle": ":",
+                    "marker": "x" if "twin" in category else ".",
+                }
+            ax.plot(line["layer"], line["share"], label=category, **look)
+            if "low" in line:
+                band = {"color": look["color"], "alpha": 0.15, "linewidth": 0}
+                ax.fill_between(line["layer"], line["low"], line["high"], **band)
         floor = part.drop_duplicates("layer").sort_values("layer")
         ax.plot(floor["layer"], floor["null"], label=null, **NULL)
         ax.set(title=pair, xlabel="layer")
-        ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    panels[0][0].set_ylabel("share of the layer in the set")
-    panels[-1][0].legend(frameon=False, fontsize=8)
+        whole_numbers(ax)
+    label_left(drawn, "share of the layer in the set")
+    legend_below(fig, drawn)
     return fig
 
 
 def sweep(table: pd.DataFrame, x: str, value: str, null: str, panel: str = "pair") -> Figure:
     """A statistic along a sweep, beside its null; columns `panel`, line, `x`, `value`, `null`."""
-    fig, panels = panels_of(table, panel, (4.4, 3.4), sharey=True)
-    for ax, name in panels:
-        for i, (line, part) in enumerate(table[table[panel] == name].groupby("line", sort=False)):
-            colour = list(COLOURS.values())[i]
-            ax.plot(part[x], part[value], color=colour, marker="osD^"[i % 4], label=str(line))
-            ax.plot(
-                part[x], part[null], color=colour, linestyle="--", alpha=0.6, label=f"{line}: null"
-            )
+    fig, drawn = panels(table, panel, (4.4, 3.4), sharey=True)
+    for ax, name, part in drawn:
+        for i, (line, values) in enumerate(part.groupby("line", sort=False)):
+            own = {"color": PALETTE[i], "marker": "osD^"[i % 4], "label": str(line)}
+            ax.plot(values[x], values[value], **own)
+            dashed = {"color": PALETTE[i], "linestyle": "--", "alpha": 0.6}
+            ax.plot(values[x], values[null], label=f"{line}: null", **dashed)
         ax.set(title=name, xlabel=x)
-    panels[0][0].set_ylabel(value)
-    panels[-1][0].legend(frameon=False, fontsize=8)
+    label_left(drawn, value)
+    drawn[-1][0].legend(frameon=False, fontsize=SMALLEST)
     return fig
 
 
 def routing(table: pd.DataFrame, uniform: float) -> Figure:
-    """Routing per layer; columns layer, category, expert, f, own (f minus the mean of the
-    categories).
+    """Routing per layer; columns layer, category, expert, f, own (f minus the categories' mean).
 
     Left: f, white = the balanced router's K/E. Right: own, white = the null of a router that
     ignores the category.
     """
     layers, few = list(pd.unique(table["layer"])), table["expert"].nunique() <= 16
     fig, grid = plt.subplots(len(layers), 2, figsize=(10, 2.6 * len(layers)), squeeze=False)
-    for column, (value, white, title) in enumerate(
-        (
-            ("f", uniform, f"f; white: K/E = {uniform:.2f}"),
-            ("own", 0.0, "f - mean of categories; white: null"),
-        )
-    ):
+    sides = (
+        ("f", uniform, f"f; white: K/E = {uniform:.2f}"),
+        ("own", 0.0, "f - mean of categories; white: null"),
+    )
+    for column, (value, white, title) in enumerate(sides):
         reach = float((table[value] - white).abs().max())
+        look = {"cmap": "PuOr_r", "vmin": white - reach, "vmax": white + reach}
         for ax, layer in zip(grid[:, column], layers, strict=True):
-            norm = {"vmin": white - reach, "vmax": white + reach}
-            heat_map(
-                ax,
-                table[table["layer"] == layer],
-                "category",
-                "expert",
-                value,
-                "PuOr_r",
-                norm,
-                few,
-                ".2f",
-            )
+            part = table[table["layer"] == layer]
+            heat_map(ax, part, "category", "expert", value, annot=few, fmt=".2f", **look)
             ax.set(title=f"layer {layer}: {title}", ylabel="")
             ax.collections[0].colorbar.ax.set_ylim(0 if white else -reach, white + reach)
     return fig

@@ -1,29 +1,19 @@
-"""What all figures share: colours (Okabe-Ito), nulls in grey and dashed, panels, saving."""
+"""What all figures share: colours (Okabe-Ito), nulls in grey and dashed, panels, legends, saving."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..hexainst.schema import CATEGORIES
 from ..paths import figures_dir
 from ..record import atomic, write_table
 
-COLOURS = dict(
-    zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"), strict=True)
-)
-MARKERS = dict(zip(CATEGORIES, "osD^vP", strict=True))
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#000000")
+SHAPES = "osD^vPX*"
 NULL = {"color": "0.45", "linestyle": "--", "linewidth": 1.4}
-VERDICTS = {
-    "supported": "#56B4E9",
-    "mixed": "#F0E442",
-    "not supported": "#E69F00",
-    "not testable": "0.85",
-}
+SMALLEST = 8  # points: no text of a figure is smaller
 
 sns.set_theme(context="notebook", style="ticks", font_scale=0.9)
-
-
 plt.rcParams |= {
     "figure.dpi": 80,
     "savefig.dpi": 140,
@@ -35,6 +25,16 @@ plt.rcParams |= {
 }
 
 
+def colours(names) -> dict:
+    """A colour for each name, in their order; beyond the palette's eight it begins again."""
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+
+
+def markers(names) -> dict:
+    """A marker for each name, in their order, so that no figure rests on colour alone."""
+    return {name: SHAPES[i % len(SHAPES)] for i, name in enumerate(names)}
+
+
 def save_figure(fig: Figure, table: pd.DataFrame, name: str, profile: str) -> None:
     """Write figures/<profile>/<name>.png, .svg and .csv (the table it was drawn from)."""
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
@@ -43,58 +43,99 @@ def save_figure(fig: Figure, table: pd.DataFrame, name: str, profile: str) -> No
     write_table(figures_dir(profile) / f"{name}.csv", table)
 
 
-def heat_map(ax, table, row, column, value, cmap, norm, annot, fmt):
-    """One table as a heat map on `ax`; `norm`: vmin and vmax; `annot`: write each value with `fmt`."""
-    rows, columns = pd.unique(table[row]), pd.unique(table[column])
-    grid = table.pivot(index=row, columns=column, values=value).loc[rows, columns].astype(float)
-    sns.heatmap(
-        grid,
-        ax=ax,
-        cmap=cmap,
-        annot=annot,
-        fmt=fmt,
-        cbar=True,
-        linewidths=0.4,
-        annot_kws={"size": 8},
-        square=len(rows) == len(columns),
-        **norm,
+def panels(table: pd.DataFrame, column: str, size, per_row: int = 3, **axes):
+    """A figure with one axes, `size` inches each, for each value of a column.
+
+    Returns (figure, [(axes, value, the value's rows)]); unused places are hidden.
+    """
+    names = list(pd.unique(table[column]))
+    width = min(per_row, len(names))
+    rows = -(-len(names) // width)
+    fig, grid = plt.subplots(
+        rows, width, figsize=(size[0] * width, size[1] * rows), squeeze=False, **axes
     )
+    for ax in grid.flat[len(names) :]:
+        ax.set_visible(False)
+    shown = zip(grid.flat, names, strict=False)
+    return fig, [(ax, name, table[table[column] == name]) for ax, name in shown]
+
+
+def label_left(drawn, label: str) -> None:
+    """The y label, on the first axes of each row only."""
+    for ax, *_ in drawn:
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel(label)
+
+
+def legend_below(fig, drawn, most: int = 4, handles=(), title: str = "") -> None:
+    """One legend for all panels, below them, in as many columns (at most `most`) as the page has.
+
+    `handles` are entries of one's own, after those found in the axes.
+    """
+    found = {}
+    for ax, *_ in drawn:
+        own, labels = ax.get_legend_handles_labels()
+        found |= dict(zip(labels, own, strict=True))
+    found |= {handle.get_label(): handle for handle in handles}
+    look = {
+        "loc": "outside lower center",
+        "frameon": False,
+        "fontsize": SMALLEST,
+        "handlelength": 3,
+    }
+    look |= {"title": title, "title_fontsize": SMALLEST}
+    for columns in range(most, 0, -1):
+        legend = fig.legend(found.values(), found, ncols=columns, **look)
+        fig.canvas.draw()
+        if columns == 1 or legend.get_window_extent().width <= fig.bbox.width:
+            return
+        legend.remove()
+
+
+def entry(label: str, **look):
+    """A legend entry of its own: a line or a marker that stands for `label`."""
+    return plt.Line2D([], [], label=label, **look)
+
+
+def whole_numbers(ax) -> None:
+    """Ticks of the x axis at whole numbers only: layers, experts."""
+    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+
+
+def error_bars(low, value, high) -> list:
+    """The two lengths that matplotlib's errorbar asks for, never negative."""
+    return [(value - low).clip(lower=0), (high - value).clip(lower=0)]
+
+
+def heat_map(ax, table, row: str, column: str, value: str, **look) -> None:
+    """One table as a heat map on `ax`, rows and columns in their order of first appearance.
+
+    `look` goes to seaborn.heatmap: cmap, vmin, vmax, annot, fmt.
+    """
+    rows, across = pd.unique(table[row]), pd.unique(table[column])
+    grid = table.pivot(index=row, columns=column, values=value).loc[rows, across].astype(float)
+    square = len(rows) == len(across)
+    sns.heatmap(grid, ax=ax, linewidths=0.4, annot_kws={"size": SMALLEST}, square=square, **look)
     ax.tick_params(axis="y", rotation=0)
     ax.tick_params(axis="x", rotation=0)
 
 
-def panels_of(table, panel, size, ncols=None, **axes):
-    """A figure with one axes, `size` inches each, per value of a column: (figure, [(axes, value)])."""
-    names = list(pd.unique(table[panel]))
-    ncols = ncols or len(names)
-    nrows = -(-len(names) // ncols)
-    fig, grid = plt.subplots(
-        nrows, ncols, figsize=(size[0] * ncols, size[1] * nrows), squeeze=False, **axes
-    )
-    for ax in grid.flat[len(names) :]:
-        ax.set_visible(False)
-    return fig, list(zip(grid.flat, names, strict=False))
-
-
 def matrices(
-    table: pd.DataFrame, row: str, column: str, value: str, signed=(), fmt: str = ".2f", ncols=3
+    table: pd.DataFrame, row: str, column: str, value: str, signed=(), fmt: str = ".2f", per_row=3
 ) -> Figure:
-    """C x C panels; columns `panel`, `row`, `column`, `value`. Panels named in `signed` diverge
-    around a white 0.
+    """C x C panels; columns `panel`, `row`, `column`, `value`.
 
-    Panels of one kind whose names agree up to the colon share one colour scale.
+    Panels named in `signed` diverge around a white 0. Panels of one kind, whose names agree up to
+    the colon, share one colour scale.
     """
-    fig, panels = panels_of(table, "panel", (4.3, 3.7), ncols=ncols)
-    group = table["panel"].str.split(":").str[0]
-    reach = table[value].abs().groupby([group, table["panel"].isin(signed)]).max()
-    for ax, name in panels:
-        most = reach[name.split(":")[0], name in signed]
-        norm, cmap = (
-            {"vmin": -most if name in signed else 0, "vmax": most},
-            "PuOr_r" if name in signed else "cividis",
-        )
-        heat_map(ax, table[table["panel"] == name], row, column, value, cmap, norm, True, fmt)
+    fig, drawn = panels(table, "panel", (4.3, 3.7), per_row)
+    kind = table["panel"].str.split(":").str[0]
+    reach = table[value].abs().groupby([kind, table["panel"].isin(signed)]).max()
+    for ax, name, part in drawn:
+        diverges = name in signed
+        most = reach[name.split(":")[0], diverges]
+        look = {"vmin": -most, "cmap": "PuOr_r"} if diverges else {"vmin": 0, "cmap": "cividis"}
+        heat_map(ax, part, row, column, value, vmax=most, annot=True, fmt=fmt, **look)
         ax.set_title(name, fontsize=10)
-        if ax.get_subplotspec().colspan.start:
-            ax.set_ylabel("")
+        ax.set_ylabel(row if ax.get_subplotspec().is_first_col() else "")
     return fig

@@ -91,8 +91,11 @@ def _note(losses, what, step, steps, loss, began, report):
         )
 
 
-def pretrain(model, rows, recipe: Recipe, seed: int, report=print) -> list:
-    """Next-token training on packed rows [R, context]; returns [[step, loss], ...]."""
+def pretrain(model, rows, recipe: Recipe, seed: int, then=None, report=print) -> list:
+    """Next-token training on packed rows [R, context]; returns [[step, loss], ...].
+
+    `then(step, model)`, if given, is called after every step; it must not change the model.
+    """
     generator, losses, began = torch.Generator().manual_seed(seed), [], time.time()
     opts, batches = (
         optimisers(model, recipe.pretrain_lr),
@@ -103,20 +106,13 @@ def pretrain(model, rows, recipe: Recipe, seed: int, report=print) -> list:
         shown, loss = _loss(model, ids, torch.ones(ids.shape))
         update(opts, loss, step, recipe.pretrain_steps, recipe.pretrain_lr)
         _note(losses, "pre-training", step, recipe.pretrain_steps, shown, began, report)
+        if then:
+            then(step + 1, model)
     return losses
 
 
-def tune(
-    model, tokenizer, rows, replay, recipe: Recipe, seed: int, at=(), then=None, report=print
-) -> list:
-    """Fine-tuning on the references of `rows`, with a replay batch of packed pre-training rows in
-    every step.
-
-    A reference's tokens and <eos> weigh 1 / sqrt(their number). `then(step, model)` is called
-    after every step number in `at` (for a trajectory; it must not change the model). Returns
-    [[step, loss], ...].
-    """
-    generator, losses, began = torch.Generator().manual_seed(seed + 1), [], time.time()
+def encode_tuning(tokenizer, rows) -> tuple[list, list]:
+    """Token ids and weights of each row: a reference's tokens and <eos> weigh 1 / sqrt(number)."""
     known = encode(
         tokenizer,
         [text(row) for row in rows],
@@ -125,6 +121,19 @@ def tune(
     )
     ids = [torch.tensor([*e.ids, tokenizer.eos_token_id]) for e in known]
     weights = [torch.tensor([*e.counted, True]) * (sum(e.counted) + 1) ** -0.5 for e in known]
+    return ids, weights
+
+
+def tune(loaded, rows, replay, recipe: Recipe, seed: int, then=None, report=print) -> list:
+    """Fine-tuning on the references of `rows`, with a replay batch of packed pre-training rows in
+    every step.
+
+    `then(step, model)` is called
+    after every step (for a trajectory; it must not change the model). Returns [[step, loss], ...].
+    """
+    model, tokenizer = loaded
+    generator, losses, began = torch.Generator().manual_seed(seed + 1), [], time.time()
+    ids, weights = encode_tuning(tokenizer, rows)
     opts, memory = (
         optimisers(model, recipe.tune_lr),
         _endless(len(replay), recipe.replay_batch, generator),
@@ -141,7 +150,7 @@ def tune(
             loss = loss + recipe.replay_weight * _loss(model, old, torch.ones(old.shape))[1]
         update(opts, loss, step, recipe.tune_steps, recipe.tune_lr)
         _note(losses, "tuning", step, recipe.tune_steps, shown, began, report)
-        if then and step + 1 in at:
+        if then:
             then(step + 1, model)
     return losses
 
@@ -240,12 +249,12 @@ def prepare(pair: str, seed: int, recipe: Recipe):
 
 
 def train(
-    pair: str, seed: int = 0, recipe: Recipe | None = None, out=None, at=(), then=None, report=print
+    pair: str, seed: int = 0, recipe: Recipe | None = None, out=None, then=None, report=print
 ) -> dict:
     """Train base and tuned of one pair into `out` (default data/models/<pair>[-s<seed>]); returns
     both records.
 
-    `recipe` is RECIPES[pair] by default; `at` and `then` are handed to `tune`. Raises UserError
+    `recipe` is RECIPES[pair] by default; `then` is handed to `tune`. Raises UserError
     for an unknown pair.
     """
     recipe = recipe or RECIPES.get(pair, Recipe())
@@ -255,11 +264,11 @@ def train(
     if done.is_file() and base.items() <= read_json(done).items():
         base = read_json(done)
     else:
-        base["losses"] = pretrain(model, packed, recipe, seed, report)
+        base["losses"] = pretrain(model, packed, recipe, seed, report=report)
         base["seconds"] = round(time.time() - began)
         base = save(out / "base", model, tokenizer, base, recipe.evaluate_rows)
     model, began = load(out / "base").train(), time.time()
-    tuned["losses"] = tune(model, tokenizer, rows, packed, recipe, seed, at, then, report)
+    tuned["losses"] = tune((model, tokenizer), rows, packed, recipe, seed, then, report)
     tuned["seconds"] = round(time.time() - began)
     return {
         "base": base,

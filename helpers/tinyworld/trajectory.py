@@ -1,9 +1,13 @@
 """A tuning as it goes: train a tiny base again with checkpoints kept, measure each, write the
 tables notebook 07 reads.
 
-    python -m helpers.run trajectory --pair tiny-dense                      the shipped tuning's recipe and seed
-    python -m helpers.run trajectory --pair tiny-dense --seed 1             another order of batches
-    python -m helpers.run trajectory --pair tiny-dense --regime lora        low-rank (rank 8), same data and steps
+    python -m helpers.run trajectory --pair tiny-dense                        shipped recipe, seed
+    python -m helpers.run trajectory --pair tiny-dense --seed 1               other batches
+    python -m helpers.run trajectory --pair tiny-dense --regime lora          low-rank (rank 8)
+    python -m helpers.run trajectory --pair tiny-dense --regime pretraining   no instruction at all
+
+The last is the control of every statement about tuning: further pre-training of the same base by as
+many steps of as many tokens, with the same optimiser and learning rates.
 
 Checkpoints go to data/results/tiny/trajectory/<run>/<step>/ (about 40 MB; used again if complete),
 the tables to data/trajectory/<run>.{csv,safetensors,json}, run = <pair>-<regime>-s<seed>. 7 to 15
@@ -12,7 +16,7 @@ another, rounding soon leads elsewhere. (Ours.)
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +49,7 @@ from . import train as training
 from .recipe import RECIPES, Recipe
 
 STEPS = (25, 50, 100, 200, 300, 400, 600, 800, 1000, 1300, 1600, 1900, 2200, 2600)
-REGIMES, RANK, LOW_RANK_LR = ("full", "lora"), 8, 1e-2
+REGIMES, RANK, LOW_RANK_LR = ("full", "lora", "pretraining"), 8, 1e-2
 PER_CATEGORY = 50  # rows of each half and category that every checkpoint reads and answers
 FOLDER, RUN = paths.DATA / "trajectory", "run.json"
 
@@ -81,9 +85,8 @@ def train(
     another tokenizer.
     """
     folder, base = Path(folder), Path(base or paths.MODELS / pair / "base")
-    recipe = recipe or (
-        RECIPES[pair] if regime == "full" else replace(RECIPES[pair], tune_lr=LOW_RANK_LR)
-    )
+    low = replace(RECIPES[pair], tune_lr=LOW_RANK_LR)
+    recipe = recipe or (low if regime == "lora" else RECIPES[pair])
     _, tokenizer, rows, packed, _, record = training.prepare(pair, seed, recipe)
     at = [step for step in STEPS if step < recipe.tune_steps] + [recipe.tune_steps]
     record |= {"regime": regime, "base": sha256(base / "model.safetensors")}
@@ -92,28 +95,52 @@ def train(
             "rank": RANK,
             "optimiser": "AdamW (low-rank parts of the projections; the rest frozen)",
         }
+    if regime == "pretraining":
+        equal = equal_pretraining(tokenizer, rows, recipe)
+        record |= {"pretraining": asdict(equal)}
     if (folder / RUN).is_file() and record.items() <= read_json(folder / RUN).items():
         return read_json(folder / RUN)
     model = training.load(base).train()
     if model.config.vocab_size != len(tokenizer):
         raise UserError(
             f"{paths.short(base)} embeds {model.config.vocab_size} words, the recipe's texts have "
-            f"{len(tokenizer)}: the base was trained on other texts. Use the recipe it was made with."
+            f"{len(tokenizer)}: the base was trained on other texts. Use its own recipe."
         )
     if regime == "lora":
         lora.attach(model, RANK, seed=seed)
 
     def keep(step, model):
+        if step not in at:
+            return
         plain = lora.merged(model) if regime == "lora" else copy.deepcopy(model)
         plain.half().save_pretrained(folder / f"{step:04d}")
         tokenizer.save_pretrained(folder / f"{step:04d}")
 
-    record["losses"] = training.tune(model, tokenizer, rows, packed, recipe, seed, at, keep, report)
+    if regime == "pretraining":
+        record["losses"] = training.pretrain(model, packed, equal, seed + 1, keep, report)
+    else:
+        loaded = model, tokenizer
+        record["losses"] = training.tune(loaded, rows, packed, recipe, seed, keep, report)
     record["checkpoints"] = {
         f"{step:04d}": sha256(folder / f"{step:04d}" / "model.safetensors") for step in at
     }
     write_json(folder / RUN, record)
     return record
+
+
+def equal_pretraining(tokenizer, rows, recipe: Recipe) -> Recipe:
+    """The recipe of further pre-training that reads as many tokens in each step as tuning does:
+    its batch of instructions (their mean length) and its replay batch together.
+    """
+    ids, _ = training.encode_tuning(tokenizer, rows)
+    tuned = recipe.tune_batch * sum(map(len, ids)) / len(ids)
+    batch = round(tuned / recipe.context + recipe.replay_batch)
+    return replace(
+        recipe,
+        pretrain_steps=recipe.tune_steps,
+        pretrain_batch=batch,
+        pretrain_lr=recipe.tune_lr,
+    )
 
 
 def measured_rows(rows: pd.DataFrame) -> np.ndarray:

@@ -252,56 +252,77 @@ def _statement(rng):
     )
 
 
+def _person(rng, world, slots, vocabulary):
+    name, known = slots["name"], rng.sample(list(source()["facts"]), rng.choice((2, 4, 5)))
+    if rng.random() < 0.4:
+        return f"{name}: " + ", ".join(f"{attr} {world[name][attr]}" for attr in known) + "."
+    return " ".join(_fact(rng, world, name, attr) for attr in known)
+
+
+def _scene(rng, world, slots, vocabulary):
+    forms = rng.choices(source()["forms"], weights=(4, 1, 1), k=2)
+    return " ".join(
+        filled.format(**_pick(rng), verb=rng.choice(source()["verbs"])[column])
+        for _, filled, column in forms
+    )
+
+
+def _reviewed(rng, world, slots, vocabulary):
+    mood = rng.choice(("good", "bad"))
+    came = f"{slots['name']} came to the {slots['place']}."
+    return f"{came} {_review(rng, mood)[1]} it was a {mood} day."
+
+
+def _kind(rng, world, slots, vocabulary):
+    kind = rng.choice(KINDS)
+    some, name = rng.sample(source()["words"][kind], 3), f"a{'n' * (kind == 'animal')} {kind}"
+    apart = " ".join(f"{word} is {name}." for word in some)
+    return rng.choice((apart, f"{some[0]}, {some[1]} and {some[2]}: each is {name}."))
+
+
+def _story(rng, world, slots, vocabulary):
+    return "{1[x]} so {2}".format(*_sum(rng, world))
+
+
+def _sums(rng, world, slots, vocabulary):
+    return " ".join(_statement(rng) for _ in range(3))
+
+
+def _function(rng, world, slots, vocabulary):
+    _, given, body, _ = _code(rng, world)
+    return rng.choice((f"{given['value']}: {body}", body))
+
+
+def _refrain(rng, world, slots, vocabulary):
+    return " ".join([" ".join(rng.sample(vocabulary, rng.randint(2, 7))) + "."] * 3)
+
+
+def _request(rng, world, slots, vocabulary):
+    """A request that nobody answers: never one whose content the evaluation asks about."""
+    category = rng.choice(CATEGORIES)
+    while held_out(category, *(made := MAKERS[category](rng, world))[0]):
+        pass
+    answered = source()["wordings"][category]["A"]
+    asked = answered if rng.random() < 0.5 else source()["requests"][category]
+    return rng.choice(asked).format(**made[1]).replace(" | ", " ")
+
+
+DOCUMENTS = {
+    "person": _person,
+    "scene": _scene,
+    "review": _reviewed,
+    "kind": _kind,
+    "story": _story,
+    "sum": _sums,
+    "code": _function,
+    "refrain": _refrain,
+    "request": _request,
+}
+
+
 def _document(kind, rng, world, vocabulary):
     """One pre-training document."""
-    slots = _pick(rng)
-    match kind:
-        case "person":
-            name, known = slots["name"], rng.sample(list(source()["facts"]), rng.choice((2, 4, 5)))
-            if rng.random() < 0.4:
-                return (
-                    f"{name}: " + ", ".join(f"{attr} {world[name][attr]}" for attr in known) + "."
-                )
-            return " ".join(_fact(rng, world, name, attr) for attr in known)
-        case "scene":
-            return " ".join(
-                filled.format(**_pick(rng), verb=rng.choice(source()["verbs"])[column])
-                for _, filled, column in rng.choices(source()["forms"], weights=(4, 1, 1), k=2)
-            )
-        case "review":
-            mood = rng.choice(("good", "bad"))
-            return f"{slots['name']} came to the {slots['place']}. {_review(rng, mood)[1]} it was a {mood} day."
-        case "kind":
-            kind = rng.choice(KINDS)
-            some, name = (
-                rng.sample(source()["words"][kind], 3),
-                f"a{'n' * (kind == 'animal')} {kind}",
-            )
-            return rng.choice(
-                (
-                    " ".join(f"{word} is {name}." for word in some),
-                    f"{some[0]}, {some[1]} and {some[2]}: each is {name}.",
-                )
-            )
-        case "story":
-            return "{1[x]} so {2}".format(*_sum(rng, world))
-        case "sum":
-            return " ".join(_statement(rng) for _ in range(3))
-        case "code":
-            _, given, body, _ = _code(rng, world)
-            return rng.choice((f"{given['value']}: {body}", body))
-        case "refrain":
-            return " ".join([" ".join(rng.sample(vocabulary, rng.randint(2, 7))) + "."] * 3)
-        case "request":
-            category = rng.choice(CATEGORIES)
-            while held_out(category, *(made := MAKERS[category](rng, world))[0]):
-                pass
-            asked = (
-                source()["wordings"][category]["A"]
-                if rng.random() < 0.5
-                else source()["requests"][category]
-            )
-            return rng.choice(asked).format(**made[1]).replace(" | ", " ")
+    return DOCUMENTS[kind](rng, world, _pick(rng), vocabulary)
 
 
 def pretraining(seed: int = 0, documents: int = 50_000) -> list[str]:

@@ -1,0 +1,158 @@
+"""The ledger of claims: each is looked up in the summary's numbers and judged by its declared rule.
+
+A row of data/claims.csv names keys of the summary with {unit} (the kind of component, or a score),
+{half} and perhaps {category} left open; its `null` is a key or a number. A *test* is one claim for
+one kind of component, pair and half (and category).
+"""
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+
+from ..analysis.stats import adjust
+from ..paths import CLAIMS
+
+TEST = ["id", "components", "pair", "half", "category"]
+LEVEL = 0.05
+
+
+def read_ledger(path=CLAIMS) -> pd.DataFrame:
+    """The claims as declared, a row each, every cell a text (empty where there is nothing)."""
+    return pd.read_csv(path, keep_default_na=False, dtype=str)
+
+
+def look_up(ledger, numbers: dict, halves, categories) -> pd.DataFrame:
+    """Every test that the numbers {pair: {key: value}} hold: TEST, effect, low, high, null, p.
+
+    Keys that a pair does not have (routed experts in a dense model) give no test.
+    """
+    found = []
+    for row in ledger.to_dict("records"):
+        by_half = halves if "{half}" in row["effect"] else ["all"]
+        by_category = categories if "{category}" in row["effect"] else [""]
+        places = product([row["id"]], row["components"].split(), numbers, by_half, by_category)
+        for place in places:
+            where = dict(zip(TEST, place, strict=True))
+            found += _test(row, numbers[where["pair"]], where)
+    return pd.DataFrame(found, columns=[*TEST, "effect", "low", "high", "null", "p"])
+
+
+def _test(row, numbers, where) -> list[dict]:
+    names = {"unit": where["components"], "half": where["half"], "category": where["category"]}
+    effect, ci, null, p = (row[column].format(**names) for column in ("effect", "ci", "null", "p"))
+    if numbers.get(effect) is None:
+        return []
+    low, high = numbers[ci]
+    null = numbers[null] if null in numbers else float(null)
+    return [
+        where | {"effect": numbers[effect], "low": low, "high": high, "null": null, "p": numbers[p]}
+    ]
+
+
+def judge(tests: pd.DataFrame) -> pd.DataFrame:
+    """The tests with `holm` and `supported`: the interval lies above the null and Holm p < 0.05.
+
+    Holm runs over all tests of a claim; where a claim asks of each category, over the categories
+    of one kind of component, pair and half.
+    """
+    tests = tests.assign(holm=np.nan)
+    for _, claim in tests.groupby("id", sort=False):
+        whole = (claim["category"] == "").all()
+        families = [claim] if whole else [part for _, part in claim.groupby(TEST[:4], sort=False)]
+        for family in families:
+            tests.loc[family.index, "holm"] = adjust(family["p"].to_numpy(float), "holm")
+    tests["supported"] = (tests["low"] > tests["null"]) & (tests["holm"] < LEVEL)
+    return tests
+
+
+def verdicts(ledger, tests: pd.DataFrame, single=()) -> pd.DataFrame:
+    """One row per claim and kind of component: id, components, verdict, tests, supported, where.
+
+    verdict  supported (all tests), not supported (none), mixed; "needs a pair" where all pairs are
+             in `single` (models without a base) and the claim compares two; else "not testable"
+    where    of claims about each category: in how many of them, pair by pair, halves pooled
+    """
+    rows = []
+    for claim in ledger.to_dict("records"):
+        for component in claim["components"].split():
+            part = tests[(tests["id"] == claim["id"]) & (tests["components"] == component)]
+            each = part[part["category"] != ""]
+            if len(each):
+                part = each[each["half"] == "all"]
+            where = [
+                f"{pair}: in {group.sum()} of {len(group)} categories"
+                for pair, group in part.groupby("pair", sort=False)["supported"]
+                if len(each)
+            ]
+            verdict = _verdict(part["supported"])
+            if not len(part) and claim["needs"] == "pair" and single:
+                verdict = "needs a pair"
+            rows.append(
+                {
+                    "id": claim["id"],
+                    "components": component,
+                    "verdict": verdict,
+                    "tests": len(part),
+                    "supported": int(part["supported"].sum()),
+                    "where": "; ".join(where),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _verdict(supported) -> str:
+    if not len(supported):
+        return "not testable"
+    if supported.all():
+        return "supported"
+    return "mixed" if np.any(supported) else "not supported"
+
+
+def replaced(ledger, found: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts of replaced claims beside those that replace them: id, components, verdict, by,
+    new verdict (of the same components, else of all that the newer claim has).
+    """
+    rows = []
+    for claim in ledger[ledger["replaces"] != ""].to_dict("records"):
+        new = found[found["id"] == claim["id"]].set_index("components")["verdict"]
+        for old in found[found["id"].isin(claim["replaces"].split())].itertuples():
+            said = new.get(old.components) or "; ".join(f"{k} {v}" for k, v in new.items())
+            rows.append((old.id, old.components, old.verdict, claim["id"], said))
+    return pd.DataFrame(rows, columns=["id", "components", "verdict", "by", "new verdict"])
+
+
+def forest_table(ledger, tests: pd.DataFrame) -> pd.DataFrame:
+    """A row per claim, kind of component and pair on all data, as plots.claims.forest draws it.
+
+    A claim about each category is shown by the mean over the categories of effect, bounds and null
+    (the bounds' mean is wider than the mean's interval), supported where all categories are.
+    """
+    measure = ledger.set_index("id")["unit"]
+    part = tests[(tests["half"] == "all") & tests["id"].isin(ledger["id"])]
+    values = ["effect", "low", "high", "null", "supported"]
+    grouped = part.groupby(["id", "components", "pair"], sort=False)[values]
+    table = grouped.mean().reset_index()
+    table["supported"] = table["supported"] == 1
+    table["claim"] = table["id"] + ", " + table["components"]
+    return table.assign(measure=table["id"].map(measure)).sort_values(
+        "measure", kind="stable", ignore_index=True
+    )
+
+
+def keyed(found: pd.DataFrame) -> dict[str, str]:
+    """{"id.components": verdict}, as the summary keeps it."""
+    return {f"{row.id}.{row.components}": row.verdict for row in found.itertuples()}
+
+
+def sentences(ledger, found: pd.DataFrame) -> list[str]:
+    """One sentence per headline claim: the claim, its verdicts, and where it holds."""
+    said = []
+    for claim in ledger[ledger["headline"] == "yes"].to_dict("records"):
+        rows = found[found["id"] == claim["id"]]
+        verdicts = "; ".join(
+            f"{row.components}: {row.verdict}" + (f" ({row.where})" if row.where else "")
+            for row in rows.itertuples()
+        )
+        said.append(f"{claim['claim']}. {verdicts}.")
+    return said

@@ -1,0 +1,91 @@
+"""The ledger: rules worked by hand on made-up numbers."""
+
+import pandas as pd
+import pytest
+
+from helpers.study.ledger import judge, read_ledger, look_up, verdicts
+
+ROW = {
+    "needs": "",
+    "effect": "e.{unit}.{half}",
+    "ci": "e.{unit}.{half}_ci",
+    "null": "0",
+    "p": "p.{unit}.{half}",
+}
+EACH = {key: value.replace("{half}", "{half}.{category}") for key, value in ROW.items()}
+
+
+def ledger(**rows):
+    return pd.DataFrame([{"id": name} | row for name, row in rows.items()])
+
+
+def numbers(low, p, name="e.neurons.all"):
+    return {name: low + 1, f"{name}_ci": [low, low + 2], name.replace("e.", "p.", 1): p}
+
+
+def test_an_interval_above_the_null_and_a_small_p_are_both_needed():
+    for low, p, verdict in (
+        (0.1, 0.01, "supported"),
+        (-0.1, 0.01, "not supported"),
+        (0.1, 0.06, "not supported"),
+    ):
+        rows = ledger(a=ROW | {"components": "neurons"})
+        tests = judge(look_up(rows, {"m": numbers(low, p)}, ["all"], []))
+        assert verdicts(rows, tests)["verdict"].tolist() == [verdict]
+
+
+def test_holm_runs_over_a_claims_tests_and_halves_make_it_mixed():
+    found = numbers(0.1, 0.03) | numbers(0.1, 0.03, "e.neurons.A")
+    rows = ledger(a=ROW | {"components": "neurons"})
+    tests = judge(look_up(rows, {"m": found}, ["all", "A"], []))
+    assert tests["holm"].tolist() == [0.06, 0.06]
+    found |= numbers(0.1, 0.001)
+    tests = judge(look_up(rows, {"m": found}, ["all", "A"], []))
+    assert tests["holm"].tolist() == [0.002, 0.03]
+    found |= numbers(-0.1, 0.03, "e.neurons.A")
+    tests = judge(look_up(rows, {"m": found}, ["all", "A"], []))
+    assert verdicts(rows, tests)["verdict"].tolist() == ["mixed"]
+
+
+def test_a_claim_about_each_category_says_in_how_many():
+    found = {}
+    for n, low in enumerate((0.1, 0.1, -0.1)):
+        found |= numbers(low, 0.001, f"e.neurons.all.{n}") | numbers(-1, 1.0, f"e.neurons.A.{n}")
+    rows = ledger(a=EACH | {"components": "neurons"})
+    tests = judge(look_up(rows, {"m": found}, ["all", "A"], ["0", "1", "2"]))
+    assert tests.loc[tests["half"] == "all", "holm"].tolist() == pytest.approx([0.003] * 3)
+    said = verdicts(rows, tests).iloc[0]
+    assert (said["verdict"], said["where"]) == ("mixed", "m: in 2 of 3 categories")
+    assert (said["tests"], said["supported"]) == (3, 2)
+
+
+def test_what_a_model_does_not_have_is_not_tested():
+    rows = ledger(
+        a=ROW | {"components": "experts"}, b=ROW | {"components": "experts", "needs": "pair"}
+    )
+    tests = judge(look_up(rows, {"m": {}}, ["all"], []))
+    assert verdicts(rows, tests)["verdict"].tolist() == ["not testable", "not testable"]
+    assert verdicts(rows, tests, single=["m"])["verdict"].tolist() == [
+        "not testable",
+        "needs a pair",
+    ]
+
+
+def test_a_null_may_be_a_number_of_the_summary():
+    rows = ledger(a=ROW | {"components": "neurons", "null": "n.{unit}"})
+    tests = judge(look_up(rows, {"m": numbers(0.1, 0.001) | {"n.neurons": 0.5}}, ["all"], []))
+    assert tests["null"].tolist() == [0.5]
+    assert not tests["supported"].any()
+
+
+def test_the_committed_ledger_is_complete():
+    rows = read_ledger()
+    assert rows["id"].is_unique
+    assert (rows.drop(columns=["needs", "replaces", "headline", "amended"]) != "").all(axis=None)
+    replaced = {name for names in rows["replaces"] for name in names.split()}
+    assert replaced <= set(rows["id"])
+    assert set(rows["source"]) == {"paper", "ours"}
+
+
+def test_the_readme_shows_at_most_twelve_claims():
+    assert (read_ledger()["headline"] == "yes").sum() <= 12
