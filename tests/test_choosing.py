@@ -164,7 +164,7 @@ def test_nothing_is_chosen_on_the_rows_it_is_measured_on(world):
 def test_one_fold_or_a_category_that_one_lacks_is_not_testable(world):
     rows = world[0].rows
     one = planted.study(rows[rows["fold"] == "A"])
-    with pytest.raises(NotTestable, match="there is none beside 'A'"):
+    with pytest.raises(NotTestable, match="none beside 'A'"):
         one.other("A")
     uneven = planted.study(rows[(rows["fold"] == "A") | (rows["category"] != "SUM")])
     assert uneven.half("A").labels.max() == 5

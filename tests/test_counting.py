@@ -518,11 +518,14 @@ def test_a_model_is_loaded_once_and_let_go(setting, monkeypatch):
     )
     assert study.half("x").model() is study.model() is study.half("y").model()
     study.counts("twin")
-    assert opened == ["tuned", "twin"]
-    assert list(study._models) == ["tuned"]
+    study.counts("twin-1")
+    study.answers("twin-1")
+    assert opened == ["tuned", "twin", "twin-1"]
+    assert (list(study._models), list(study._spare)) == (["tuned"], ["twin-1"])
     study.close()
+    assert not study._models | study._spare
     study.half("x").model()
-    assert opened == ["tuned", "twin", "tuned"]
+    assert opened == ["tuned", "twin", "twin-1", "tuned"]
 
 
 def test_files_are_hashed_once(setting, monkeypatch):

@@ -20,8 +20,8 @@ def measure(
     variant: str = "tuned",
     **options,
 ) -> dict:
-    """Increases of loss, nats per reference token, on a study's rows, and these rows' codes: {"own":
-    [n, sets], kind: [n, draws], "everywhere": [n, everywhere, C], "labels": [n]}.
+    """Increases of loss, nats per reference token, on a study's rows, and these rows' codes:
+    {"own": [n, sets], kind: [n, draws], "everywhere": [n, everywhere, C], "labels": [n]}.
 
     own: {name: mask}, on all rows. controls: {kind: {category: [masks]}}, each on its own
     category's rows alone; the first `everywhere` draws of the first kind also on all rows.

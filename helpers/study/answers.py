@@ -17,8 +17,8 @@ def new_tokens(row, most: int) -> int:
     """How many tokens the answer to a row may have: `most` (the profile's max_new_tokens), or fewer
     where the row's checker accepts short answers only (see SHORT).
 
-    >>> new_tokens({"checker": {"name": "label"}}, 256), new_tokens({"checker": {"name": "exact"}}, 256)
-    (32, 256)
+    >>> [new_tokens({"checker": {"name": name}}, 256) for name in ("label", "exact")]
+    [32, 256]
     """
     return min(most, SHORT.get(row["checker"]["name"], most))
 
@@ -26,7 +26,7 @@ def new_tokens(row, most: int) -> int:
 def answer_ids(
     model, tokenizer, rows, template: str, batch_size: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """Greedy answers to the rows' prompts as token ids, in row order, each within its `new_tokens`."""
+    """Greedy answers to the rows' prompts as token ids, in row order, each within `new_tokens`."""
     encoded = encode_rows(tokenizer, rows, template)
     most, out = [new_tokens(row, max_new_tokens) for row in rows.to_dict("records")], {}
     for size in sorted(set(most)):

@@ -32,7 +32,7 @@ SHARD = 128  # instructions in one file on disk
 
 
 def twin_names(number: int) -> list[str]:
-    """The variants "twin", "twin-1", ...: `number` models of random weights, from seeds in a row."""
+    """The variants "twin", "twin-1", ...: `number` models of random weights, seeds in a row."""
     return ["twin", *(f"twin-{n}" for n in range(1, number))][:number]
 
 
@@ -52,7 +52,7 @@ def fill(shards: Shards, opened, encoded, batch_size: int, label: str) -> None:
     """Count what is missing of `shards`, this process its share of it; done when all are.
 
     opened: () -> model, called only if something is missing. encoded: (rows of a shard) -> their
-    sequences. The last paragraph of a shard's record says what it was counted with.
+    sequences. A shard's record says under `found` what it was counted with.
     """
     rank, world, wait = processes()
     if mine := shards.missing(range(rank, len(shards), world)):
@@ -121,5 +121,6 @@ def launch(job: dict, number: int) -> None:
     if done.returncode:
         raise UserError(
             f"{number} capture processes ended with exit code {done.returncode}; their messages "
-            "stand above. Finished shards are kept: mend the cause and run again, or set processes: 1."
+            "stand above. Finished shards are kept: mend the cause and run again, or set "
+            "processes: 1."
         )

@@ -30,7 +30,8 @@ class Drawn(NamedTuple):
 
     rows    int [I'], their places among all instructions
     sets    {unit: {rule: uint8 [I', D, ceil(M / 8)]}}, top-epsilon sets (see top_sets), bit-packed
-    total   {unit: float [M]}, counts summed over instructions and draws; level {unit: float [I']}, mean share active
+    total   {unit: float [M]}, counts summed over instructions and draws
+    level   {unit: float [I']}, mean share active
     routed  uint8 [I', D, L, E], or None
     """
 
@@ -190,7 +191,7 @@ def draw(study, variant: str = "tuned", size: int = 16) -> Drawn:
     folder, parts = counts_dir(profile.name, study.name, variant, f"drawn-{size}"), []
 
     def compute(rows):
-        model, encoded = study.model(variant)[0], study.take(list(rows)).encoded("prompt", variant)
+        model, encoded = study.reader(variant)[0], study.take(list(rows)).encoded(variant=variant)
         options = (size, profile.draws, profile.seed, profile.batch_size)
         counted = draw_counts(model, encoded, rows, *options)
         return _summed(counted, profile.epsilon, profile.seed), {}
@@ -270,7 +271,7 @@ def equal_routing_similarity(routed) -> np.ndarray:
     layers, n, most = routed.shape[1], int(routed[0, 0].sum()), int(routed.max()) + 1
     if (routed.sum(-1) != n).any():
         raise UserError(
-            "routing counts of different totals; expected equally many positions of each instruction."
+            "routing counts of different totals; expected equally many positions of each row."
         )
     mixed = entr(np.add.outer(np.arange(most), np.arange(most)) / (2 * n))  # [c, c]
     one_hot = np.eye(most, dtype=np.float32)[routed].reshape(len(routed), -1)

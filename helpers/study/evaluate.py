@@ -27,8 +27,8 @@ def nll_of(model, batch: Batch) -> torch.Tensor:
     tokens = counted.sum(1)
     if not tokens.all():
         raise UserError(
-            "a row has no token whose loss could be counted: no reference, or a single token without BOS. "
-            "Remove the row."
+            "a row has no token whose loss could be counted: no reference, or a single token "
+            "without BOS. Remove the row."
         )
     first = int(counted.any(0).nonzero()[0])
     logits = model(
@@ -90,8 +90,8 @@ def task_scores(rows, answers, run_code: bool = False) -> np.ndarray:
 
 
 def scored(study, variant: str = "tuned", answers=None) -> pd.DataFrame:
-    """A row per row of the study: id, half, category, pair, model, answer, score in [0, 1] (NaN where
-    the checker would run code and may not). answers: those that are kept, where none are given.
+    """A row per row of the study: id, half, category, pair, model, answer, score in [0, 1] (NaN
+    where the checker would run code and may not). answers: where none are given, those kept.
     """
     answers = study.answers(variant) if answers is None else answers
     return study.rows[["id", "half", "category"]].assign(
@@ -123,7 +123,7 @@ def ablation_matrix(
     """NLL increase (ablated minus intact, nats per reference token) of each of a study's rows under
     every ablated set.
 
-    masks: {name: component mask}. Returns float64 [I, sets], index the rows' ids, columns the names;
+    masks: {name: component mask}. Returns float64 [I, sets], index the ids, columns the names;
     the intact NLL is the list attrs["baseline"]. References are encoded once for all. `options` go
     to `ablate`. Raises RuntimeError if a non-empty set changes no row at all; `allow_inert`
     permits sets that may be dead.
@@ -146,11 +146,11 @@ def _believable(increase, name, may_be_inert):
     if not np.isfinite(increase).all():
         raise RuntimeError(
             f"ablating the set {name!r} made the loss of some row NaN or infinite; "
-            " expected finite losses. A half-precision model may overflow: load it wider."
+            "expected finite losses. A half-precision model may overflow: load it wider."
         )
     if not (increase.any() or may_be_inert):
         raise RuntimeError(
             f"ablating the set {name!r} changed the loss of none of {len(increase)} rows. Either "
-            "no token reaches its components (allow_inert=True lets that stand), or the intervention "
-            "missed the model."
+            "no token reaches its components (allow_inert=True lets that stand), or the "
+            "intervention missed the model."
         )

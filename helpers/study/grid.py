@@ -216,8 +216,8 @@ def committed(studies: dict) -> tuple[pd.DataFrame, pd.DataFrame, dict] | None:
     for path in paths:
         if not path.exists() or sha256(path) != record["sha256"][path.name]:
             raise DamagedFile(
-                f"{path.name} is missing or not the one its record describes. Run `make grid`, or take "
-                "it from the repository."
+                f"{path.name} is missing or not the one its record describes. Run `make grid`, or "
+                "take it from the repository."
             )
     return *(pd.read_csv(path) for path in paths), record
 

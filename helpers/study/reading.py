@@ -15,13 +15,13 @@ def encode_rows(tokenizer, rows, template: str, positions="prompt", answers=None
 
     prompt       the instruction's own tokens; prompt-even, prompt-odd: every other one of them
     response     the reference's, read after the prompt
-    generated    those of `answers`, lists of token ids, read after the prompt (a row may have none)
-    reference    the reference's and the end-of-sequence token after it, as fine-tuning taught it; so
+    generated    those of `answers`, lists of token ids, read after the prompt (may be none)
+    reference    the reference's and the end-of-sequence token after it, as fine-tuning taught it:
                  not to know where to stop costs
     all          every token of prompt and reference, BOS left out
 
-    Raises UserError for unknown positions, no rows, a row without such a token, a tokenizer without
-    the end-of-sequence token that is needed. (Paper, sec. counting, for the prompt; the others: ours.)
+    Raises UserError for unknown positions, a row without such a token, a tokenizer without the
+    end-of-sequence token that is needed. (Prompt: paper, sec. counting; the others: ours.)
     """
     if positions not in POSITIONS:
         raise UserError(f"positions is {positions!r}, expected one of {', '.join(POSITIONS)}.")

@@ -42,8 +42,8 @@ class Standing:
 def standing(study, scores, variant: str = "tuned") -> Standing:
     """Score a pair's neurons on a study's rows: those of the half to choose on.
 
-    frequency: the category's mean p. lape, contrast: see analysis.sets. contribution: own mean minus
-    the largest other's, at the prompt or (contribution-response) at the reference's tokens.
+    frequency: the category's mean p. lape, contrast: see analysis.sets. contribution: own mean
+    minus the largest other's, at the prompt or (contribution-response) at the reference's tokens.
     attribution: the category's mean. Those in SEES_REFERENCE have read the references of the
     choosing half, the others its instructions only. The study remembers each. (Ours.)
     """
@@ -82,7 +82,7 @@ def active(study, variant: str = "tuned") -> np.ndarray:
 
 
 def written(study, positions: str = "prompt", variant: str = "tuned") -> np.ndarray:
-    """`contribution` of a pair's neurons to each row, float32 [I, M]; positions as `encode_rows`."""
+    """`contribution` of a pair's neurons to each row, float32 [I, M], at positions by name."""
     encoded, model = study.encoded(positions, variant), study.model(variant)[0]
     return _neurons_of(contribution(model, encoded, study.profile.batch_size))
 
@@ -179,8 +179,9 @@ def _same_beginning(marked, references):
         last = len(some.ids) - some.counted[::-1].index(True)
         if some.ids[:last] != full.ids[:last]:
             raise UserError(
-                f"row {row}: the instruction's tokens differ with and without the reference: its positions "
-                "are not defined. Use a template with text or a new line after {instruction}."
+                f"row {row}: the instruction's tokens differ with and without the reference: its "
+                "positions are not defined. Use a template with text or a new line after "
+                "{instruction}."
             )
 
 
@@ -269,8 +270,9 @@ def _readable(model):
             and (not bank.has_gate or bank.has_post_expert_norm)
         ):
             raise UserError(
-                f"{site.name}: its neurons' outputs cannot be read here: weights offloaded, quantised or "
-                "sharded, or experts without a gate or with their own norm. Load it whole and unquantised."
+                f"{site.name}: its neurons' outputs cannot be read here: weights offloaded, "
+                "quantised or sharded, or experts without a gate or with their own norm. Load it "
+                "whole and unquantised."
             )
     return sites
 

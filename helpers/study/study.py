@@ -61,7 +61,8 @@ class Study:
     rows [I] hold the columns of HexaInst and `fold`, the part of the data (see corpus.folds) that a
     row is chosen or measured on. `half`, `category`, `measured` and `take` give the Study of fewer
     rows: it shares the models, and its counts and answers are those rows' of the whole. What was
-    read or computed is remembered until `close`. (Ours.)
+    read or computed is remembered until `close`. In memory are the models that `model` was asked
+    for, and at most one more: the one that was last needed to fill a file. (Ours.)
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Study:
             raise UserError(f"profile {profile.name}: there are no rows. Check its data set.")
         self.profile, self.pair, self.rows = profile, pair, rows.reset_index(drop=True)
         self.whole, self.places = self, np.arange(len(rows))
-        self._models, self._remembered = {} if models is None else models, {}
+        self._models, self._spare, self._remembered = {} if models is None else models, {}, {}
 
     @classmethod
     def of(cls, profile: Profile, pair: Pair, rows: pd.DataFrame | None = None) -> "Study":
@@ -134,8 +135,8 @@ class Study:
         missing = set(self.rows["category"]) - set(self.rows["category"][here])
         if name not in self.halves or missing:
             raise NotTestable(
-                f"half {name!r} of {self.halves} has no row of {sorted(missing)}: nothing can be chosen "
-                "or measured there. Add rows, or leave these categories out of the data set."
+                f"half {name!r} of {self.halves} has no row of {sorted(missing)}: nothing can be "
+                "chosen or measured there. Add rows, or leave these categories out of the data set."
             )
         return self.once(("half", name), lambda: self.take(here))
 
@@ -143,8 +144,8 @@ class Study:
         """The half that has no part in `name`. Raises NotTestable if there is one half only."""
         if len(self.halves) != 2 or name not in self.halves:
             raise NotTestable(
-                f"{self.name}: the halves are {self.halves}, so there is none beside {name!r}: what is "
-                "chosen on one cannot be measured on another. Add rows: two of each category at least."
+                f"{self.name}: the halves are {self.halves}, none beside {name!r}: what is chosen "
+                "on one cannot be measured on another. Add rows: two of each category at least."
             )
         return self.halves[1 - self.halves.index(name)]
 
@@ -153,7 +154,7 @@ class Study:
         return self.take((self.rows["category"] == name).to_numpy())
 
     def measured(self) -> "Study":
-        """The first `ablation_rows` (of the profile) rows of each category: ablations read these."""
+        """The first `ablation_rows` rows of each category: what ablations are measured on."""
         first = self.rows.groupby("category").cumcount() < self.profile.ablation_rows
         return self.once("measured", lambda: self.take(first.to_numpy()))
 
@@ -168,12 +169,35 @@ class Study:
     def model(self, variant: str = "tuned"):
         """(model, tokenizer), loaded on first use and shared until `close`; see `open_model`."""
         if variant not in self._models:
-            self._models[variant] = open_model(self.pair, variant, self.profile.seed)
+            self._models[variant] = self._at_hand(variant)
+            self._spare.clear()
         return self._models[variant]
 
+    def reader(self, variant: str = "tuned"):
+        """As `model`, to make what is kept on disk: let go when another one is needed for that.
+
+        Raises UserError while an ablation of it is open.
+        """
+        loaded = self._at_hand(variant)
+        if loaded[0]._forward_hooks:
+            raise UserError(
+                f"{self.name} {variant}: an intervention is open, and what is kept on disk is the "
+                "intact model's. Ask for it before, or use `generate` for an ablated one's answers."
+            )
+        return loaded
+
+    def _at_hand(self, variant):
+        if variant in self._models:
+            return self._models[variant]
+        if variant not in self._spare:
+            self._spare.clear()  # before the next one takes its place
+            self._spare[variant] = open_model(self.pair, variant, self.profile.seed)
+        return self._spare[variant]
+
     def close(self) -> None:
-        """Forget the models and what was remembered; all that is on disk comes back when asked for."""
+        """Forget the models and what was remembered; what is on disk comes back when asked for."""
         self._models.clear()
+        self._spare.clear()
         self._remembered.clear()
         self.whole._remembered.clear()
 
@@ -185,7 +209,7 @@ class Study:
 
     def encoded(self, positions: str = "prompt", variant: str = "tuned") -> list[Encoded]:
         """What `variant` reads of each row, and which tokens count; see `encode_rows`."""
-        tokenizer = self.model(variant)[1]
+        tokenizer = self._at_hand(variant)[1]
         answers = self.answer_ids(variant) if positions == "generated" else None
         return encode_rows(tokenizer, self.rows, self.profile.template, positions, answers)
 
@@ -195,9 +219,9 @@ class Study:
         """Counts of one model at one kind of positions, of these rows; from disk, else counted.
 
         variant    "base", "tuned" or a twin (see `open_model`)
-        positions  "prompt", "prompt-even", "prompt-odd", "response" or "generated" (see `encode_rows`)
-        Files: data/results/<profile>/<pair>/<variant>/<positions>/. Raises RecordMismatch if those in
-        place were made under other settings, from other weights or other rows. (Paper, sec.
+        positions  "prompt", "prompt-even", "prompt-odd", "response" or "generated" (`encode_rows`)
+        Files: data/results/<profile>/<pair>/<variant>/<positions>/. Raises RecordMismatch if those
+        in place were made under other settings, from other weights or other rows. (Paper, sec.
         counting; disk and processes: ours.)
         """
         whole = self.whole.once(
@@ -231,19 +255,18 @@ class Study:
         return Shards(folder, self.settings(variant, positions), len(self.rows), SHARD)
 
     def _fill(self, shards, variant, positions):
-        own = variant in self._models
-        if counting.processes()[1] == 1 and self.profile.processes > 1 and not own:
-            return counting.launch(self._job(variant, positions), self.profile.processes)
+        several = self.profile.processes > 1 and variant not in self._models
+        if several and counting.processes()[1] == 1:
+            counting.launch(self._job(variant, positions), self.profile.processes)
+            return
         torch.set_num_threads(self.profile.threads)
         counting.fill(
             shards,
-            lambda: self._pristine(variant)[0],
+            lambda: self.reader(variant)[0],
             lambda rows: self.take(list(rows)).encoded(positions, variant),
             self.profile.batch_size,
             f"{self.name} {variant} {positions}",
         )
-        if variant.startswith("twin") and not own:
-            self._models.pop(variant, None)  # nothing else is asked of a twin
 
     def settings(self, variant: str = "tuned", positions: str = "prompt") -> dict:
         """All that decides a count, as the shards' record keeps it; no model is loaded for it."""
@@ -267,7 +290,11 @@ class Study:
         }
 
     def _budget(self):
-        return {"most": self.profile.max_new_tokens, **SHORT}
+        return {
+            "most": self.profile.max_new_tokens,
+            "checkers": self.digest("checkers"),
+            **SHORT,
+        }
 
     def checkpoint(self, variant: str = "tuned") -> dict:
         """What a variant was loaded from: {"ref", "commit", "weights": a digest of its files}."""
@@ -281,23 +308,23 @@ class Study:
 
     def digest(self, what: str = "prompt") -> str:
         """A digest of the rows: of each one's text ("prompt"), with its reference ("response"), or
-        with that, its id and its fold ("rows").
+        with that, its id and its fold ("rows"); of the names of their "checkers".
         """
         of_row = {
             "prompt": lambda row: [text(row), ""],
             "response": lambda row: [text(row), row["reference"]],
             "rows": lambda row: [row["id"], text(row), row["reference"], row["fold"]],
+            "checkers": lambda row: row["checker"]["name"],
         }[what]
         return self.once(
             ("digest", what), lambda: digest([of_row(row) for row in self.rows.to_dict("records")])
         )
 
     def answers(self, variant: str = "tuned") -> list[str]:
-        """Greedy answers of the intact model to these rows, in their order; from disk, else generated
-        and kept. See `answer_ids`.
+        """Greedy answers of the intact model to these rows, in their order; from disk, else
+        generated and kept. See `answer_ids`.
         """
-        ids = self.answer_ids(variant)
-        return spoken(self.model(variant)[1], ids)
+        return [answer for _, answer in self._answers(variant)]
 
     def answer_ids(self, variant: str = "tuned") -> list[list[int]]:
         """The same as token ids, without the end-of-sequence token.
@@ -306,14 +333,19 @@ class Study:
         each with its record; an interrupted run goes on where it was. Only the files that these
         rows stand in are computed. Raises RecordMismatch as `counts` does. (Ours.)
         """
+        return [ids for ids, _ in self._answers(variant)]
+
+    def _answers(self, variant):
+        """[(token ids, answer)] of these rows."""
         whole, found = self.whole, {}
         needed = sorted({int(place) // SHARD for place in self.places})
         label = f"{self.name} {variant} answers"
         for k in tqdm(needed, label, delay=5, leave=False, unit=f" x {SHARD} instructions"):
-            found[k] = whole.once(("answers", variant, k), lambda k=k: whole._answers(variant, k))
+            found[k] = whole.once(("answers", variant, k), lambda k=k: whole._answered(variant, k))
         return [found[place // SHARD][place % SHARD] for place in self.places.tolist()]
 
-    def _answers(self, variant, k):
+    def _answered(self, variant, k):
+        """[(token ids, answer)] of one file."""
         rows = self.take(np.arange(k * SHARD, min((k + 1) * SHARD, len(self.rows))))
         want = self.settings(variant, "generated") | {"positions": "answers"}
         want["rows"] = [int(rows.places[0]), int(rows.places[-1]) + 1]
@@ -321,16 +353,17 @@ class Study:
 
         def generate():
             torch.set_num_threads(self.profile.threads)
-            ids = answer_ids(*self._pristine(variant), rows.rows, *self._speech())
+            model, tokenizer = self.reader(variant)
+            ids = answer_ids(model, tokenizer, rows.rows, *self._speech())
             arrays = {
                 "ids": np.array([token for one in ids for token in one], np.int32),
                 "lengths": np.array([len(one) for one in ids], np.int32),
             }
-            return arrays, {"made_with": versions()}
+            return arrays, {"answers": spoken(tokenizer, ids), "made_with": versions()}
 
-        arrays, _ = cached(folder / f"answers-{k:05d}.safetensors", want, generate)
-        ends = np.cumsum(arrays["lengths"])[:-1]
-        return [part.tolist() for part in np.split(arrays["ids"], ends)]
+        arrays, record = cached(folder / f"answers-{k:05d}.safetensors", want, generate)
+        ids = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
+        return list(zip((part.tolist() for part in ids), record["answers"], strict=True))
 
     def generate(self, variant: str = "tuned") -> list[str]:
         """Greedy answers of the model as it is now, ablated or not; nothing is kept."""
@@ -338,16 +371,6 @@ class Study:
 
     def _speech(self):
         return self.profile.template, self.profile.batch_size, self.profile.max_new_tokens
-
-    def _pristine(self, variant):
-        """The model for what is kept on disk: not while an ablation is open."""
-        loaded = self.model(variant)
-        if loaded[0]._forward_hooks:
-            raise UserError(
-                f"{self.name} {variant}: an intervention is open, and what is kept on disk is the intact "
-                "model's. Ask for it before, or use `generate` for an ablated model's answers."
-            )
-        return loaded
 
     # ---- other processes
 
