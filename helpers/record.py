@@ -179,6 +179,20 @@ def read_tensors(path, expect: dict | None = None) -> tuple[dict[str, np.ndarray
         ) from error
 
 
+def cached(path, want: dict, compute) -> tuple[dict[str, np.ndarray], dict]:
+    """(arrays, record) of `path`: what is there if its record matches `want`, else what
+    `compute()` -> (arrays, found) gives, written with the record `found` and `want`.
+
+    A missing or damaged file is computed again; one made under other settings raises RecordMismatch.
+    """
+    try:
+        return read_tensors(path, want)
+    except DamagedFile:
+        arrays, found = compute()
+    write_tensors(path, arrays, found | want)
+    return arrays, read_json(Path(path).with_suffix(".json"))
+
+
 def verify(record: dict, expect: dict, where) -> None:
     """Raise RecordMismatch unless every key of `expect` stands in `record` with the same value;
     names what differs.

@@ -9,8 +9,14 @@ stand neurons that are always on and write nothing.
 import pandas as pd
 import torch
 
+from helpers.capture.count import count
+from helpers.config import Pair, Profile
+from helpers.hexainst.corpus import texts
 from helpers.hexainst.schema import CATEGORIES
+from helpers.study.study import Study
 from tests import zoo
+
+TEMPLATE = "say: {instruction}\n"
 
 FIRST, SECOND = "abcdef", "uvwxyz"
 ALWAYS_ON, LAYER = range(40, 48), 1
@@ -67,3 +73,14 @@ def rows(per_half: int = 8) -> pd.DataFrame:
             for i in range(per_half)
         ]
     )
+
+
+def study(data=None, **settings) -> Study:
+    """The planted model as the tuned one of a pair, its prompts counted; nothing is on disk."""
+    data, loaded = rows() if data is None else data, (model(), zoo.tokenizer())
+    pair = Pair("pair", "none", "none")
+    profile = Profile("planted", "none", (pair,), template=TEMPLATE, batch_size=16, **settings)
+    made = Study(profile, pair, data, {"tuned": loaded})
+    counts = count(*loaded, texts(data), template=TEMPLATE)
+    made.once(("counts", "tuned", "prompt"), lambda: counts)
+    return made

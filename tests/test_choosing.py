@@ -1,62 +1,49 @@
 """Scores against a model whose critical neurons are known; controls against what they promise."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
-from helpers.capture.count import count
 from helpers.capture.counts import Counts
-from helpers.hexainst.corpus import text
 from helpers.hexainst.schema import CATEGORIES
-from helpers.record import UserError
+from helpers.record import NotTestable, UserError
 from helpers.study.ablation import draws_of, measure, spared
 from helpers.study.scores import SCORES, Standing, sets_of, standing
 from tests import planted, zoo
 
 torch.set_num_threads(1)
-PROFILE = SimpleNamespace(template="say: {instruction}\n", batch_size=16, seed=0)
 CAUSAL = ("attribution", "contribution", "contribution-response")
 
 
 @pytest.fixture(scope="module")
 def world():
-    rows, loaded = planted.rows(), (planted.model(), zoo.tokenizer())
-    counts = count(
-        *loaded, [text(row) for row in rows.to_dict("records")], template=PROFILE.template
-    )
-    return rows, loaded, counts, standing(PROFILE, rows, counts, loaded, "A", SCORES)
+    study = planted.study()
+    return study, standing(study.half("A"), SCORES)
 
 
 @pytest.mark.parametrize("score", CAUSAL)
 def test_scores_of_what_a_neuron_does_rank_the_planted_one_first(world, score):
     for c, category in enumerate(CATEGORIES):
-        assert world[3].scores[score][c].argmax() == planted.CIRCUIT[category]
+        assert world[1].scores[score][c].argmax() == planted.CIRCUIT[category]
 
 
 def test_frequency_misses_the_planted_neurons_for_those_that_are_always_on(world):
-    sets = sets_of(world[3], "frequency", 0.05)
+    sets = sets_of(world[1], "frequency", 0.05)
     silent = {layer * zoo.N + n for layer in range(zoo.LAYERS) for n in planted.ALWAYS_ON}
     for members in sets:
         assert set(np.flatnonzero(members)) <= silent
         assert members.sum() == 12
-    assert (world[3].rate[:, sorted(silent)] == 1).all()
+    assert (world[1].rate[:, sorted(silent)] == 1).all()
 
 
 def test_losing_the_planted_set_hurts_its_category_alone_and_losing_the_frequent_one_hurts_none(
     world,
 ):
-    rows, loaded, counts, ranked = world
-    here = rows[rows["fold"] == "B"].reset_index(drop=True)
+    study, ranked = world
+    here = study.half("B")
     for score in ("contribution", "frequency"):
-        own = {
-            c: counts.mask("neurons", s)
-            for c, s in zip(CATEGORIES, sets_of(ranked, score, 1 / 240), strict=True)
-        }
-        found = measure(
-            loaded, PROFILE, here, own, {"random": {c: [m] for c, m in own.items()}}, everywhere=1
-        )
+        own = here.masks(sets_of(ranked, score, 1 / 240))
+        found = measure(here, own, {"random": {c: [m] for c, m in own.items()}}, everywhere=1)
         means = np.stack([found["own"][found["labels"] == c].mean(0) for c in range(6)])
         if score == "contribution":
             assert means.diagonal().min() > 1
@@ -64,7 +51,9 @@ def test_losing_the_planted_set_hurts_its_category_alone_and_losing_the_frequent
         else:
             assert abs(means).max() < 1e-6
         assert np.allclose(
-            found["random"][:, 0], found["own"][np.arange(len(here)), found["labels"]], atol=1e-6
+            found["random"][:, 0],
+            found["own"][np.arange(len(here.rows)), found["labels"]],
+            atol=1e-6,
         )
         assert np.allclose(found["everywhere"][:, 0], found["own"], atol=1e-6)
 
@@ -135,14 +124,14 @@ def test_a_set_of_more_than_half_a_layer_has_no_matched_controls():
     assert set(draws_of(ranked, counts, sets, 2, 0, "name")[0]) == {"random"}
 
 
-def test_sparing_takes_the_union_without_the_general_ones_and_leaves_the_set_or_as_many_of_its_layers():
+def test_sparing_takes_the_union_without_the_general_ones_and_leaves_the_set_or_as_many():
     counts, ranked = fake()
     sets = sets_of(ranked, "frequency", 0.2)
     sets[:, 7] = True
     pool = sets.any(0) & ~sets.all(0)
     masks = spared(counts, sets, 4, np.random.default_rng(0))
-    for c, category in enumerate(CATEGORIES):
-        flat = {kind: [mask["dense"].ravel() for mask in masks[kind][category]] for kind in masks}
+    for c in range(len(CATEGORIES)):
+        flat = {kind: [mask["dense"].ravel() for mask in masks[kind][c]] for kind in masks}
         assert (flat["none spared"][0] == pool).all()
         assert (flat["own spared"][0] == pool & ~sets[c]).all()
         assert len(flat["random spared"]) == 4
@@ -154,4 +143,30 @@ def test_sparing_takes_the_union_without_the_general_ones_and_leaves_the_set_or_
 
 def test_an_unknown_score_is_refused(world):
     with pytest.raises(UserError, match="luck"):
-        standing(PROFILE, *world[:1], world[2], world[1], "A", ("luck",))
+        standing(world[0].half("A"), ("luck",))
+
+
+def test_a_score_is_computed_once_for_each_half(world, monkeypatch):
+    study, ranked = world
+    monkeypatch.setattr("helpers.study.scores.contribution", None)
+    again = standing(study.half("A"), SCORES)
+    assert all((again.scores[score] == ranked.scores[score]).all() for score in SCORES)
+
+
+def test_nothing_is_chosen_on_the_rows_it_is_measured_on(world):
+    """Oracle: the study of the half's rows alone, which never saw the others."""
+    alone = planted.study(world[0].half("A").rows)
+    found = standing(alone, SCORES)
+    for score in SCORES:
+        np.testing.assert_allclose(found.scores[score], world[1].scores[score], atol=1e-6)
+
+
+def test_one_fold_or_a_category_that_one_lacks_is_not_testable(world):
+    rows = world[0].rows
+    one = planted.study(rows[rows["fold"] == "A"])
+    with pytest.raises(NotTestable, match="none beside 'A'"):
+        one.other("A")
+    uneven = planted.study(rows[(rows["fold"] == "A") | (rows["category"] != "SUM")])
+    assert uneven.half("A").labels.max() == 5
+    with pytest.raises(NotTestable, match=r"no row of \['SUM'\]"):
+        uneven.half("B")

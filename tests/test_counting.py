@@ -14,17 +14,23 @@ import torch
 import zoo
 from test_counter import differing
 
+from helpers import record
 from helpers.capture.count import count, count_activations, flips
 from helpers.capture.counter import watching
+from helpers.capture.interventions import ablate
 from helpers.capture.loading import load_model
 from helpers.capture.tokens import encode
 from helpers.config import Pair, Profile
+from helpers.hexainst import corpus
 from helpers.paths import MODELS, results_dir
 from helpers.record import DamagedFile, RecordMismatch, UserError
 from helpers.run import __main__ as command
-from helpers.study import counting as room
+from helpers.study import answers as answers_room
+from helpers.study import counting
+from helpers.study import study as room
 from helpers.study.answers import continuations
-from helpers.study.counting import capture, capture_shards, open_model, twin_names
+from helpers.study.counting import twin_names
+from helpers.study.study import Study
 
 TEXTS = [
     "add 1 and 2.",
@@ -35,7 +41,12 @@ TEXTS = [
 ]
 ROWS = pd.DataFrame(
     [
-        {"instruction": t, "input": "" if i % 2 else f"no {i}.", "reference": f"it is {i}"}
+        {
+            "instruction": t,
+            "input": "" if i % 2 else f"no {i}.",
+            "reference": f"it is {i}",
+            "checker": {"name": "exact", "answer": f"it is {i}"},
+        }
         for i, t in enumerate(TEXTS * 2)
     ]
 )
@@ -56,6 +67,11 @@ def setting(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "SHARD", 3)
     pair = Pair("pair", str(checkpoint), str(checkpoint))
     return Profile("test", "none", (pair,), batch_size=2, max_new_tokens=5), pair
+
+
+def capture(profile, pair, variant, positions, rows):
+    """The counts of a study made anew: nothing of it is in memory."""
+    return Study(profile, pair, rows).counts(variant, positions)
 
 
 def by_hand(model, tokenizer, text):
@@ -153,7 +169,7 @@ def test_a_model_split_over_memory_and_disk_gives_the_same_counts(checkpoint):
 # --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positions", room.POSITIONS)
+@pytest.mark.parametrize("positions", counting.POSITIONS)
 def test_capture_keeps_what_count_gives_and_reuses_it(setting, positions, tmp_path, monkeypatch):
     profile, pair = setting
     model, tokenizer = load_model(pair.base)
@@ -298,19 +314,15 @@ def test_a_model_is_opened_only_if_something_is_missing_and_several_processes_op
     setting, monkeypatch
 ):
     profile, pair = setting
-    opened = []
-
-    def opener():
-        opened.append(1)
-        return open_model(pair, "base")
-
+    opened, open_model = [], room.open_model
+    monkeypatch.setattr(room, "open_model", lambda *a: opened.append(a[1]) or open_model(*a))
     for _ in range(2):
-        capture(profile, pair, "base", "prompt", ROWS, opener)
-    assert opened == [1]
-    monkeypatch.setattr(room, "_launch", lambda *job: opened.append(job[2]))
+        capture(profile, pair, "base", "prompt", ROWS)
+    assert opened == ["base"]
+    monkeypatch.setattr(counting, "launch", lambda job, n: opened.append((job["variant"], n)))
     with pytest.raises(DamagedFile):  # nobody counted anything
-        capture(dataclasses.replace(profile, processes=2), pair, "tuned", "prompt", ROWS, opener)
-    assert opened == [1, "tuned"]
+        capture(dataclasses.replace(profile, processes=2), pair, "tuned", "prompt", ROWS)
+    assert opened == ["base", ("tuned", 2)]
 
 
 @pytest.mark.parametrize(
@@ -330,7 +342,7 @@ def test_what_cannot_be_captured_is_one_clear_error(setting, variant, positions,
 
 def test_a_generation_that_ends_at_once_has_no_tokens(setting, monkeypatch):
     monkeypatch.setattr(
-        room, "continuations", lambda model, encoded, **options: [[] for _ in encoded]
+        answers_room, "continuations", lambda model, encoded, **options: [[] for _ in encoded]
     )
     counts = capture(*setting, "base", "generated", ROWS)
     assert not counts.tokens.any()
@@ -340,7 +352,7 @@ def test_a_generation_that_ends_at_once_has_no_tokens(setting, monkeypatch):
 def test_flips_counts_the_cells_that_batching_moved():
     model = zoo.build("llama")
     encoded = encode(zoo.tokenizer(), TEXTS)
-    counts = room.count_encoded(model, encoded)
+    counts = counting.count_encoded(model, encoded)
     assert flips(model, encoded[:2], counts) == {
         "cells": 2 * (3 * zoo.N + 1),
         "differ": 0,
@@ -380,7 +392,7 @@ def profile_of_two(tmp_path):
 def test_two_processes_leave_the_same_bytes_as_one(profile_of_two, tmp_path, monkeypatch):
     profile, pair = profile_of_two
     rows = pd.concat([ROWS] * 20, ignore_index=True)  # two shards of 128, 72
-    capture_shards(profile, pair, "base", "prompt", rows)
+    Study(profile, pair, rows).shards("base")
     two = {
         p.name: p.read_bytes() for p in (results_dir(profile.name) / "pair/base/prompt").iterdir()
     }
@@ -405,7 +417,9 @@ def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
         "load_profile",
         lambda name: dataclasses.replace(setting[0], name=name, processes=2),
     )
-    monkeypatch.setattr(command.schema, "load_hexainst", lambda dataset: ROWS)
+    monkeypatch.setattr(
+        command.schema, "load_hexainst", lambda dataset: ROWS.assign(half="ai", category="CLS")
+    )
     assert command.main(["count", "--profile", "mine", "--variants", "tuned"]) == 0
     assert sorted(p.name for p in (tmp_path / "mine/pair/tuned").iterdir()) == [
         "prompt",
@@ -418,3 +432,126 @@ def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
     with pytest.raises(SystemExit, match="2"):
         command.main(["count", "--profile", "tiny", "--positions", "all"])
     assert "invalid choice: 'all'" in capsys.readouterr().err
+
+
+# ---- a study: fewer rows, answers, models
+# ---------------------------------------------------------------------------------------------
+
+
+def named(rows=ROWS):
+    """Rows of two categories in two folds."""
+    return rows.assign(id=range(len(rows)), category=list("ab") * 5, fold=["x"] * 6 + ["y"] * 4)
+
+
+def test_a_half_has_the_counts_answers_and_codes_of_its_own_rows(setting):
+    study = Study(*setting, named())
+    half = study.half("y")
+    assert (study.halves, study.other("x"), study.categories) == (("x", "y"), "y", ("a", "b"))
+    assert study.half("y") is half
+    assert half.labels.tolist() == [0, 1, 0, 1]
+    assert half.category("b").labels.tolist() == [1, 1]
+    assert half.rows["id"].tolist() == half.places.tolist() == [6, 7, 8, 9]
+    assert half.category("b").take([1]).rows["id"].tolist() == [9]
+    for counts, part in (
+        (study.counts(), half.counts()),
+        (study.counts("base", "response"), half.counts("base", "response")),
+    ):
+        for name, array in counts.arrays().items():
+            assert (part.arrays()[name] == array[6:]).all()
+    assert half.answers() == study.answers()[6:]
+    few = Study(dataclasses.replace(setting[0], ablation_rows=2), setting[1], named())
+    assert few.half("x").measured().rows["id"].tolist() == [0, 1, 2, 3]
+
+
+def test_answers_are_those_of_each_row_alone_and_kept(setting, tmp_path, monkeypatch):
+    profile, pair = setting
+    model, tokenizer = load_model(pair.tuned)
+    study = Study(profile, pair, named())
+    alone = [
+        continuations(
+            model,
+            encode(tokenizer, [corpus.text(row)], template=profile.template),
+            max_new_tokens=5,
+        )[0]
+        for row in ROWS.to_dict("records")
+    ]
+    files = tmp_path / "test/pair/tuned/answers"
+    assert study.take([4]).answer_ids() == [alone[4]]
+    assert [path.name for path in files.glob("*.safetensors")] == ["answers-00001.safetensors"]
+    assert study.answer_ids() == alone
+    assert study.answers() == study.generate()
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    assert len(before) == 2 * 4
+    next(iter(before)).write_bytes(b"half")
+    monkeypatch.setattr(
+        room, "answer_ids", lambda *args, own=room.answer_ids: calls.append(1) or own(*args)
+    )
+    calls = []
+    assert Study(profile, pair, named()).answer_ids() == alone
+    assert len(calls) == 1
+    assert {path: path.read_bytes() for path in files.iterdir()} == before
+    for change in ({"max_new_tokens": 6}, {"template": "{instruction} "}):
+        with pytest.raises(RecordMismatch, match=f"made with {next(iter(change))}"):
+            Study(dataclasses.replace(profile, **change), pair, named()).answers()
+    with pytest.raises(RecordMismatch, match="made with data"):
+        Study(profile, pair, named()[::-1]).answers()
+
+
+def test_nothing_of_an_ablated_model_is_kept(setting, tmp_path):
+    study = Study(*setting, named())
+    model, intact = study.model()[0], study.generate()
+    family = study.counts().family("neurons")
+    mask = {family: np.ones_like(study.counts().neurons[family][0], bool)}
+    with ablate(model, mask, "zero"):
+        assert study.generate() != intact
+        for ask in (study.answers, lambda: study.counts("tuned", "response")):
+            with pytest.raises(UserError, match="an intervention is open"):
+                ask()
+    assert not (tmp_path / "test/pair/tuned/answers").exists()
+    assert study.answers() == intact
+
+
+def test_a_model_is_loaded_once_and_let_go(setting, monkeypatch):
+    study, opened = Study(*setting, named()), []
+    monkeypatch.setattr(
+        room, "open_model", lambda *a, own=room.open_model: opened.append(a[1]) or own(*a)
+    )
+    assert study.half("x").model() is study.model() is study.half("y").model()
+    study.counts("twin")
+    study.counts("twin-1")
+    study.answers("twin-1")
+    assert opened == ["tuned", "twin", "twin-1"]
+    assert (list(study._models), list(study._spare)) == (["tuned"], ["twin-1"])
+    study.close()
+    assert not study._models | study._spare
+    study.half("x").model()
+    assert opened == ["tuned", "twin", "twin-1", "tuned"]
+
+
+def test_files_are_hashed_once(setting, monkeypatch):
+    Study(*setting, named()).counts()
+    hashed = []
+    monkeypatch.setattr(
+        record, "sha256", lambda path, own=record.sha256: hashed.append(path) or own(path)
+    )
+    study = Study(*setting, named())
+    for _ in range(2):
+        study.counts()
+        study.half("x").counts()
+    assert sorted(path.name for path in hashed) == [f"counts-0000{k}.safetensors" for k in range(4)]
+
+
+def test_a_study_without_a_base_has_the_tuned_model_and_its_twins(setting):
+    profile, pair = setting
+    study = Study(profile, dataclasses.replace(pair, base=None), named())
+    assert (study.variants, study.has_base) == (("tuned",), False)
+    assert (Study(profile, pair, named()).variants) == ("base", "tuned")
+    assert differing(study.counts(), study.counts("twin")) > 100
+    with pytest.raises(UserError, match="pair pair has no base model"):
+        study.counts("base")
+
+
+def test_units_are_those_that_the_model_has(setting):
+    study = Study(*setting, named())
+    sparse = study.counts().routed is not None
+    assert study.units == (("neurons", "shared", "experts") if sparse else ("neurons",))

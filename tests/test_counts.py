@@ -18,7 +18,8 @@ from helpers.capture.counts import Counts, Shards
 from helpers.config import Pair, Profile
 from helpers.paths import ROOT
 from helpers.record import DamagedFile, RecordMismatch, UserError
-from helpers.study import counting as room
+from helpers.study import study as room
+from helpers.study.study import Study
 
 
 def made(first, last) -> Counts:
@@ -195,19 +196,19 @@ def test_a_full_disk_leaves_only_whole_shards(shards, monkeypatch):
 
 def run(checkpoint, folder, pause=0.0, patch=setattr):
     """Capture twelve instructions, three to a shard; `pause` seconds before each shard."""
-    encode = room.encode
+    encode = room.encode_rows
     patch(room, "counts_dir", lambda *names: Path(folder))
     patch(room, "SHARD", 3)
     patch(
         room,
-        "encode",
+        "encode_rows",
         lambda *args, **options: (time.sleep(float(pause)), encode(*args, **options))[1],
     )
     rows = pd.DataFrame(
         [{"instruction": f"add {i} and {2 * i}.", "input": "", "reference": "x"} for i in range(12)]
     )
     pair = Pair("pair", str(checkpoint), str(checkpoint))
-    room.capture(Profile("test", "none", (pair,), batch_size=2), pair, "base", "prompt", rows)
+    Study(Profile("test", "none", (pair,), batch_size=2), pair, rows).counts("base")
 
 
 def test_a_killed_run_keeps_its_shards_and_ends_with_the_same_bytes(tmp_path, monkeypatch):

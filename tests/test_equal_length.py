@@ -17,6 +17,7 @@ from helpers.capture.tokens import Encoded, encode
 from helpers.config import Pair, Profile
 from helpers.record import NotTestable, RecordMismatch, UserError
 from helpers.study import equal_length as room
+from helpers.study import study as study_room
 from helpers.study.equal_length import (
     cut,
     draw,
@@ -26,6 +27,7 @@ from helpers.study.equal_length import (
     places,
     similarities,
 )
+from helpers.study.study import Study
 
 TEXTS = [
     "add 1 and 2.",
@@ -124,21 +126,15 @@ def setting(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "SHARD", 4)
     pair = Pair("pair", str(folder), str(folder))
     rows = pd.DataFrame([{"instruction": t, "input": "", "reference": "x"} for t in TEXTS * 2])
-    return (
-        Profile("test", "none", (pair,), batch_size=2, draws=DRAWS, epsilon=0.2),
-        pair,
-        rows,
-        tmp_path,
-    )
+    profile = Profile("test", "none", (pair,), batch_size=2, draws=DRAWS, epsilon=0.2)
+    return Study(profile, pair, rows), tmp_path
 
 
 def test_sets_on_disk_are_those_of_the_counts_and_an_interrupted_run_goes_on(setting, monkeypatch):
-    profile, pair, rows, folder = setting
-    drawn = draw(profile, pair, "tuned", rows, SIZE)
-    opened = room.open_model(pair, "tuned")
-    row, units, routed = collected(
-        opened[0], encode(opened[1], list(rows["instruction"]), template=profile.template)
-    )
+    study, folder = setting
+    profile, texts = study.profile, list(study.rows["instruction"])
+    drawn, opened = draw(study, "tuned", SIZE), study.model()
+    row, units, routed = collected(opened[0], encode(opened[1], texts, template=profile.template))
     assert (drawn.rows == row).all()
     assert (drawn.routed == routed).all()
     for unit, counts in units.items():
@@ -147,22 +143,26 @@ def test_sets_on_disk_are_those_of_the_counts_and_an_interrupted_run_goes_on(set
         assert np.allclose(drawn.total[unit], counts.sum((0, 1)))
         assert np.allclose(drawn.level[unit] * SIZE, counts.mean((1, 2)))
     next(folder.glob("test/pair/tuned/drawn-6/drawn-00001.safetensors")).unlink()
-    again = draw(profile, pair, "tuned", rows, SIZE)
+    again = draw(study, "tuned", SIZE)
     assert all((again.sets[u][r] == drawn.sets[u][r]).all() for u in drawn.sets for r in room.RULES)
-    monkeypatch.setattr(room, "open_model", None)  # all shards are there: no model is opened
-    draw(profile, pair, "tuned", rows, SIZE)
+    study.close()
+    monkeypatch.setattr(study_room, "open_model", None)  # all shards are there: no model is opened
+    draw(study, "tuned", SIZE)
+    other = dataclasses.replace(profile, epsilon=0.1)
     with pytest.raises(RecordMismatch, match="epsilon"):
-        draw(dataclasses.replace(profile, epsilon=0.1), pair, "tuned", rows, SIZE)
+        draw(Study(other, study.pair, study.rows), "tuned", SIZE)
+    with pytest.raises(UserError, match="draws are those of the whole"):
+        draw(study.take([0, 1]), "tuned", SIZE)
 
 
 def test_nulls_at_equal_length(setting):
-    profile, pair, rows, _ = setting
-    drawn = draw(profile, pair, "tuned", rows, SIZE)
+    study, _ = setting
+    drawn = draw(study, "tuned", SIZE)
     assert len(list(similarities(drawn, "neurons"))) == DRAWS
-    expected = null_similarity(drawn, "neurons", profile.epsilon)
+    expected = null_similarity(drawn, "neurons", study.profile.epsilon)
     assert expected.shape == (len(drawn.rows),) * 2
     assert np.isfinite(expected).all()
-    constant = null_similarity(drawn, "experts", profile.epsilon)
+    constant = null_similarity(drawn, "experts", study.profile.epsilon)
     routed = drawn.routed[:, 0]
     redrawn = nulls.redraw_routing(routed, np.full(len(routed), SIZE), 1)
     assert constant.shape == ()
@@ -170,8 +170,8 @@ def test_nulls_at_equal_length(setting):
 
 
 def test_too_short_instructions_are_not_testable(setting):
-    profile, pair, rows, _ = setting
+    study, _ = setting
     with pytest.raises(NotTestable, match="200 counted tokens"):
-        draw(profile, pair, "tuned", rows, 200)
+        draw(study, "tuned", 200)
     with pytest.raises(UserError, match="1 to 255"):
-        draw(profile, pair, "tuned", rows, 300)
+        draw(study, "tuned", 300)

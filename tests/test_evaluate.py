@@ -10,15 +10,20 @@ import pytest
 import torch
 
 from helpers.capture.interventions import ablate
+from helpers.config import Pair
 from helpers.record import UserError
-from helpers.study.answers import greedy_answers
+from helpers.study.answers import SHORT, answer_ids, greedy_answers, new_tokens
 from helpers.study.evaluate import (
     ablation_matrix,
-    encode_references,
+    accuracy,
+    nll,
     plain_text_nll,
     reference_nll,
+    scored,
     task_scores,
 )
+from helpers.study.reading import encode_rows
+from helpers.study.study import Study
 from tests.test_interventions import hooks, neuron_mask
 from tests.zoo import ZOO, build, tokenizer
 
@@ -49,6 +54,14 @@ ROWS = pd.DataFrame(
 )
 
 
+SPEECH = (PROFILE.template, PROFILE.batch_size, PROFILE.max_new_tokens)
+
+
+def study_of(model, rows=ROWS):
+    """A model of the zoo as the tuned one of a pair."""
+    return Study(PROFILE, Pair("pair", "none", "none"), rows, {"tuned": (model, TOKENIZER)})
+
+
 def by_hand(model, row, eos=True):
     """The loss of one reference, one token after the other, in plain words."""
     prompt = PROFILE.template.format(
@@ -71,20 +84,22 @@ def test_reference_nll_equals_a_loop_by_hand_in_row_order(family):
     for eos in (True, False):
         expected = [by_hand(model, row, eos) for _, row in ROWS.iterrows()]
         for size in (1, 3, 32):
-            found = reference_nll(model, TOKENIZER, PROFILE, ROWS, batch_size=size, eos=eos)
+            at = "reference" if eos else "response"
+            found = nll(model, encode_rows(TOKENIZER, ROWS, PROFILE.template, at), size)
             assert found.dtype == np.float64
             np.testing.assert_allclose(found, expected, rtol=2e-6)
+        np.testing.assert_allclose(reference_nll(study_of(model), eos=eos), expected, rtol=2e-6)
 
 
 def test_only_the_references_tokens_and_the_end_are_counted():
-    encoded = encode_references(TOKENIZER, PROFILE, ROWS)
+    encoded = encode_rows(TOKENIZER, ROWS, PROFILE.template, "reference")
     for row, e in zip(ROWS.to_dict("records"), encoded, strict=True):
         counted = [i for i, c in zip(e.ids, e.counted, strict=True) if c]
         assert counted == [*TOKENIZER(row["reference"])["input_ids"], TOKENIZER.eos_token_id]
     bare = tokenizer()
     bare.eos_token = None
     with pytest.raises(UserError, match="no end-of-sequence"):
-        encode_references(bare, PROFILE, ROWS)
+        encode_rows(bare, ROWS, PROFILE.template, "reference")
 
 
 def test_plain_text_nll_equals_the_models_own_loss():
@@ -106,14 +121,14 @@ def test_plain_text_nll_equals_the_models_own_loss():
 def test_generation_in_batches_equals_one_by_one(family):
     model = build(family)
     model.generation_config.eos_token_id = None
-    alone = [greedy_answers(model, TOKENIZER, PROFILE, ROWS.iloc[[i]])[0] for i in range(len(ROWS))]
-    assert greedy_answers(model, TOKENIZER, PROFILE, ROWS) == alone
+    alone = [greedy_answers(model, TOKENIZER, ROWS.iloc[[i]], *SPEECH)[0] for i in range(len(ROWS))]
+    assert greedy_answers(model, TOKENIZER, ROWS, *SPEECH) == alone
     assert len(set(alone)) > 1
     mask = neuron_mask(model, 0.4)
     with ablate(model, mask, "zero"):
-        hit = greedy_answers(model, TOKENIZER, PROFILE, ROWS)
+        hit = greedy_answers(model, TOKENIZER, ROWS, *SPEECH)
     with ablate(model, mask, "zero", how="hook"):
-        assert hit == greedy_answers(model, TOKENIZER, PROFILE, ROWS) != alone
+        assert hit == greedy_answers(model, TOKENIZER, ROWS, *SPEECH) != alone
 
 
 def test_generation_is_greedy_step_by_step_and_ends_at_eos():
@@ -127,20 +142,20 @@ def test_generation_is_greedy_step_by_step_and_ends_at_eos():
         True,
     )  # must not leak in
     model.generation_config.eos_token_id = None
-    assert greedy_answers(model, TOKENIZER, PROFILE, row) == [
+    assert greedy_answers(model, TOKENIZER, row, *SPEECH) == [
         TOKENIZER.decode(wanted, skip_special_tokens=True).strip()
     ]
     model.generation_config.eos_token_id = wanted[3]
     first = wanted.index(wanted[3])
     ended = TOKENIZER.decode(wanted[:first], skip_special_tokens=True).strip()
-    assert greedy_answers(model, TOKENIZER, PROFILE, row) == [ended]
+    assert greedy_answers(model, TOKENIZER, row, *SPEECH) == [ended]
 
 
 def test_answers_lose_outer_space_and_special_tokens(monkeypatch):
     ids = [TOKENIZER.bos_token_id, *TOKENIZER(" go on\n")["input_ids"], TOKENIZER.pad_token_id]
     monkeypatch.setattr("helpers.study.answers.continuations", lambda *args, **options: [ids])
     spaced = TOKENIZER.decode(ids, skip_special_tokens=True)
-    assert greedy_answers(None, TOKENIZER, PROFILE, ROWS.iloc[[0]]) == [spaced.strip()] != [spaced]
+    assert greedy_answers(None, TOKENIZER, ROWS.iloc[[0]], *SPEECH) == [spaced.strip()] != [spaced]
 
 
 def test_task_scores_come_from_each_rows_own_checker():
@@ -154,22 +169,23 @@ def test_task_scores_come_from_each_rows_own_checker():
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
 def test_the_ablation_matrix_is_made_of_single_runs(family):
     model = build(family)
-    before = reference_nll(model, TOKENIZER, PROFILE, ROWS)
+    study = study_of(model)
+    before = reference_nll(study)
     masks = {
         "small": neuron_mask(model, 0.05),
         "large": neuron_mask(model, 0.5),
         "none": neuron_mask(model, 0),
     }
-    table = ablation_matrix(model, TOKENIZER, PROFILE, ROWS, masks, "zero")
+    table = ablation_matrix(study, masks, "zero")
     assert list(table.columns) == list(masks)
     assert list(table.index) == list(ROWS["id"])
     assert table.attrs["baseline"] == before.tolist()
     assert (table["none"] == 0).all()
     for name in ("small", "large"):
         with ablate(model, masks[name], "zero"):
-            assert (table[name] == reference_nll(model, TOKENIZER, PROFILE, ROWS) - before).all()
+            assert (table[name] == reference_nll(study) - before).all()
     assert table["large"].abs().mean() > table["small"].abs().mean() > 0
-    assert (reference_nll(model, TOKENIZER, PROFILE, ROWS) == before).all()
+    assert (reference_nll(study) == before).all()
     assert hooks(model) == 0
 
 
@@ -179,10 +195,10 @@ def test_a_set_without_any_effect_is_not_passed_over_in_silence():
     mask = {"dense": np.zeros((3, 80), bool)}
     mask["dense"][0, 3] = True
     with pytest.raises(RuntimeError, match="the set 'dead' changed the loss of none of 7 rows"):
-        ablation_matrix(model, TOKENIZER, PROFILE, ROWS, {"dead": mask}, "zero")
-    assert not ablation_matrix(
-        model, TOKENIZER, PROFILE, ROWS, {"dead": mask}, "zero", allow_inert=True
-    ).any(axis=None)
+        ablation_matrix(study_of(model), {"dead": mask}, "zero")
+    assert not ablation_matrix(study_of(model), {"dead": mask}, "zero", allow_inert=True).any(
+        axis=None
+    )
 
 
 def test_a_loss_that_is_no_number_does_not_pass_for_an_effect():
@@ -190,6 +206,38 @@ def test_a_loss_that_is_no_number_does_not_pass_for_an_effect():
     model = build("llama")
     model.lm_head.weight.data[3] = torch.nan
     with pytest.raises(RuntimeError, match="'all' made the loss of some row NaN"):
-        ablation_matrix(
-            model, TOKENIZER, PROFILE, ROWS, {"all": neuron_mask(model)}, "zero", allow_inert=True
-        )
+        ablation_matrix(study_of(model), {"all": neuron_mask(model)}, "zero", allow_inert=True)
+
+
+def test_a_row_of_a_short_checker_has_a_small_budget_and_the_others_the_profiles():
+    """Oracle: each row alone, with its budget given by hand."""
+    model = build("llama")
+    model.generation_config.eos_token_id = None
+    checkers = [{"name": name} for name in (*SHORT, "exact", "constraints")]
+    rows = ROWS.iloc[:5].assign(checker=checkers)
+    wanted = [min(SHORT.get(checker["name"], 40), 40) for checker in checkers]
+    assert (
+        [new_tokens(row, 40) for row in rows.to_dict("records")] == wanted == [32, 32, 40, 40, 40]
+    )
+    found = answer_ids(model, TOKENIZER, rows, PROFILE.template, 2, 40)
+    alone = [
+        answer_ids(model, TOKENIZER, ROWS.iloc[[i]], PROFILE.template, 1, size)[0]
+        for i, size in enumerate(wanted)
+    ]
+    assert found == alone
+    assert [new_tokens(row, 7) for row in rows.to_dict("records")] == [7] * 5
+
+
+def test_a_category_without_a_score_is_shown_as_not_a_number_and_not_missed():
+    """CODE whose checker would run code, and may not."""
+    rows = ROWS.assign(half="A", category=["CLS", "CODE"] * 3 + ["CODE"])
+    code = {"name": "unit_tests", "tests": "assert f(1) == 2"}
+    rows["checker"] = [
+        code if c == "CODE" else k for c, k in zip(rows["category"], rows["checker"], strict=True)
+    ]
+    answers = list(rows["reference"])
+    found = accuracy(
+        scored(study_of(None, rows), answers=answers), ["pair", "half"], ["CLS", "CODE", "QA"]
+    )
+    assert found.loc[("pair", "A"), "CLS"] == 1
+    assert found.loc["pair"].isna().to_numpy().tolist() == [[False, True, True]]

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.capture.count import count
 from helpers.config import Pair, Profile
-from helpers.hexainst.corpus import text
 from helpers.hexainst.schema import CATEGORIES
-from helpers.record import DamagedFile, RecordMismatch
+from helpers.record import DamagedFile, NotTestable, RecordMismatch
 from helpers.study import grid
-from helpers.study.ablation import measured_rows, pooled
+from helpers.study.ablation import pooled
 from helpers.study.grid import cells
+from helpers.study.study import Study
 from tests import planted, zoo
 
 torch.set_num_threads(1)
@@ -33,6 +32,7 @@ PROFILE = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    """(settings, ...) -> a study of the planted model, whose files are there."""
     folder, loaded, rows = (
         tmp_path_factory.mktemp("planted"),
         (planted.model(), zoo.tokenizer()),
@@ -40,11 +40,15 @@ def world(tmp_path_factory):
     )
     for part in loaded:
         part.save_pretrained(folder)
-    counts = count(
-        *loaded, [text(row) for row in rows.to_dict("records")], template=PROFILE["template"]
-    )
-    profile = Profile(pairs=(Pair("pair", str(folder), str(folder)),), **PROFILE)
-    return profile, rows, {"loaded": {"pair": loaded}, "counts": {"pair": counts}}
+    pair, counts = Pair("pair", str(folder), str(folder)), planted.study(rows).counts()
+
+    def study(data=rows, **settings):
+        profile = Profile(pairs=(pair,), **PROFILE | settings)
+        made = Study(profile, pair, data, {"tuned": loaded})
+        made.once(("counts", "tuned", "prompt"), lambda: counts)
+        return made
+
+    return study
 
 
 @pytest.fixture
@@ -61,8 +65,7 @@ def contents(folder):
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, folder, monkeypatch):
-    profile, rows, ready = world
-    cells(profile, rows, **ready)
+    cells(world())
     whole, compute, done = contents(folder), grid.compute, []
     assert len(whole) == 2 * 4
     for path in folder.rglob("grid/**/*.*"):
@@ -71,16 +74,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, folder, monkey
     def killed(*args):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(args[-2:])
+        done.append(args[1])
         return compute(*args)
 
     monkeypatch.setattr(grid, "compute", killed)
     with pytest.raises(KeyboardInterrupt):
-        cells(profile, rows, **ready)
+        cells(world())
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     assert len(stamps) == 2
-    monkeypatch.setattr(grid, "compute", lambda *args: done.append(args[-2:]) or compute(*args))
-    cells(profile, rows, **ready)
+    monkeypatch.setattr(grid, "compute", lambda *args: done.append(args[1]) or compute(*args))
+    cells(world())
     assert len(done) == 4
     assert contents(folder) == whole
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
@@ -90,29 +93,22 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(world, folder, monkey
 def test_a_damaged_cell_is_computed_again_and_one_of_other_settings_is_refused(
     world, folder, record
 ):
-    profile, rows, ready = world
-    few = {"sizes": [0.1]}
-    cells(profile, rows, **few, **ready)
+    cells(world(), sizes=[0.1])
     before = contents(folder)
     path = next(folder.rglob("*.safetensors"))
     path.write_bytes(b"half")
     if record == "gone":
         path.with_suffix(".json").unlink()
-    cells(profile, rows, **few, **ready)
+    cells(world(), sizes=[0.1])
     assert contents(folder) == before
     with pytest.raises(RecordMismatch, match="draws = 1, this run has 4"):
-        cells(
-            Profile(pairs=profile.pairs, **PROFILE | {"controls_elsewhere": 4}),
-            rows,
-            **few,
-            **ready,
-        )
+        cells(world(controls_elsewhere=4), sizes=[0.1])
 
 
 def test_tables_say_what_the_cells_say_and_the_committed_ones_come_back(world, folder):
-    profile, rows, ready = world
-    found = cells(profile, rows, **ready)
-    table, matrices = grid.table_of(profile, found), grid.matrix_table(found)
+    studies = {"pair": world()}
+    found = cells(studies["pair"])
+    table, matrices = grid.table_of(found, 50, 0), grid.matrix_table(found, CATEGORIES)
     assert len(table) == 2 * 3
     assert set(table["half"]) == {"all", "A", "B"}
     assert len(matrices) == 2 * 36
@@ -128,21 +124,41 @@ def test_tables_say_what_the_cells_say_and_the_committed_ones_come_back(world, f
     both, half = pooled([found["pair", "contribution", 0.05, h][0] for h in ("A", "B")])
     assert both["own"].shape == (60, 6)
     assert half.tolist() == [0] * 30 + [1] * 30
-    assert grid.committed(profile, rows) is None
-    paths = grid.write(profile, rows, found)
-    again, again_matrices, record = grid.tables(profile, rows)
+    assert grid.committed(studies) is None
+    paths = grid.write(studies, found)
+    again, again_matrices, record = grid.tables(studies)
     assert np.allclose(again["critical"], table["critical"])
     assert len(again_matrices) == len(matrices)
     assert record["draws_elsewhere"] == 1
-    assert grid.committed(Profile(pairs=profile.pairs, seed=1, **PROFILE), rows) is None
+    assert grid.committed({"pair": world(seed=1)}) is None
     with pytest.raises(RecordMismatch, match="rows"):
-        grid.committed(Profile(pairs=profile.pairs, **PROFILE | {"ablation_rows": 4}), rows)
+        grid.committed({"pair": world(ablation_rows=4)})
     paths[0].write_text("pair\n")
     with pytest.raises(DamagedFile, match="make grid"):
-        grid.committed(profile, rows)
+        grid.committed(studies)
 
 
 def test_measured_rows_are_the_same_number_of_each_category(world):
-    here = measured_rows(world[0], world[1], "A")
+    here = world().half("A").measured().rows
     assert here["category"].value_counts().to_dict() == dict.fromkeys(CATEGORIES, 5)
     assert set(here["fold"]) == {"A"}
+
+
+def test_what_is_not_there_is_left_out_and_computed_nowhere(world, folder, monkeypatch):
+    cells(world(), sizes=[0.1])
+    monkeypatch.setattr(grid, "compute", None)
+    found = cells(world(), compute_missing=False)
+    assert [key[2:] for key in found] == [(0.1, "A"), (0.1, "B")]
+
+
+def test_the_order_of_the_cells_does_not_depend_on_what_was_there_before(world, folder):
+    fresh = list(cells(world()))
+    next(folder.rglob("*0.05-B.safetensors")).unlink()
+    assert list(cells(world())) == fresh
+
+
+def test_a_grid_on_one_half_is_not_testable(world, folder):
+    rows = planted.rows(6)
+    with pytest.raises(NotTestable, match="cannot be measured on another"):
+        cells(world(rows[rows["fold"] == "A"]))
+    assert not contents(folder)

@@ -13,15 +13,28 @@ from helpers.analysis.controls import layer_matched
 from helpers.capture.interventions import ablate, columns
 from helpers.capture.sites import find_sites
 from helpers.capture.tokens import encode
+from helpers.config import Pair
 from helpers.record import UserError
 from helpers.study.evaluate import ablation_matrix, reference_nll
+from helpers.study.reading import encode_rows
 from helpers.study.scores import attribution, contribution, reference_activations
-from tests.test_evaluate import PROFILE, ROWS, TEXTS, TOKENIZER
+from helpers.study.study import Study
+from tests.test_evaluate import PROFILE, ROWS, TEXTS, TOKENIZER, study_of
 from tests.test_interventions import hooks
 from tests.zoo import DENSE, build
 
 torch.set_num_threads(1)
 STEP = 0.03  # of the finite differences, in float32
+
+
+def read(positions, rows=ROWS, template=PROFILE.template):
+    return encode_rows(TOKENIZER, rows, template, positions)
+
+
+def blame(model, positions="all", rows=ROWS):
+    return attribution(model, read("reference", rows), read(positions, rows), PROFILE.batch_size)
+
+
 FAMILIES = [
     "llama",
     "gpt2",
@@ -38,7 +51,7 @@ FAMILIES = [
 
 
 def some_neurons(model, sites, seed=0):
-    """Three neurons of each site: (site, place among its family's layers, () or (expert,), neuron)."""
+    """Three neurons of each site: (site, place in its family, () or (expert,), neuron)."""
     rng, turn = np.random.default_rng(seed), {}
     for site in sites:
         place = turn[site.family] = turn.get(site.family, -1) + 1
@@ -48,7 +61,7 @@ def some_neurons(model, sites, seed=0):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_contribution_is_the_length_of_what_ablating_the_neuron_takes_from_its_mlps_output(family):
+def test_contribution_is_the_length_of_what_the_neuron_adds_to_its_mlps_output(family):
     model = build(family)
     sites = find_sites(model)
     shapes = {
@@ -56,7 +69,7 @@ def test_contribution_is_the_length_of_what_ablating_the_neuron_takes_from_its_m
         for f in {s.family for s in sites}
     }
     for positions in ("prompt", "response"):
-        found = contribution(model, TOKENIZER, PROFILE, ROWS, positions)
+        found = contribution(model, read(positions), PROFILE.batch_size)
         responses = list(ROWS["reference"]) if positions == "response" else None
         texts = [
             t + ("\n" + i if i else "")
@@ -96,13 +109,13 @@ def test_contribution_is_the_length_of_what_ablating_the_neuron_takes_from_its_m
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attribution_is_the_slope_of_the_loss_as_the_neuron_is_turned_down(family):
     model = build(family)
-    found, close = attribution(model, TOKENIZER, PROFILE, ROWS), []
+    found, close = blame(model), []
     for site, place, e, n in some_neurons(model, find_sites(model), seed=1):
         column, around = columns(site)[e][n], []
         whole = column.clone()
         for factor in (1 - STEP, 1 + STEP):
             column.copy_(whole * factor)
-            around.append(reference_nll(model, TOKENIZER, PROFILE, ROWS))
+            around.append(reference_nll(study_of(model)))
             column.copy_(whole)
         slope = (around[0] - around[1]) / (2 * STEP)  # [I]
         close += np.isclose(
@@ -119,8 +132,8 @@ def test_attribution_is_the_slope_of_the_loss_as_the_neuron_is_turned_down(famil
 
 def test_attribution_of_a_frozen_model_is_the_same():
     model, rows = build("llama"), ROWS.iloc[:2]
-    free = attribution(model, TOKENIZER, PROFILE, rows)
-    frozen = attribution(model.requires_grad_(False), TOKENIZER, PROFILE, rows)
+    free = blame(model, rows=rows)
+    frozen = blame(model.requires_grad_(False), rows=rows)
     np.testing.assert_allclose(free["dense"], frozen["dense"], rtol=1e-4, atol=1e-7)
 
 
@@ -128,7 +141,7 @@ def test_attribution_can_be_kept_to_the_prompts_or_the_references_positions():
     model = build("llama")
     row = ROWS.iloc[[2]]
     site = find_sites(model)[1]
-    parts = {p: attribution(model, TOKENIZER, PROFILE, row, p) for p in ("prompt", "response")}
+    parts = {p: blame(model, p, row) for p in ("prompt", "response")}
     start, length = len("say: "), len(row["instruction"].item())
     template = {
         "prompt": range(start, start + length),
@@ -144,12 +157,12 @@ def test_attribution_can_be_kept_to_the_prompts_or_the_references_positions():
                 return h
 
             hook = site.down.register_forward_pre_hook(turn_down)
-            around.append(reference_nll(model, TOKENIZER, PROFILE, row)[0])
+            around.append(reference_nll(study_of(model, row))[0])
             hook.remove()
         slope = (around[0] - around[1]) / (2 * STEP)
         assert parts[positions]["dense"][0, 1, 7] == pytest.approx(slope, rel=0.01, abs=2e-5)
     with pytest.raises(UserError, match="positions is 'answer'"):
-        attribution(model, TOKENIZER, PROFILE, row, "answer")
+        read("answer", row)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe", "gpt_oss"])
@@ -235,19 +248,23 @@ def test_a_planted_circuit_is_found_by_its_effect_and_missed_by_frequency():
             "category": ["ab", "ab", "cd", "cd"],
         }
     )
-    profile = SimpleNamespace(template="{instruction}\n", batch_size=4)
+    profile, read_here = (
+        SimpleNamespace(template="{instruction}\n", batch_size=4),
+        lambda positions: read(positions, rows, "{instruction}\n"),
+    )
+    study = Study(profile, Pair("pair", "none", "none"), rows, {"tuned": (model, TOKENIZER)})
     rng = np.random.default_rng(0)
     sets = {pair: {"dense": mask} for pair, mask in masks.items()}
     known = {"dense": masks["ab"] | masks["cd"]}
     sets |= {f"random {i}": layer_matched(sets["ab"], rng, exclude=known) for i in range(5)}
-    table = ablation_matrix(model, TOKENIZER, profile, rows, sets, "zero", eos=False).to_numpy()
+    table = ablation_matrix(study, sets, "zero", eos=False).to_numpy()
     assert (table[:2, 0] > 1.5).all()
     assert (table[2:, 1] > 1.5).all()
     assert abs(table[:2, 1:]).max() < 0.01
     assert abs(table[2:, [0, *range(2, 7)]]).max() < 0.01
 
-    written = contribution(model, TOKENIZER, profile, rows, "response")["dense"]  # [I, 3, 80]
-    blamed = attribution(model, TOKENIZER, profile, rows, eos=False)["dense"]
+    written = contribution(model, read_here("response"))["dense"]  # [I, 3, 80]
+    blamed = attribution(model, read_here("response"), read_here("all"))["dense"]
     own, rest = np.array([True, True, False, False]), np.array([False, False, True, True])
     for score in (written, blamed):
         for pair, mine, other in (("ab", own, rest), ("cd", rest, own)):

@@ -171,15 +171,19 @@ class Shards:
         return record
 
     def finished(self) -> bool:
-        """Is the folder complete? Raises RecordMismatch if it, or a part of it, was made under
-        other settings.
+        """Is the folder complete, every shard of it read and found whole? Raises as `sealed`."""
+        return self.sealed() and not self.missing()
+
+    def sealed(self) -> bool:
+        """Does its record say that it is complete? Reads records only. Raises RecordMismatch if it,
+        or a part of it, was made under other settings.
         """
         for path in sorted(self.folder.glob("*.json")):
             try:
                 verify(read_json(path), self.settings, path)
             except DamagedFile:
                 path.unlink()  # half a record is none: its shard is computed again
-        return (self.folder / "record.json").is_file() and not self.missing()
+        return (self.folder / "record.json").is_file()
 
     def load(self) -> Counts:
         """All instructions in one Counts; for tables larger than memory use `read` shard by shard."""

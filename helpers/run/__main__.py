@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from ..config import load_profile
 from ..hexainst import human, schema
-from ..hexainst.corpus import folds
 from ..paths import NOTEBOOKS, results_dir, short
 from ..record import UserError, sha256
 from ..study import counting, grid
+from ..study.study import Study, studies
 from ..tinyworld import recipe, train, trajectory
 from . import chain, plan
 
@@ -53,17 +53,19 @@ def run_plan(options) -> int:
 def run_count(options) -> int:
     """A profile's counts; under `accelerate launch` its shards are dealt out to the processes."""
     if options.job:
-        profile, rows, todo = counting.read_job(options.job)
+        todo = [Study.from_job(options.job)]
     else:
         profile = replace(load_profile(options.profile), processes=1)
         rows = schema.load_hexainst(dataset=profile.dataset)
         todo = [
-            (p, v, at) for p in profile.pairs for v in options.variants for at in options.positions
+            (study, variant, positions)
+            for study in studies(profile, rows).values()
+            for variant in options.variants
+            for positions in options.positions
         ]
-    torch.set_num_threads(profile.threads)
-    for pair, variant, positions in todo:
-        shards = counting.capture_shards(profile, pair, variant, positions, rows)
-        print(f"{pair.name} {variant} {positions}: {shards.total} instructions in {shards.folder}")
+    for study, variant, positions in todo:
+        shards = study.shards(variant, positions)
+        print(f"{study.name} {variant} {positions}: {shards.total} instructions in {shards.folder}")
     return 0
 
 
@@ -73,17 +75,13 @@ def run_grid(options) -> int:
     """
     profile = load_profile(options.profile)
     torch.set_num_threads(profile.threads)
-    rows = schema.load_hexainst(dataset=profile.dataset)
-    rows = rows.assign(fold=folds(rows))
-    found = grid.cells(
-        profile,
-        rows,
-        pairs=options.pairs,
-        compute_missing=not options.finished,
-        say=lambda cell: print(cell, flush=True),
-    )
+    every = studies(profile, schema.load_hexainst(dataset=profile.dataset))
+    found = {}
+    for name in options.pairs or every:
+        found |= grid.cells(every[name], compute_missing=not options.finished)
+        every[name].close()
     if options.pairs is None:
-        print(*grid.write(profile, rows, found), sep="\n")
+        print(*grid.write(every, found), sep="\n")
     return 0
 
 

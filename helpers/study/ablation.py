@@ -5,58 +5,49 @@ other half.
 import zlib
 
 import numpy as np
-import pandas as pd
 
 from ..analysis.controls import layer_matched, rate_gap, rate_matched
 from ..analysis.effects import critical, specificity
-from ..analysis.sets import codes
-from ..hexainst.schema import CATEGORIES
 from .evaluate import ablation_matrix
 
 
 def measure(
-    loaded,
-    profile,
-    rows,
+    study,
     own: dict,
     controls: dict,
     operator: str = "zero",
     everywhere: int = 0,
+    variant: str = "tuned",
     **options,
-):
-    """Increases of loss, nats per reference token, and the rows' category codes: {"own": [n,
-    sets], kind: [n, draws], "everywhere": [n, everywhere, C], "labels": [n]}.
+) -> dict:
+    """Increases of loss, nats per reference token, on a study's rows, and these rows' codes:
+    {"own": [n, sets], kind: [n, draws], "everywhere": [n, everywhere, C], "labels": [n]}.
 
     own: {name: mask}, on all rows. controls: {kind: {category: [masks]}}, each on its own
     category's rows alone; the first `everywhere` draws of the first kind also on all rows.
     `options` go to `ablate`.
-
     """
 
-    def run(at, masks):
+    def run(part, masks):
         return ablation_matrix(
-            *loaded, profile, at, masks, operator, allow_inert=True, **options
+            part, masks, operator, variant, allow_inert=True, **options
         ).to_numpy()
 
-    labels, first = rows["category"].to_numpy(), next(iter(controls.values()))
-    found = {"own": run(rows, own)} if own else {}
+    rows, first = study.rows, next(iter(controls.values()))
+    found = {"own": run(study, own)} if own else {}
     for category in first:
-        at = labels == category
-        table = run(
-            rows[at],
-            {(kind, d): m for kind in controls for d, m in enumerate(controls[kind][category])},
-        )
-        start = 0
+        at = (rows["category"] == category).to_numpy()
+        masks = {(kind, d): m for kind in controls for d, m in enumerate(controls[kind][category])}
+        table, start = run(study.take(at), masks), 0
         for kind in controls:
             width = len(controls[kind][category])
-            found.setdefault(kind, np.zeros((len(rows), width)))[at] = table[
-                :, start : start + width
-            ]
+            filled = found.setdefault(kind, np.zeros((len(rows), width)))
+            filled[at] = table[:, start : start + width]
             start += width
     if everywhere:
         masks = {(d, category): first[category][d] for d in range(everywhere) for category in first}
-        found["everywhere"] = run(rows, masks).reshape(len(rows), everywhere, -1)
-    return found | {"labels": codes(labels).astype(np.int32)}
+        found["everywhere"] = run(study, masks).reshape(len(rows), everywhere, -1)
+    return found | {"labels": study.labels.astype(np.int32)}
 
 
 def pooled(parts: list[dict]) -> tuple[dict, np.ndarray]:
@@ -68,16 +59,6 @@ def pooled(parts: list[dict]) -> tuple[dict, np.ndarray]:
     ]
     from_part = np.concatenate([np.full(len(part["labels"]), i) for i, part in enumerate(parts)])
     return {name: np.concatenate([part[name] for part in parts]) for name in names}, from_part
-
-
-def measured_rows(profile, rows, half) -> pd.DataFrame:
-    """The first `ablation_rows` rows of each category of a half."""
-    return (
-        rows[rows["fold"] == half]
-        .groupby("category", sort=False)
-        .head(profile.ablation_rows)
-        .reset_index(drop=True)
-    )
 
 
 KINDS = ("random", "rate", "magnitude")
@@ -121,37 +102,39 @@ def draws_of(standing, counts, sets, number, seed, name) -> tuple[dict, dict]:
     return masks, {kind: float(np.mean(gap)) for kind, gap in gaps.items()}
 
 
-def spared(counts, sets, number, rng) -> dict[str, dict[str, list]]:
+def spared(counts, sets, number, rng) -> dict[str, list[list]]:
     """What to ablate to see if a category's set [C, M] suffices: the union of all sets without
     those in every set ...
 
     "none spared": just so. "own spared": but for the category's own set. "random spared": `number`
-    times, but for as many random ones of the same layers out of that union. {kind: {category:
-    [masks]}}. (Ours.)
+    times, but for as many random ones of the same layers out of that union. {kind: per category a
+    list of masks}. (Ours.)
     """
     pool, out = (
         sets.any(0) & ~sets.all(0),
-        {"none spared": {}, "own spared": {}, "random spared": {}},
+        {"none spared": [], "own spared": [], "random spared": []},
     )
     outside = counts.mask("neurons", ~pool)
-    for category, own in zip(CATEGORIES, sets & pool, strict=True):
+    for own in sets & pool:
         keep = counts.mask("neurons", own)
         drawn = [
             np.concatenate([part.ravel() for part in layer_matched(keep, rng, outside).values()])
             for _ in range(number)
         ]
         for kind, spare in zip(out, ([np.zeros_like(pool)], [own], drawn), strict=True):
-            out[kind][category] = [counts.mask("neurons", pool & ~members) for members in spare]
+            out[kind].append([counts.mask("neurons", pool & ~members) for members in spare])
     return out
 
 
-def own_effect(profile, arrays: dict, half, kinds=("random",)) -> dict:
-    """`critical` and `specificity` (see causal) of what `measure` returned, pooled; half [n] as
+def own_effect(arrays: dict, half, resamples: int, seed: int, kinds=("random",)) -> dict:
+    """`critical` and `specificity` (see effects) of what `measure` returned, pooled; half [n] as
     `pooled` gives it.
     """
-    labels, settings = arrays["labels"], (profile.resamples, profile.seed)
+    labels = arrays["labels"]
     own = arrays["own"][np.arange(len(labels)), labels]
-    found = critical(
-        own, {kind: arrays[kind] for kind in kinds}, labels + len(CATEGORIES) * half, *settings
+    controls, groups = (
+        {kind: arrays[kind] for kind in kinds},
+        labels + arrays["own"].shape[1] * half,
     )
-    return found | specificity(arrays["own"], arrays["everywhere"], labels, half, *settings)
+    found = critical(own, controls, groups, resamples, seed)
+    return found | specificity(arrays["own"], arrays["everywhere"], labels, half, resamples, seed)

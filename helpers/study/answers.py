@@ -1,25 +1,53 @@
 """Greedy answers of a model."""
 
 import torch
+from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..capture.sites import input_device
-from ..capture.tokens import Encoded, batches, encode
-from ..hexainst.corpus import texts
+from ..capture.tokens import Encoded, batches
+from .reading import encode_rows
+
+# An answer that passes one of these checkers is short: a label, a name, a number with little around
+# it. What a model goes on to say after as many tokens cannot make it pass.
+SHORT = {"label": 32, "short_answer": 32, "numeric": 64}
 
 
-def greedy_answers(model, tokenizer, profile, rows, max_new_tokens: int | None = None) -> list[str]:
-    """Greedy answers to the rows' prompts, in row order, without special tokens and outer white
-    space.
+def new_tokens(row, most: int) -> int:
+    """How many tokens the answer to a row may have: `most` (the profile's max_new_tokens), or fewer
+    where the row's checker accepts short answers only (see SHORT).
+
+    >>> [new_tokens({"checker": {"name": name}}, 256) for name in ("label", "exact")]
+    [32, 256]
     """
-    encoded = encode(tokenizer, texts(rows), template=profile.template)
-    ids = continuations(
-        model,
-        encoded,
-        max_new_tokens=max_new_tokens or profile.max_new_tokens,
-        batch_size=profile.batch_size,
-    )
+    return min(most, SHORT.get(row["checker"]["name"], most))
+
+
+def answer_ids(
+    model, tokenizer, rows, template: str, batch_size: int, max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy answers to the rows' prompts as token ids, in row order, each within `new_tokens`."""
+    encoded = encode_rows(tokenizer, rows, template)
+    most, out = [new_tokens(row, max_new_tokens) for row in rows.to_dict("records")], {}
+    for size in sorted(set(most)):
+        here = [i for i, budget in enumerate(most) if budget == size]
+        some = [encoded[i] for i in here]
+        found = continuations(model, some, max_new_tokens=size, batch_size=batch_size)
+        out |= dict(zip(here, found, strict=True))
+    return [out[i] for i in range(len(encoded))]
+
+
+def spoken(tokenizer, ids: list[list[int]]) -> list[str]:
+    """Answers as text, without special tokens and outer white space."""
     return [answer.strip() for answer in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def greedy_answers(
+    model, tokenizer, rows, template: str, batch_size: int, max_new_tokens: int
+) -> list[str]:
+    """`answer_ids` as text."""
+    ids = answer_ids(model, tokenizer, rows, template, batch_size, max_new_tokens)
+    return spoken(tokenizer, ids)
 
 
 @torch.no_grad()
@@ -40,6 +68,7 @@ def continuations(
         pad_token_id=0,
         eos_token_id=own.eos_token_id,
     )
+    bar = tqdm(total=len(encoded), desc="answers", unit=" instructions", delay=5, leave=False)
     try:
         for batch in batches(encoded, batch_size, side="left"):
             ids = model.generate(
@@ -49,6 +78,8 @@ def continuations(
                 batch.rows, ids[:, batch.input_ids.shape[1] :].tolist(), strict=True
             ):
                 out[row] = new[: next((i for i, t in enumerate(new) if t in stops), len(new))]
+            bar.update(len(batch.rows))
     finally:
         model.generation_config = own
+        bar.close()
     return out

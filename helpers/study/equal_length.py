@@ -17,11 +17,10 @@ from ..analysis.sets import PackedSets, nominal_size
 from ..analysis.similarity import jaccard_matrix
 from ..capture.count import count_activations
 from ..capture.counter import Counter
-from ..capture.tokens import batches, encode
-from ..hexainst.corpus import text
+from ..capture.tokens import batches
 from ..paths import counts_dir
-from ..record import DamagedFile, NotTestable, UserError, read_tensors, write_tensors
-from .counting import SHARD, open_model, settings
+from ..record import NotTestable, UserError, cached
+from .counting import SHARD
 
 RULES = ("quantile", "exact")
 
@@ -31,7 +30,8 @@ class Drawn(NamedTuple):
 
     rows    int [I'], their places among all instructions
     sets    {unit: {rule: uint8 [I', D, ceil(M / 8)]}}, top-epsilon sets (see top_sets), bit-packed
-    total   {unit: float [M]}, counts summed over instructions and draws; level {unit: float [I']}, mean share active
+    total   {unit: float [M]}, counts summed over instructions and draws
+    level   {unit: float [I']}, mean share active
     routed  uint8 [I', D, L, E], or None
     """
 
@@ -172,65 +172,47 @@ def cut(counts, size: int, rule: str = "quantile", seed=0) -> np.ndarray:
     return counts >= np.partition(counts, -size, axis=-1)[..., -size, None]
 
 
-def draw(profile, pair, variant, rows, size: int = 16, loaded=None) -> Drawn:
-    """One model of a pair on `size` positions drawn profile.draws times from each of the rows;
-    from disk if there.
+def draw(study, variant: str = "tuned", size: int = 16) -> Drawn:
+    """One model of a pair on `size` positions drawn `draws` times (the profile's) from each of a
+    whole study's rows; from disk if there.
 
     One file per shard of instructions, with its record: an interrupted run goes on where it was.
     """
-    made = settings(profile, pair, variant, "prompt", rows) | {
+    if study.whole is not study:
+        raise UserError("draw: a part of a study; draws are those of the whole. Use study.whole.")
+    profile, label = study.profile, f"{study.name} {variant} drawn"
+    made = study.settings(variant) | {
         "size": size,
         "draws": profile.draws,
         "draw_seed": profile.seed,
         "epsilon": profile.epsilon,
         "rules": [*RULES],
     }
-    folder, parts, table = (
-        counts_dir(profile.name, pair.name, variant, f"drawn-{size}"),
-        [],
-        rows.to_dict("records"),
-    )
-    for k, first in enumerate(
-        tqdm(range(0, len(rows), SHARD), desc=f"{pair.name} {variant} drawn", delay=2)
-    ):
-        path, shard = (
-            folder / f"drawn-{k:05d}.safetensors",
-            range(first, min(first + SHARD, len(rows))),
-        )
-        try:
-            parts.append(read_tensors(path, made)[0])
-        except DamagedFile:
-            loaded = loaded or open_model(pair, variant, profile.seed)
-            encoded = encode(loaded[1], [text(table[i]) for i in shard], template=profile.template)
-            parts.append(
-                _summed(
-                    draw_counts(
-                        loaded[0],
-                        encoded,
-                        shard,
-                        size,
-                        profile.draws,
-                        profile.seed,
-                        profile.batch_size,
-                    ),
-                    profile,
-                )
-            )
-            write_tensors(path, parts[-1], made)
-    return _joined([part for part in parts if len(part["rows"])], size, f"{pair.name} {variant}")
+    folder, parts = counts_dir(profile.name, study.name, variant, f"drawn-{size}"), []
+
+    def compute(rows):
+        model, encoded = study.reader(variant)[0], study.take(list(rows)).encoded(variant=variant)
+        options = (size, profile.draws, profile.seed, profile.batch_size)
+        counted = draw_counts(model, encoded, rows, *options)
+        return _summed(counted, profile.epsilon, profile.seed), {}
+
+    starts = range(0, len(study.rows), SHARD)
+    for k, first in enumerate(tqdm(starts, label, delay=2, leave=False, unit=" shards")):
+        rows, path = range(first, min(first + SHARD, len(study.rows))), f"drawn-{k:05d}.safetensors"
+        parts.append(cached(folder / path, made, lambda rows=rows: compute(rows))[0])
+    return _joined([part for part in parts if len(part["rows"])], size, f"{study.name} {variant}")
 
 
-def _summed(counted, profile) -> dict[str, np.ndarray]:
+def _summed(counted, epsilon, seed) -> dict[str, np.ndarray]:
     """The arrays of one shard, in the order of its instructions."""
-    found, order = {"rows": []}, slice(None)
+    found = {"rows": []}
     for row, units, routed in counted:
         found["rows"].append(row)
         for unit, counts in units.items():
-            size = nominal_size(counts.shape[-1], profile.epsilon)
+            size = nominal_size(counts.shape[-1], epsilon)
             for rule in RULES:
                 sets = [
-                    cut(c, size, rule, [profile.seed, i])
-                    for i, c in zip(row.tolist(), counts, strict=True)
+                    cut(c, size, rule, [seed, i]) for i, c in zip(row.tolist(), counts, strict=True)
                 ]
                 found.setdefault(f"sets.{unit}.{rule}", []).append(np.packbits(sets, axis=-1))
             found.setdefault(f"level.{unit}", []).append(counts.mean((1, 2)))
@@ -289,7 +271,7 @@ def equal_routing_similarity(routed) -> np.ndarray:
     layers, n, most = routed.shape[1], int(routed[0, 0].sum()), int(routed.max()) + 1
     if (routed.sum(-1) != n).any():
         raise UserError(
-            "routing counts of different totals; expected equally many positions of each instruction."
+            "routing counts of different totals; expected equally many positions of each row."
         )
     mixed = entr(np.add.outer(np.arange(most), np.arange(most)) / (2 * n))  # [c, c]
     one_hot = np.eye(most, dtype=np.float32)[routed].reshape(len(routed), -1)

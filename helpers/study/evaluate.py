@@ -6,32 +6,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from ..capture.interventions import ablate
 from ..capture.sites import input_device
-from ..capture.tokens import Batch, Encoded, batches, encode
+from ..capture.tokens import Batch, batches, encode
 from ..hexainst.checkers import check
-from ..hexainst.corpus import texts
 from ..record import UserError
-
-
-def encode_references(tokenizer, profile, rows, eos: bool = True) -> list[Encoded]:
-    """Prompts followed by their references; the reference's tokens are the counted ones.
-
-    eos: the end-of-sequence token ends each reference and is counted, as fine-tuning taught the
-    tuned model; so not to know where to stop costs. False leaves it out, for models never tuned on
-    it. (Ours.)
-    """
-    encoded = encode(
-        tokenizer, texts(rows), template=profile.template, responses=list(rows["reference"])
-    )
-    if not eos:
-        return encoded
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{type(tokenizer).__name__} has no end-of-sequence token. Give one, or use eos=False."
-        )
-    return [Encoded((*e.ids, tokenizer.eos_token_id), (*e.counted, True)) for e in encoded]
 
 
 def nll_of(model, batch: Batch) -> torch.Tensor:
@@ -46,8 +27,8 @@ def nll_of(model, batch: Batch) -> torch.Tensor:
     tokens = counted.sum(1)
     if not tokens.all():
         raise UserError(
-            "a row has no token whose loss could be counted: no reference, or a single token without BOS. "
-            "Remove the row."
+            "a row has no token whose loss could be counted: no reference, or a single token "
+            "without BOS. Remove the row."
         )
     first = int(counted.any(0).nonzero()[0])
     logits = model(
@@ -73,24 +54,27 @@ def _nll(model, prepared: list[Batch]) -> np.ndarray:
     return out
 
 
-def reference_nll(
-    model, tokenizer, profile, rows, batch_size: int | None = None, eos: bool = True
-) -> np.ndarray:
-    """Teacher-forced mean NLL per reference token, in nats, float64 [I] in the order of `rows`;
-    see encode_references.
+def nll(model, encoded, batch_size: int = 32) -> np.ndarray:
+    """Teacher-forced mean NLL per counted token of each sequence, in nats, float64 [I], in order.
 
-    Sequences of like length share a batch (profile.batch_size), padded on the right; the order is
-    restored.
+    Sequences of like length share a batch, padded on the right.
     """
-    encoded = encode_references(tokenizer, profile, rows, eos)
-    return _nll(model, list(batches(encoded, batch_size or profile.batch_size)))
+    return _nll(model, list(batches(encoded, batch_size)))
+
+
+def reference_nll(study, variant: str = "tuned", eos: bool = True) -> np.ndarray:
+    """`nll` of the reference of each of a study's rows, float64 [I]; eos: the end-of-sequence token
+    is one of its tokens (see encode_rows). False is for models never tuned on it.
+    """
+    encoded = study.encoded("reference" if eos else "response", variant)
+    return nll(study.model(variant)[0], encoded, study.profile.batch_size)
 
 
 def plain_text_nll(model, tokenizer, texts, batch_size: int = 32) -> np.ndarray:
     """Mean NLL per token of each bare text (no template, no eos), nats, float64 [texts]: is it
     language that broke?
     """
-    return _nll(model, list(batches(encode(tokenizer, list(texts)), batch_size)))
+    return nll(model, encode(tokenizer, list(texts)), batch_size)
 
 
 def task_scores(rows, answers, run_code: bool = False) -> np.ndarray:
@@ -105,46 +89,68 @@ def task_scores(rows, answers, run_code: bool = False) -> np.ndarray:
     return np.array([check(row, answer, run_code) for row, answer in pairs], dtype=float)
 
 
+def scored(study, variant: str = "tuned", answers=None) -> pd.DataFrame:
+    """A row per row of the study: id, half, category, pair, model, answer, score in [0, 1] (NaN
+    where the checker would run code and may not). answers: where none are given, those kept.
+    """
+    answers = study.answers(variant) if answers is None else answers
+    return study.rows[["id", "half", "category"]].assign(
+        pair=study.name,
+        model=variant,
+        answer=answers,
+        score=task_scores(study.rows, answers, study.profile.run_code),
+    )
+
+
+def accuracy(scores: pd.DataFrame, by, categories) -> pd.DataFrame:
+    """Mean score, a row per value of the columns `by` and a column per category; NaN where nothing
+    could be scored.
+    """
+    means = scores.groupby([*by, "category"], sort=False)["score"].mean().unstack()
+    return means.reindex(columns=pd.Index(categories, name="category")).sort_index()
+
+
 def ablation_matrix(
-    model,
-    tokenizer,
-    profile,
-    rows,
+    study,
     masks: dict,
     operator: str,
+    variant: str = "tuned",
     *,
     eos: bool = True,
     allow_inert: bool = False,
     **options,
 ) -> pd.DataFrame:
-    """NLL increase (ablated minus intact, nats per reference token) of every row under every
-    ablated set.
+    """NLL increase (ablated minus intact, nats per reference token) of each of a study's rows under
+    every ablated set.
 
-    masks: {name: component mask}. Returns float64 [I, sets], index rows["id"], columns the names;
+    masks: {name: component mask}. Returns float64 [I, sets], index the ids, columns the names;
     the intact NLL is the list attrs["baseline"]. References are encoded once for all. `options` go
     to `ablate`. Raises RuntimeError if a non-empty set changes no row at all; `allow_inert`
     permits sets that may be dead.
     """
-    prepared = list(batches(encode_references(tokenizer, profile, rows, eos), profile.batch_size))
+    model, rows = study.model(variant)[0], study.rows
+    encoded = study.encoded("reference" if eos else "response", variant)
+    prepared = list(batches(encoded, study.profile.batch_size))
     baseline, increase = _nll(model, prepared), {}
-    for name, mask in masks.items():
-        with ablate(model, mask, operator, **options):
+    for name in tqdm(masks, f"{study.name} ablations", delay=5, leave=False, unit=" sets"):
+        with ablate(model, masks[name], operator, **options):
             increase[name] = _nll(model, prepared) - baseline
-        if not np.isfinite(increase[name]).all():
-            raise RuntimeError(
-                f"ablation_matrix: {operator!r} of the set {name!r} made the loss of some row NaN or "
-                "infinite; expected finite losses. A half-precision model may overflow: load it wider."
-            )
-        if (
-            not increase[name].any()
-            and any(np.any(part) for part in mask.values())
-            and not allow_inert
-        ):
-            raise RuntimeError(
-                f"ablation_matrix: {operator!r} of the set {name!r} changed the loss of none of "
-                f"{len(rows)} rows. Either no token reaches its components (allow_inert=True lets that "
-                "stand), or the intervention missed the model."
-            )
+        inert = allow_inert or not any(np.any(part) for part in masks[name].values())
+        _believable(increase[name], name, inert)
     frame = pd.DataFrame(increase, index=pd.Index(rows["id"], name="id"))
     frame.attrs["baseline"] = baseline.tolist()
     return frame
+
+
+def _believable(increase, name, may_be_inert):
+    if not np.isfinite(increase).all():
+        raise RuntimeError(
+            f"ablating the set {name!r} made the loss of some row NaN or infinite; "
+            "expected finite losses. A half-precision model may overflow: load it wider."
+        )
+    if not (increase.any() or may_be_inert):
+        raise RuntimeError(
+            f"ablating the set {name!r} changed the loss of none of {len(increase)} rows. Either "
+            "no token reaches its components (allow_inert=True lets that stand), or the "
+            "intervention missed the model."
+        )

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from ..analysis.sets import category_means, category_sets, contrast, frequency, lape, margin
 from ..capture.interventions import Reference, columns, editable
 from ..capture.sites import find_sites, input_device
 from ..capture.tokens import Encoded, batches, encode
 from ..config import SCORES
-from ..hexainst.corpus import text
 from ..record import UserError
-from .evaluate import encode_references, nll_of
+from .evaluate import nll_of
 
 SEES_REFERENCE = ("attribution", "contribution-response")
 
@@ -39,43 +39,59 @@ class Standing:
     magnitude: np.ndarray
 
 
-def standing(profile, rows, counts, loaded, half, scores) -> Standing:
-    """Score a pair's neurons on one half; rows [I] with a column `fold`, counts of these rows at
-    the prompts.
+def standing(study, scores, variant: str = "tuned") -> Standing:
+    """Score a pair's neurons on a study's rows: those of the half to choose on.
 
-    frequency: the category's mean p. lape, contrast: see components. contribution: own mean minus
-    the largest other's, at the prompt or (contribution-response) at the reference's tokens.
+    frequency: the category's mean p. lape, contrast: see analysis.sets. contribution: own mean
+    minus the largest other's, at the prompt or (contribution-response) at the reference's tokens.
     attribution: the category's mean. Those in SEES_REFERENCE have read the references of the
-    choosing half, the others its instructions only. (Ours.)
+    choosing half, the others its instructions only. The study remembers each. (Ours.)
     """
     if unknown := set(scores) - set(SCORES):
         raise UserError(
             f"scores: {sorted(unknown)} unknown, expected some of {SCORES}. Correct the profile."
         )
-    at = (rows["fold"] == half).to_numpy()
-    here, labels = rows[at], rows["category"][at].to_numpy()
-    family, unit = counts.family("neurons"), counts.unit("neurons")[at]
-    p = frequency(unit, counts.tokens[at]).reshape(len(here), -1)  # [I, M]
-    rate = category_means(p, labels)
-
-    def written(positions):
-        return contribution(*loaded, profile, here, positions)[family].reshape(len(here), -1)
-
-    def gradient():
-        return attribution(*loaded, profile, here)[family].reshape(len(here), -1)
-
-    prompt = written("prompt")
-    made = {
-        "frequency": lambda: rate,
-        "lape": lambda: lape(rate),
-        "contrast": lambda: contrast(p, labels),
-        "attribution": lambda: category_means(gradient(), labels),
-        "contribution": lambda: margin(category_means(prompt, labels)),
-        "contribution-response": lambda: margin(category_means(written("response"), labels)),
+    labels = study.labels
+    of_rows = {
+        "frequency": lambda: active(study, variant),
+        "attribution": lambda: blamed(study, variant),
+        "contribution": lambda: written(study, "prompt", variant),
+        "contribution-response": lambda: written(study, "response", variant),
     }
-    return Standing(
-        {score: made[score]() for score in scores}, rate, category_means(prompt, labels).mean(0)
-    )
+
+    def mean(score):
+        key = (variant, "mean", score)
+        return study.once(key, lambda: category_means(of_rows[score](), labels))
+
+    made = {
+        "frequency": lambda: mean("frequency"),
+        "lape": lambda: lape(mean("frequency")),
+        "contrast": lambda: contrast(active(study, variant), labels),
+        "attribution": lambda: mean("attribution"),
+        "contribution": lambda: margin(mean("contribution")),
+        "contribution-response": lambda: margin(mean("contribution-response")),
+    }
+    found = {score: study.once((variant, score), made[score]) for score in scores}
+    return Standing(found, mean("frequency"), mean("contribution").mean(0))
+
+
+def active(study, variant: str = "tuned") -> np.ndarray:
+    """Activation frequency of a pair's neurons in each row's prompt, float32 [I, M]."""
+    counts = study.counts(variant)
+    return frequency(counts.unit("neurons"), counts.tokens).reshape(len(study.rows), -1)
+
+
+def written(study, positions: str = "prompt", variant: str = "tuned") -> np.ndarray:
+    """`contribution` of a pair's neurons to each row, float32 [I, M], at positions by name."""
+    encoded, model = study.encoded(positions, variant), study.model(variant)[0]
+    return _neurons_of(contribution(model, encoded, study.profile.batch_size))
+
+
+def blamed(study, variant: str = "tuned") -> np.ndarray:
+    """`attribution` of a pair's neurons to each row's loss, over all positions, float32 [I, M]."""
+    references, every = (study.encoded(at, variant) for at in ("reference", "all"))
+    model = study.model(variant)[0]
+    return _neurons_of(attribution(model, references, every, study.profile.batch_size))
 
 
 def sets_of(standing, score, size, seed=0) -> np.ndarray:
@@ -86,26 +102,25 @@ def sets_of(standing, score, size, seed=0) -> np.ndarray:
     return category_sets(scores, max(1, round(size * scores.shape[1])), seed)
 
 
-POSITIONS = ("prompt", "response", "all")
+def _neurons_of(found):
+    own = found["expert" if "expert" in found else "dense"]  # the unit "neurons" of the counts
+    return own.reshape(len(own), -1)
 
 
-def contribution(
-    model, tokenizer, profile, rows, positions: str = "prompt"
-) -> dict[str, np.ndarray]:
-    """|h| times the norm of the neuron's down column, mean over positions: how much it writes to
-    the residual stream.
+def contribution(model, encoded: list[Encoded], batch_size: int = 32) -> dict[str, np.ndarray]:
+    """|h| times the norm of the neuron's down column, mean over the counted positions: how much it
+    writes to the residual stream.
 
     {"dense" | "shared": float32 [I, L_f, N], "expert": [I, L_f, E, N]}. For a routed expert, h
     carries the router's weight and is 0 for tokens that go elsewhere (the mean is over all
     positions, as in the counts); the gate that some models put on a shared expert's whole output
-    is left out. positions: "prompt", the instruction's own tokens; "response", those of the
-    reference, so the score has *seen the reference*; "all", every token of both. (Ours.)
+    is left out. At a reference's positions the score has *seen the reference*. (Ours.)
     """
-    sites, encoded = _readable(model), _encoded(tokenizer, profile, rows, positions)
-    place, out = _empty(sites, len(rows))
+    sites = _readable(model)
+    place, out = _empty(sites, len(encoded))
     norms = {site.name: columns(site).float().norm(dim=-1) for site in sites}  # [N] or [E, N]
     with torch.no_grad():
-        for batch in batches(encoded, profile.batch_size):
+        for batch in _batches(encoded, batch_size, "contribution"):
             mask, where = batch.count_mask.to(input_device(model)), np.array(batch.rows)
 
             def add(site, seen, mask=mask, where=where):
@@ -116,53 +131,31 @@ def contribution(
                     out[site.family][(where, place[site.name], *e)] = mean.cpu().numpy()
 
             with _watch(sites, add):
-                model(
-                    input_ids=batch.input_ids.to(input_device(model)),
-                    use_cache=False,
-                    logits_to_keep=1,
-                    attention_mask=batch.attention_mask.to(input_device(model)),
-                )
+                _read(model, batch)
     return out
 
 
 def attribution(
-    model, tokenizer, profile, rows, positions: str = "all", eos: bool = True
+    model, references: list[Encoded], marked: list[Encoded], batch_size: int = 32
 ) -> dict[str, np.ndarray]:
     """Minus h times the gradient of the reference's NLL with respect to h, summed over positions;
     shapes as above.
 
-    The first-order estimate of how much a row's NLL (nats per reference token) rises if the neuron
-    is zeroed at these positions; negative: the neuron stands in the way. It always sees the
-    reference. (Gradient x activation; ours.)
+    The first-order estimate of how much a row's NLL (nats per token that counts in `references`)
+    rises if the neuron is zeroed at the positions that count in `marked`, which is the same text
+    or the beginning of it; negative: the neuron stands in the way. It always sees the reference.
+    (Gradient x activation; ours.)
     """
-    sites, encoded = _readable(model), encode_references(tokenizer, profile, rows, eos)
-    marked = encoded if positions == "response" else _encoded(tokenizer, profile, rows, positions)
-    for row, (some, full) in enumerate(zip(marked, encoded, strict=True)):
-        last = len(some.ids) - some.counted[::-1].index(True)
-        if some.ids[:last] != full.ids[:last]:
-            raise UserError(
-                f"row {row}: the instruction's tokens differ with and without the reference: its positions "
-                "are not defined. Use a template with text or a new line after {instruction}."
-            )
-    place, out = _empty(sites, len(rows))
-    embeddings = model.get_input_embeddings()
-    for batch in batches(encoded, profile.batch_size):
+    sites = _readable(model)
+    _same_beginning(marked, references)
+    place, out = _empty(sites, len(references))
+    for batch in _batches(references, batch_size, "attribution"):
         mask = torch.zeros_like(batch.input_ids, device=input_device(model))
         for b, row in enumerate(batch.rows):
-            mask[b, : len(marked[row].counted)] = torch.tensor(marked[row].counted).to(mask)
+            counted = marked[row].counted
+            mask[b, : len(counted)] = torch.tensor(counted).to(mask)
         kept, where = {}, np.array(batch.rows)
-        with (
-            torch.enable_grad(),
-            _watch(sites, lambda site, seen, kept=kept: kept.update({site: seen})),
-        ):
-            leaf = embeddings.register_forward_hook(
-                lambda module, args, out: out.detach().requires_grad_()
-            )
-            try:
-                loss = nll_of(model, batch).sum()
-            finally:
-                leaf.remove()
-            grads = torch.autograd.grad(loss, [seen[-1] for seen in kept.values()])
+        grads = _gradients(model, sites, batch, kept)
         with torch.no_grad():
             for (site, seen), grad in zip(kept.items(), grads, strict=True):
                 grad = grad.reshape(-1, grad.shape[-1])  # [B*T, N or D]
@@ -172,6 +165,47 @@ def attribution(
                     total.index_add_(0, row, (h * slope).float())
                     out[site.family][(where, place[site.name], *e)] = -total.cpu().numpy()
     return out
+
+
+def _batches(encoded, batch_size, label):
+    with tqdm(total=len(encoded), desc=label, delay=5, leave=False, unit=" instructions") as bar:
+        for batch in batches(encoded, batch_size):
+            yield batch
+            bar.update(len(batch.rows))
+
+
+def _same_beginning(marked, references):
+    for row, (some, full) in enumerate(zip(marked, references, strict=True)):
+        last = len(some.ids) - some.counted[::-1].index(True)
+        if some.ids[:last] != full.ids[:last]:
+            raise UserError(
+                f"row {row}: the instruction's tokens differ with and without the reference: its "
+                "positions are not defined. Use a template with text or a new line after "
+                "{instruction}."
+            )
+
+
+def _gradients(model, sites, batch, kept):
+    """Gradients of the summed loss at what the sites saw last, as `kept` {site: seen} is filled."""
+    leaf = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: out.detach().requires_grad_()
+    )
+    try:
+        with torch.enable_grad(), _watch(sites, lambda site, seen: kept.update({site: seen})):
+            loss = nll_of(model, batch).sum()
+    finally:
+        leaf.remove()
+    return torch.autograd.grad(loss, [seen[-1] for seen in kept.values()])
+
+
+def _read(model, batch):
+    device = input_device(model)
+    model(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        use_cache=False,
+        logits_to_keep=1,
+    )
 
 
 def reference_activations(
@@ -208,14 +242,9 @@ def reference_activations(
             bank[key] = tickets[best], kept[best]
 
     with torch.no_grad(), _watch(sites, add):
-        for batch in batches(encode(tokenizer, list(texts)), batch_size):
+        for batch in _batches(encode(tokenizer, list(texts)), batch_size, "reference texts"):
             mask = batch.count_mask.to(input_device(model))
-            model(
-                input_ids=batch.input_ids.to(input_device(model)),
-                use_cache=False,
-                logits_to_keep=1,
-                attention_mask=batch.attention_mask.to(input_device(model)),
-            )
+            _read(model, batch)
 
     def gather(site, value):
         parts = [value(key) for key in keys if key[0] == site.name]
@@ -241,25 +270,11 @@ def _readable(model):
             and (not bank.has_gate or bank.has_post_expert_norm)
         ):
             raise UserError(
-                f"{site.name}: its neurons' outputs cannot be read here: weights offloaded, quantised or "
-                "sharded, or experts without a gate or with their own norm. Load it whole and unquantised."
+                f"{site.name}: its neurons' outputs cannot be read here: weights offloaded, "
+                "quantised or sharded, or experts without a gate or with their own norm. Load it "
+                "whole and unquantised."
             )
     return sites
-
-
-def _encoded(tokenizer, profile, rows, positions) -> list[Encoded]:
-    if positions not in POSITIONS:
-        raise UserError(f"positions is {positions!r}, expected one of {', '.join(POSITIONS)}.")
-    texts, responses = [text(row) for row in rows.to_dict("records")], list(rows["reference"])
-    responses = None if positions == "prompt" else responses
-    encoded = encode(tokenizer, texts, template=profile.template, responses=responses)
-    if positions == "all":
-        bos = tokenizer.bos_token_id
-        return [
-            Encoded(e.ids, tuple(i > 0 or token != bos for i, token in enumerate(e.ids)))
-            for e in encoded
-        ]
-    return encoded
 
 
 def _empty(sites, size):

@@ -24,17 +24,22 @@ def _part(profile, notebook: str) -> Path:
 
 def write_part(profile, notebook: str, pairs: dict[str, dict]) -> None:
     """Write one notebook's headline numbers: {pair: {dotted key: number, list or text}}; floats to
-    6 decimals.
+    6 decimals. What could not be measured (a number that is NaN) is left out: the ledger then says
+    "not testable".
     """
 
     def rounded(value):
         if isinstance(value, dict):
-            return {k: rounded(v) for k, v in value.items()}
+            return {k: rounded(v) for k, v in value.items() if not _missing(v)}
         if isinstance(value, (list, tuple, np.ndarray)):
             return [rounded(v) for v in value]
         return round(float(value), 6) if isinstance(value, (float, np.floating)) else value
 
     write_json(_part(profile, notebook), stamp(profile) | {"pairs": rounded(pairs)})
+
+
+def _missing(value):
+    return isinstance(value, (float, np.floating)) and np.isnan(value)
 
 
 def read_parts(profile, notebooks) -> dict[str, dict]:

@@ -181,7 +181,10 @@ def measure(profile, pair, rows: pd.DataFrame, folder) -> tuple[dict, dict]:
         loaded = load_model(str(folder / step)) if expected else base
         check_pair(base, loaded)
         counts.append(count(*loaded, texts, profile.batch_size, template=profile.template))
-        correct.append(task_scores(rows, greedy_answers(*loaded, profile, rows), profile.run_code))
+        answers = greedy_answers(
+            *loaded, rows, profile.template, profile.batch_size, profile.max_new_tokens
+        )
+        correct.append(task_scores(rows, answers, profile.run_code))
     sets = [top_sets(c.unit("neurons"), profile.epsilon)[0] for c in counts]
     arrays = {
         "rows": places.astype(np.int32),

@@ -1,0 +1,63 @@
+"""What a model reads of a row, and which of its tokens count: positions by name, in one place."""
+
+import numpy as np
+
+from ..capture.tokens import Encoded, encode
+from ..hexainst.corpus import texts
+from ..record import UserError
+
+COUNTED = ("prompt", "response", "generated", "prompt-even", "prompt-odd")
+POSITIONS = (*COUNTED, "reference", "all")
+
+
+def encode_rows(tokenizer, rows, template: str, positions="prompt", answers=None) -> list[Encoded]:
+    """The rows as token ids, and which of these count, in row order.
+
+    prompt       the instruction's own tokens; prompt-even, prompt-odd: every other one of them
+    response     the reference's, read after the prompt
+    generated    those of `answers`, lists of token ids, read after the prompt (may be none)
+    reference    the reference's and the end-of-sequence token after it, as fine-tuning taught it:
+                 not to know where to stop costs
+    all          every token of prompt and reference, BOS left out
+
+    Raises UserError for unknown positions, a row without such a token, a tokenizer without the
+    end-of-sequence token that is needed. (Prompt: paper, sec. counting; the others: ours.)
+    """
+    if positions not in POSITIONS:
+        raise UserError(f"positions is {positions!r}, expected one of {', '.join(POSITIONS)}.")
+    responses = {"generated": answers}.get(positions, list(rows["reference"]))
+    if positions.startswith("prompt"):
+        responses = None
+    encoded = encode(tokenizer, texts(rows), template=template, responses=responses)
+    if positions.startswith("prompt-"):
+        return [_every_other(e, first=positions == "prompt-odd") for e in encoded]
+    if positions == "reference":
+        return with_end(tokenizer, encoded)
+    if positions == "all":
+        bos = tokenizer.bos_token_id
+        return [
+            Encoded(e.ids, tuple(i > 0 or token != bos for i, token in enumerate(e.ids)))
+            for e in encoded
+        ]
+    return encoded
+
+
+def with_end(tokenizer, encoded: list[Encoded]) -> list[Encoded]:
+    """The same sequences with the end-of-sequence token behind them, and that one counted."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{type(tokenizer).__name__} has no end-of-sequence token. Give one, or use eos=False."
+        )
+    return [Encoded((*e.ids, tokenizer.eos_token_id), (*e.counted, True)) for e in encoded]
+
+
+def _every_other(encoded: Encoded, first: int) -> Encoded:
+    """The same sequence with only the 1st, 3rd, ... (first = 0) or 2nd, 4th, ... (1) of its
+    counted tokens counted.
+    """
+    kept = set(np.flatnonzero(encoded.counted)[first::2].tolist())
+    if not kept:
+        raise UserError(
+            "an instruction has a single counted token and cannot be split in two. Remove the row."
+        )
+    return Encoded(encoded.ids, tuple(i in kept for i in range(len(encoded.ids))))

@@ -1,0 +1,401 @@
+"""A Study: one pair of models and the rows they read; it gives counts, answers and models, from
+disk where they are.
+"""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from ..capture.counts import Counts, Shards
+from ..capture.loading import fingerprint, load_model, locate, random_twin
+from ..capture.tokens import Encoded
+from ..config import Pair, Profile
+from ..hexainst.corpus import folds, text
+from ..hexainst.schema import load_hexainst
+from ..paths import counts_dir
+from ..record import DamagedFile, NotTestable, UserError, cached, digest, versions
+from . import counting
+from .answers import SHORT, answer_ids, greedy_answers, spoken
+from .counting import COUNTING, FORMAT, SHARD
+from .reading import encode_rows
+
+
+def open_model(pair: Pair, variant: str, seed: int = 0):
+    """(model, tokenizer) of one variant of a pair: "base", "tuned", or a twin, the base's
+    architecture (without a base the tuned model's) with random weights: "twin" from `seed`,
+    "twin-1", "twin-2", ... from the ones after it.
+    """
+    counting.check_names(variant)
+    ref, revision = _checkpoint(pair, variant)
+    alone = not torch.cuda.is_available() or counting.processes()[1] == 1
+    model, tokenizer = load_model(
+        ref,
+        dtype=pair.dtype,
+        revision=revision,
+        device_map=pair.device_map if alone else {"": PartialState().device},
+    )
+    own = counting.twin_seed(variant, seed)
+    return (model if own is None else random_twin(model, own, free=True)), tokenizer
+
+
+def _checkpoint(pair, variant):
+    if pair.base is None and variant == "base":
+        raise UserError(
+            f"pair {pair.name} has no base model. Name one in the profile, or ask for 'tuned'."
+        )
+    if pair.base is None or variant == "tuned":
+        return pair.tuned, pair.tuned_revision
+    return pair.base, pair.base_revision
+
+
+class Study:
+    """One pair of models, the rows they read, and the settings under which they do.
+
+    rows [I] hold the columns of HexaInst and `fold`, the part of the data (see corpus.folds) that a
+    row is chosen or measured on. `half`, `category`, `measured` and `take` give the Study of fewer
+    rows: it shares the models, and its counts and answers are those rows' of the whole. What was
+    read or computed is remembered until `close`. In memory are the models that `model` was asked
+    for, and at most one more: the one that was last needed to fill a file. (Ours.)
+    """
+
+    def __init__(
+        self, profile: Profile, pair: Pair, rows: pd.DataFrame, models: dict | None = None
+    ):
+        """`models` {variant: (model, tokenizer)} are used instead of those that the pair names."""
+        if rows.empty:
+            raise UserError(f"profile {profile.name}: there are no rows. Check its data set.")
+        self.profile, self.pair, self.rows = profile, pair, rows.reset_index(drop=True)
+        self.whole, self.places = self, np.arange(len(rows))
+        self._models, self._spare, self._remembered = {} if models is None else models, {}, {}
+
+    @classmethod
+    def of(cls, profile: Profile, pair: Pair, rows: pd.DataFrame | None = None) -> "Study":
+        """The Study of a pair on the profile's data set, or on rows that were read before."""
+        rows = load_hexainst(dataset=profile.dataset) if rows is None else rows
+        return cls(profile, pair, rows if "fold" in rows else rows.assign(fold=folds(rows)))
+
+    # ---- what it is
+
+    @property
+    def name(self) -> str:
+        """The pair's name, and its folder's."""
+        return self.pair.name
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is a base model that the tuned one came from."""
+        return self.pair.base is not None
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The models of the pair: ("base", "tuned"), or ("tuned",)."""
+        return ("base", "tuned") if self.has_base else ("tuned",)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names in order of first appearance in the whole; what the codes in `labels` mean."""
+        return tuple(dict.fromkeys(self.whole.rows["category"]))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Category of each row as a code into `categories`, int [I]."""
+        return pd.Categorical(self.rows["category"], self.categories).codes.astype(int)
+
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """The folds of the whole, in order of first appearance: two, or one where rows are few."""
+        return tuple(dict.fromkeys(self.whole.rows["fold"]))
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Kinds of components: "neurons", and in a sparse model "shared" (if any) and "experts"."""
+        counts = self.whole.counts()
+        shared = ("shared",) if "shared" in counts.neurons else ()
+        return ("neurons", *shared, *(() if counts.routed is None else ("experts",)))
+
+    # ---- fewer rows
+
+    def take(self, rows) -> "Study":
+        """The Study of some of its rows: places int [n] or bool [I]."""
+        part = copy.copy(self)
+        part.rows = self.rows.iloc[rows].reset_index(drop=True)
+        part.places, part._remembered = self.places[rows], {}
+        return part
+
+    def half(self, name: str) -> "Study":
+        """The rows of one fold. Raises NotTestable if a category has none there."""
+        here = (self.rows["fold"] == name).to_numpy()
+        missing = set(self.rows["category"]) - set(self.rows["category"][here])
+        if name not in self.halves or missing:
+            raise NotTestable(
+                f"half {name!r} of {self.halves} has no row of {sorted(missing)}: nothing can be "
+                "chosen or measured there. Add rows, or leave these categories out of the data set."
+            )
+        return self.once(("half", name), lambda: self.take(here))
+
+    def other(self, name: str) -> str:
+        """The half that has no part in `name`. Raises NotTestable if there is one half only."""
+        if len(self.halves) != 2 or name not in self.halves:
+            raise NotTestable(
+                f"{self.name}: the halves are {self.halves}, none beside {name!r}: what is chosen "
+                "on one cannot be measured on another. Add rows: two of each category at least."
+            )
+        return self.halves[1 - self.halves.index(name)]
+
+    def category(self, name: str) -> "Study":
+        """The rows of one category."""
+        return self.take((self.rows["category"] == name).to_numpy())
+
+    def measured(self) -> "Study":
+        """The first `ablation_rows` rows of each category: what ablations are measured on."""
+        first = self.rows.groupby("category").cumcount() < self.profile.ablation_rows
+        return self.once("measured", lambda: self.take(first.to_numpy()))
+
+    # ---- what it has read, or computed
+
+    def once(self, key, compute):
+        """What `compute()` gave the first time it was asked for under this key."""
+        if key not in self._remembered:
+            self._remembered[key] = compute()
+        return self._remembered[key]
+
+    def model(self, variant: str = "tuned"):
+        """(model, tokenizer), loaded on first use and shared until `close`; see `open_model`."""
+        if variant not in self._models:
+            self._models[variant] = self._at_hand(variant)
+            self._spare.clear()
+        return self._models[variant]
+
+    def reader(self, variant: str = "tuned"):
+        """As `model`, to make what is kept on disk: let go when another one is needed for that.
+
+        Raises UserError while an ablation of it is open.
+        """
+        loaded = self._at_hand(variant)
+        if loaded[0]._forward_hooks:
+            raise UserError(
+                f"{self.name} {variant}: an intervention is open, and what is kept on disk is the "
+                "intact model's. Ask for it before, or use `generate` for an ablated one's answers."
+            )
+        return loaded
+
+    def _at_hand(self, variant):
+        if variant in self._models:
+            return self._models[variant]
+        if variant not in self._spare:
+            self._spare.clear()  # before the next one takes its place
+            self._spare[variant] = open_model(self.pair, variant, self.profile.seed)
+        return self._spare[variant]
+
+    def close(self) -> None:
+        """Forget the models and what was remembered; what is on disk comes back when asked for."""
+        self._models.clear()
+        self._spare.clear()
+        self._remembered.clear()
+        self.whole._remembered.clear()
+
+    def masks(self, sets, unit: str = "neurons") -> dict[str, dict]:
+        """The component mask (see `ablate`) of each category's set, sets bool [C, M]."""
+        counts = self.whole.counts()
+        own = zip(self.categories, sets, strict=True)
+        return {category: counts.mask(unit, members) for category, members in own}
+
+    def encoded(self, positions: str = "prompt", variant: str = "tuned") -> list[Encoded]:
+        """What `variant` reads of each row, and which tokens count; see `encode_rows`."""
+        tokenizer = self._at_hand(variant)[1]
+        answers = self.answer_ids(variant) if positions == "generated" else None
+        return encode_rows(tokenizer, self.rows, self.profile.template, positions, answers)
+
+    # ---- kept on disk
+
+    def counts(self, variant: str = "tuned", positions: str = "prompt") -> Counts:
+        """Counts of one model at one kind of positions, of these rows; from disk, else counted.
+
+        variant    "base", "tuned" or a twin (see `open_model`)
+        positions  "prompt", "prompt-even", "prompt-odd", "response" or "generated" (`encode_rows`)
+        Files: data/results/<profile>/<pair>/<variant>/<positions>/. Raises RecordMismatch if those
+        in place were made under other settings, from other weights or other rows. (Paper, sec.
+        counting; disk and processes: ours.)
+        """
+        whole = self.whole.once(
+            ("counts", variant, positions), lambda: self.whole._counts(variant, positions)
+        )
+        if self.whole is self:
+            return whole
+        return Counts.of({k: a[self.places] for k, a in whole.arrays().items()}, whole.layers)
+
+    def _counts(self, variant, positions):
+        shards = self._shards(variant, positions)
+        try:
+            if shards.sealed():
+                return shards.load()
+        except DamagedFile:
+            pass  # a shard is missing or damaged: it is counted again
+        self._fill(shards, variant, positions)
+        return shards.load()
+
+    def shards(self, variant: str = "tuned", positions: str = "prompt") -> Shards:
+        """As `counts`, for counts larger than memory: the finished shards of the whole, to be read
+        one at a time.
+        """
+        shards = self.whole._shards(variant, positions)
+        if not shards.finished():
+            self.whole._fill(shards, variant, positions)
+        return shards
+
+    def _shards(self, variant, positions):
+        folder = counts_dir(self.profile.name, self.name, variant, positions)
+        return Shards(folder, self.settings(variant, positions), len(self.rows), SHARD)
+
+    def _fill(self, shards, variant, positions):
+        several = self.profile.processes > 1 and variant not in self._models
+        if several and counting.processes()[1] == 1:
+            counting.launch(self._job(variant, positions), self.profile.processes)
+            return
+        torch.set_num_threads(self.profile.threads)
+        counting.fill(
+            shards,
+            lambda: self.reader(variant)[0],
+            lambda rows: self.take(list(rows)).encoded(positions, variant),
+            self.profile.batch_size,
+            f"{self.name} {variant} {positions}",
+        )
+
+    def settings(self, variant: str = "tuned", positions: str = "prompt") -> dict:
+        """All that decides a count, as the shards' record keeps it; no model is loaded for it."""
+        counting.check_names(variant, positions)
+        profile, pair, checkpoint = self.profile, self.pair, self.checkpoint(variant)
+        generated = positions == "generated"
+        return checkpoint | {
+            "profile": profile.name,
+            "pair": pair.name,
+            "variant": variant,
+            "positions": positions,
+            "seed": counting.twin_seed(variant, profile.seed),
+            "dtype": pair.dtype,
+            "device_map": pair.device_map,
+            "template": profile.template,
+            "data": self.digest("response" if positions == "response" else "prompt"),
+            "versions": {name: versions()[name] for name in COUNTING},
+            "batch_size": profile.batch_size,
+            "format": FORMAT,
+            "max_new_tokens": self._budget() if generated else None,
+        }
+
+    def _budget(self):
+        return {
+            "most": self.profile.max_new_tokens,
+            "checkers": self.digest("checkers"),
+            **SHORT,
+        }
+
+    def checkpoint(self, variant: str = "tuned") -> dict:
+        """What a variant was loaded from: {"ref", "commit", "weights": a digest of its files}."""
+
+        def look():
+            ref, revision = _checkpoint(self.pair, variant)
+            folder, commit = locate(ref, revision)
+            return {"ref": ref, "commit": commit, "weights": fingerprint(folder)}
+
+        return self.whole.once(("checkpoint", variant), look)
+
+    def digest(self, what: str = "prompt") -> str:
+        """A digest of the rows: of each one's text ("prompt"), with its reference ("response"), or
+        with that, its id and its fold ("rows"); of the names of their "checkers".
+        """
+        of_row = {
+            "prompt": lambda row: [text(row), ""],
+            "response": lambda row: [text(row), row["reference"]],
+            "rows": lambda row: [row["id"], text(row), row["reference"], row["fold"]],
+            "checkers": lambda row: row["checker"]["name"],
+        }[what]
+        return self.once(
+            ("digest", what), lambda: digest([of_row(row) for row in self.rows.to_dict("records")])
+        )
+
+    def answers(self, variant: str = "tuned") -> list[str]:
+        """Greedy answers of the intact model to these rows, in their order; from disk, else
+        generated and kept. See `answer_ids`.
+        """
+        return [answer for _, answer in self._answers(variant)]
+
+    def answer_ids(self, variant: str = "tuned") -> list[list[int]]:
+        """The same as token ids, without the end-of-sequence token.
+
+        Files: data/results/<profile>/<pair>/<variant>/answers/, as many rows to one as of counts,
+        each with its record; an interrupted run goes on where it was. Only the files that these
+        rows stand in are computed. Raises RecordMismatch as `counts` does. (Ours.)
+        """
+        return [ids for ids, _ in self._answers(variant)]
+
+    def _answers(self, variant):
+        """[(token ids, answer)] of these rows."""
+        whole, found = self.whole, {}
+        needed = sorted({int(place) // SHARD for place in self.places})
+        label = f"{self.name} {variant} answers"
+        for k in tqdm(needed, label, delay=5, leave=False, unit=f" x {SHARD} instructions"):
+            found[k] = whole.once(("answers", variant, k), lambda k=k: whole._answered(variant, k))
+        return [found[place // SHARD][place % SHARD] for place in self.places.tolist()]
+
+    def _answered(self, variant, k):
+        """[(token ids, answer)] of one file."""
+        rows = self.take(np.arange(k * SHARD, min((k + 1) * SHARD, len(self.rows))))
+        want = self.settings(variant, "generated") | {"positions": "answers"}
+        want["rows"] = [int(rows.places[0]), int(rows.places[-1]) + 1]
+        folder = counts_dir(self.profile.name, self.name, variant, "answers")
+
+        def generate():
+            torch.set_num_threads(self.profile.threads)
+            model, tokenizer = self.reader(variant)
+            ids = answer_ids(model, tokenizer, rows.rows, *self._speech())
+            arrays = {
+                "ids": np.array([token for one in ids for token in one], np.int32),
+                "lengths": np.array([len(one) for one in ids], np.int32),
+            }
+            return arrays, {"answers": spoken(tokenizer, ids), "made_with": versions()}
+
+        arrays, record = cached(folder / f"answers-{k:05d}.safetensors", want, generate)
+        ids = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
+        return list(zip((part.tolist() for part in ids), record["answers"], strict=True))
+
+    def generate(self, variant: str = "tuned") -> list[str]:
+        """Greedy answers of the model as it is now, ablated or not; nothing is kept."""
+        return greedy_answers(*self.model(variant), self.rows, *self._speech())
+
+    def _speech(self):
+        return self.profile.template, self.profile.batch_size, self.profile.max_new_tokens
+
+    # ---- other processes
+
+    def _job(self, variant, positions) -> dict:
+        """What each of several processes is told: JSON, read by `from_job`."""
+        return {
+            "profile": dataclasses.asdict(self.profile),
+            "pair": self.name,
+            "variant": variant,
+            "positions": positions,
+            "rows": self.rows.to_dict("records"),
+        }
+
+    @classmethod
+    def from_job(cls, path) -> tuple["Study", str, str]:
+        """(study, variant, positions) of a job's file; the study counts in one process."""
+        job = json.loads(Path(path).read_text())
+        pairs = tuple(Pair(**pair) for pair in job["profile"]["pairs"])
+        profile = Profile(**job["profile"] | {"pairs": pairs, "processes": 1})
+        pair = next(pair for pair in pairs if pair.name == job["pair"])
+        study = cls(profile, pair, pd.DataFrame(job["rows"]))
+        return study, job["variant"], job["positions"]
+
+
+def studies(profile: Profile, rows: pd.DataFrame | None = None) -> dict[str, Study]:
+    """{pair's name: Study} of every pair of a profile, all on the same rows."""
+    rows = load_hexainst(dataset=profile.dataset) if rows is None else rows
+    return {pair.name: Study.of(profile, pair, rows) for pair in profile.pairs}
