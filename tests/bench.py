@@ -31,13 +31,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from helpers.analysis.sets import consensus, top_sets
 from helpers.analysis.similarity import jaccard_matrix
 from helpers.capture import counter as counting
-from helpers.capture import loading as models
 from helpers.capture.counter import watching
 from helpers.capture.counts import Counts, Shards
 from helpers.capture.interventions import ablate
 from helpers.capture.sites import find_sites
+from helpers.capture.tokens import Encoded
 from helpers.paths import DATA
 from helpers.record import read_json, versions, write_json
+from helpers.study.answers import continuations
 from tests import zoo
 
 SMALL = {
@@ -290,9 +291,9 @@ def generating(model, ids, new, mask=None, how="auto"):
     """Greedy continuation, `new` tokens of each sequence, with the neurons in the mask set to zero
     all the while.
     """
-    rows = [models.Encoded(tuple(row), (True,) * len(row)) for row in ids.tolist()]
+    rows = [Encoded(tuple(row), (True,) * len(row)) for row in ids.tolist()]
     with ablate(model, mask or {}, "zero", how=how):
-        models.generate(model, rows, max_new_tokens=new)
+        continuations(model, rows, max_new_tokens=new)
 
 
 def ablation(rounds, length) -> dict:
@@ -417,7 +418,8 @@ def show_analysis(table) -> None:
     """Print the analysis' table."""
     for shape, found in table.items():
         print(
-            f"\n{shape}: {found['components']:,} components, peak {found['peak_rss_mib']:.0f} MiB of memory"
+            f"\n{shape}: {found['components']:,} components, "
+            f"peak {found['peak_rss_mib']:.0f} MiB of memory"
         )
         for name, row in found["steps"].items():
             print(f"{name:28} {row['seconds']:7.1f} s, {row['cpu_seconds']:7.1f} s of CPU")
@@ -431,10 +433,9 @@ def show(table) -> None:
             print(f"{name:27} {row['seconds']:9.3f} {row['ratio']:7.3f}")
         if "hooks" in found:
             print(f"counting itself is {found['hooks']:.1%} of capture's CPU time")
+        beyond = "the plain forward pass" if "hooks" in found else "the weights"
         for name, size in found.get("extra_mib", {}).items():
-            print(
-                f"{name}: {size:+.1f} MiB beyond {'the plain forward pass' if 'hooks' in found else 'the weights'}"
-            )
+            print(f"{name}: {size:+.1f} MiB beyond {beyond}")
 
 
 def main(argv=None) -> int:

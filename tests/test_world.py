@@ -49,7 +49,8 @@ def of(rows, category):
 def test_world_is_a_pure_function_of_its_seed():
     code = (
         "from helpers.tinyworld import world; from helpers.record import digest; "
-        "print(digest([world.pretraining(0, 200), world.tuning(0, 5), world.evaluation('B', 0, 5)]))"
+        "made = [world.pretraining(0, 200), world.tuning(0, 5), world.evaluation('B', 0, 5)]; "
+        "print(digest(made))"
     )
     seen = {
         subprocess.run(

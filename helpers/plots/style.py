@@ -1,4 +1,4 @@
-"""What all figures share: colours (Okabe-Ito), nulls in grey and dashed, panels, legends, saving."""
+"""What all figures share: colours (Okabe-Ito), grey dashed nulls, panels, legends, saving."""
 
 import matplotlib.pyplot as plt
 import pandas as pd

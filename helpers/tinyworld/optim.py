@@ -14,7 +14,8 @@ def orthogonal(stack, steps: int = 5):
     """Each matrix of `stack` [..., m, n] with its singular values brought near 1 (quintic
     Newton-Schulz iteration).
 
-    >>> [round(s, 1) for s in torch.linalg.svdvals(orthogonal(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))).tolist()]
+    >>> flat = orthogonal(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    >>> [round(s, 1) for s in torch.linalg.svdvals(flat).tolist()]
     [1.1, 0.8]
     """
     tall = stack.shape[-2] > stack.shape[-1]

@@ -48,7 +48,7 @@ BEFORE = (
 
 
 def configuration(pair: str, vocabulary: int):
-    """Architecture of a pair: Llama (1.1 M parameters), or Qwen2-MoE with a shared expert (2.0 M)."""
+    """Architecture of a pair: Llama (1.1 M parameters), or Qwen2-MoE, one expert shared (2.0 M)."""
     common = {
         "vocab_size": vocabulary,
         "hidden_size": 128,

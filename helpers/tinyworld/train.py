@@ -1,8 +1,8 @@
 """Train the tiny pairs from nothing: a tokenizer, a pre-trained base, and the same model tuned to
 follow instructions.
 
-    python -m helpers.run train --pair tiny-dense --seed 0         one pair (seeds above 0: <pair>-s<seed>)
-    python -m helpers.run train --card                             the model card's table, from the records
+    python -m helpers.run train --pair tiny-dense --seed 0    one pair (above 0: <pair>-s<seed>)
+    python -m helpers.run train --card                        the model card's table, from records
 
 writes data/models/<pair>/{base,tuned}: fp16 safetensors, tokenizer, training_record.json. One
 thread and one seed give the same bytes again on one kind of processor (on another, rounding

@@ -175,8 +175,8 @@ def measure(profile, pair, rows: pd.DataFrame, folder) -> tuple[dict, dict]:
             not (folder / step).is_dir() or sha256(folder / step / "model.safetensors") != expected
         ):
             raise DamagedFile(
-                f"checkpoint {paths.short(folder / step)} is missing or not the one in {RUN}. Delete "
-                f"{paths.short(folder)} and train again."
+                f"checkpoint {paths.short(folder / step)} is missing or not the one in {RUN}. "
+                f"Delete {paths.short(folder)} and train again."
             )
         loaded = load_model(str(folder / step)) if expected else base
         check_pair(base, loaded)
@@ -255,7 +255,8 @@ def read(profile, pair, rows: pd.DataFrame, folder=FOLDER) -> dict[str, Run]:
                 raise RecordMismatch(
                     f"{paths.short(path)} was measured beside another {name} model than {ref!r} "
                     f"(weights {record[name][:12]}, not {_weights(ref)[:12]}). Run `python -m "
-                    f"helpers.run trajectory` for the pair {pair.name} anew, or restore the checkpoint."
+                    f"helpers.run trajectory` for the pair {pair.name} anew, or restore "
+                    "the checkpoint."
                 )
         found[path.stem.removeprefix(f"{pair.name}-")] = _load(path.with_suffix(".safetensors"))
     return found

@@ -5,9 +5,11 @@ It makes every text that the tiny models ever see, and every prompt on which the
 words and wordings stand in data/hexainst/tiny_world.yaml; this file combines them. A pure function
 of a seed and that file. (Ours.)
 
-pre-training   plain documents: facts, sentences, reviews, sums as statements, code, stories, unanswered requests
+pre-training   plain documents: facts, sentences, reviews, sums as statements, code, stories,
+               unanswered requests
 tuning         answered instructions in the wordings A, about contents that are not held out
-evaluation     instructions about held-out contents, in the wordings A (half A) or B, never trained (half B)
+evaluation     instructions about held-out contents, in the wordings A (half A) or B, never
+               trained (half B)
 
 Held out is a quarter of all contents (a person's attribute, an operand pair, a story ...), by a
 hash of the content. A held-out fact or sum may be *stated* in pre-training; it is never asked
