@@ -314,12 +314,13 @@ def command_line() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     """Run one command; whatever ends it early is one line on stderr and an exit code."""
-    options = command_line().parse_args(argv)
     try:
         with handled(stop):
-            code = options.function(options)
-            sys.stdout.flush()
-            return code
+            try:
+                options = command_line().parse_args(argv)
+                return options.function(options)
+            finally:
+                sys.stdout.flush()
     except UserError as error:
         said, code = f"error: {error}", 1
     except MemoryError:

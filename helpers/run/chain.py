@@ -25,7 +25,7 @@ from ..paths import DATA, PROFILES, ROOT, figures_dir, results_dir, short
 from ..record import UserError, atomic, digest, read_json, versions, write_json
 from .notebook import Execution, canonical, read, save
 from .progress import Progress
-from .stopping import household, run_stoppable
+from .stopping import Stopped, household, run_stoppable
 
 HELPERS = Path(__file__).resolve().parents[1]
 
@@ -234,7 +234,12 @@ def check(paths: list[Path], together=()) -> int:
 
     with household() as folder:
         for group in groups(paths, together):
-            if code := run_stoppable(partial(one, group), folder):
+            try:
+                code = run_stoppable(partial(one, group), folder)
+            except Stopped:
+                print()  # pytest was in the middle of a line
+                raise
+            if code:
                 return code
     return 0
 

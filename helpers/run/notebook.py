@@ -1,6 +1,5 @@
 """One notebook: read, checked against its parameters, executed by a kernel of this Python."""
 
-import json
 import logging
 import signal
 import time
@@ -26,6 +25,14 @@ PYTHON = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+NOT_A_NOTEBOOK = (  # what nbformat raises on anything else
+    ValueError,
+    nbformat.ValidationError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 INJECTED = "injected-parameters"
 QUIET = logging.getLogger("sparcom.kernels")  # what nbclient logs, our errors say
 QUIET.addHandler(logging.NullHandler())
@@ -35,22 +42,21 @@ QUIET.propagate = False
 def read(path: Path):
     """A notebook file, checked whole; one that is none, or not in Python, is one clear error."""
     try:
-        book = nbformat.from_dict(json.loads(path.read_text("utf-8")))
-        book = nbformat.convert(book, 4)
+        book = nbformat.reads(path.read_text("utf-8"), as_version=4)
         nbformat.validate(book)
     except FileNotFoundError as error:
         raise UserError(f"{short(path)} does not exist.") from error
     except OSError as error:
         raise UserError(f"{short(path)} cannot be read: {error.strerror}.") from error
-    except (ValueError, nbformat.ValidationError, LookupError, TypeError, AttributeError) as error:
+    except NOT_A_NOTEBOOK as error:
         raise UserError(
-            f"{short(path)} is no notebook: {str(error).splitlines()[0][:200]}. Expected a file "
+            f"{short(path)} is no notebook ({str(error).strip()[:60]!r}...). Expected a file "
             "that Jupyter wrote (.ipynb, format 4)."
         ) from error
     language = book.metadata.get("kernelspec", {}).get("language") or "python"
     if language != "python":
         raise UserError(f"{short(path)} is written in {language}; the chain runs Python only.")
-    book.metadata |= PYTHON
+    book.metadata |= nbformat.from_dict(PYTHON)
     return book
 
 
@@ -124,7 +130,7 @@ class Execution:
         self.path, self.target, self.name = path, target, path.stem
         self.failed, self.log = target.with_suffix(".failed.ipynb"), target.with_suffix(".log")
         self.book, self.at = with_parameters(path, parameters), 0
-        self.client = None
+        self.client, self.interrupted = None, False
 
     async def run(self, folder: Path, progress: Progress) -> float:
         """Execute every cell in a kernel whose files lie in `folder` (see `household`); seconds."""
@@ -176,7 +182,8 @@ class Execution:
         try:
             await self.client.async_execute(stdout=log, stderr=log)
         except CellExecutionError as error:
-            save(self.book, self.failed)
+            if not self.interrupted:
+                save(self.book, self.failed)
             raise UserError(
                 f"{short(self.path)}, cell {self.at}: {error.ename}: {error.evalue} "
                 f"[the run so far, for reading only: {short(self.failed)}]"
@@ -194,6 +201,7 @@ class Execution:
 
     def interrupt(self) -> None:
         """Ctrl-C for its kernel, so that the cell's `finally` blocks tidy up; then no farewell."""
+        self.interrupted = True
         if self.client is not None:
             self.client.shutdown_kernel = "immediate"
             kernel = self.client.km
@@ -206,7 +214,7 @@ def canonical(book):
     """An executed notebook without what changes from run to run: timings, stderr, papermill
     traces, cuts in stdout.
     """
-    book.metadata = PYTHON
+    book.metadata = nbformat.from_dict(PYTHON)
     for cell in book.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags" and v}
         if cell.cell_type == "code":
