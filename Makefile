@@ -48,7 +48,7 @@ endif
 	@touch $@
 
 lab: $(READY) ## open the notebooks in JupyterLab, with this environment's kernel
-	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks 00_start_here.ipynb
+	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks notebooks/00_start_here.ipynb
 
 reproduce: $(READY) ## run the whole chain headless, or what an interrupted run left of it; results in data/results/PROFILE, figures in figures/PROFILE
 	$(PY) -m helpers.run chain --profile $(PROFILE) $(CHAIN)

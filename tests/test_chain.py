@@ -109,6 +109,13 @@ def test_stderr_of_a_notebook_goes_to_its_log(tmp_path, out):
     assert "a bar 5/9" in (out / "notebooks" / "a.log").read_text()
 
 
+def test_a_kernel_finds_the_helpers_of_the_runner(tmp_path, out):
+    """Not those of another clone that the environment was made for."""
+    assert str(ROOT) in outputs(
+        run(book(tmp_path / "a.ipynb", "import helpers; print(helpers)"))[0]
+    )
+
+
 def test_parameters_are_refused_before_anything_runs(tmp_path, out):
     source = book(tmp_path / "a.ipynb", "print(1)")
     with pytest.raises(UserError, match="no parameter 'profil'. Its parameters: profile, epsilon"):
@@ -547,7 +554,7 @@ def test_progress_names_notebook_cell_time_and_the_last_bar():
     shown = progress.Progress(io.StringIO())
     shown.start("06_ablation", 44, ROOT / "a.log")
     shown.cell("06_ablation", 7)
-    shown.bar("06_ablation", "\rrows:  10%|#\rrows:  20%|##\n\n")
+    shown.bar("06_ablation", "\rrows:  10%|#\rrows:  20%|##\na warning\n")
     assert shown.status() == "06_ablation: cell 7 of 44, 0:00, rows:  20%|##"
     shown.cell("06_ablation", 8)
     shown.end("06_ablation", "done")

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from ..config import Profile, load_profile
 from ..paths import DATA, PROFILES, ROOT, figures_dir, results_dir, short
 from ..record import UserError, atomic, digest, read_json, versions, write_json
-from .notebook import Execution, canonical, read, save
+from .notebook import Execution, canonical, environment, read, save
 from .progress import Progress
 from .stopping import Stopped, household, run_stoppable
 
@@ -227,6 +227,7 @@ def check(paths: list[Path], together=()) -> int:
             *command,
             *map(str, group),
             cwd=ROOT,
+            env=environment(),
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,
         )

@@ -1,6 +1,7 @@
 """One notebook: read, checked against its parameters, executed by a kernel of this Python."""
 
 import logging
+import os
 import signal
 import time
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from papermill import inspect_notebook
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from ..paths import NOTEBOOKS, short
+from ..paths import NOTEBOOKS, ROOT, short
 from ..record import UserError, atomic
 from .progress import Progress
 from .stopping import kernel_files
@@ -37,6 +38,12 @@ INJECTED = "injected-parameters"
 QUIET = logging.getLogger("sparcom.kernels")  # what nbclient logs, our errors say
 QUIET.addHandler(logging.NullHandler())
 QUIET.propagate = False
+
+
+def environment() -> dict[str, str]:
+    """What a kernel finds: this repository's helpers first, whichever is installed."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def read(path: Path):
@@ -180,7 +187,7 @@ class Execution:
         )
         self.client.on_stderr = stderr
         try:
-            await self.client.async_execute(stdout=log, stderr=log)
+            await self.client.async_execute(env=environment(), stdout=log, stderr=log)
         except CellExecutionError as error:
             if not self.interrupted:
                 save(self.book, self.failed)

@@ -47,10 +47,10 @@ class Progress:
         self.running[name][3] = ""
 
     def bar(self, name: str, text: str) -> None:
-        """Text that its kernel wrote to stderr; the last line of it is shown."""
+        """Text that its kernel wrote to stderr; the last bar in it (10%, 3/7) is shown."""
         lines = [line.strip() for line in re.split(r"[\r\n]|\x1b\[A", text)]
-        if shown := [line for line in lines if line]:
-            self.running[name][3] = shown[-1]
+        if bars := [line for line in lines if re.search(r"\d%|\d/\d", line)]:
+            self.running[name][3] = bars[-1]
 
     def end(self, name: str, how: str) -> None:
         """It ended; `how`, in a word."""
