@@ -298,7 +298,8 @@ DRIVER = (
 )
 SLEEP = "print(1)\nimport time; Path({!r}).touch(); time.sleep(300)"
 DEAF = (
-    "import ctypes, signal, subprocess\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    "import ctypes, signal, subprocess, tempfile; tempfile.mkdtemp()\n"
+    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     "subprocess.Popen(['sleep', '300'], start_new_session=True)\n"
     "Path({!r}).touch(); ctypes.PyDLL(None).sleep(300)"
 )

@@ -227,7 +227,7 @@ def check(paths: list[Path], together=()) -> int:
             *command,
             *map(str, group),
             cwd=ROOT,
-            env=environment(),
+            env=environment(folder),
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,
         )

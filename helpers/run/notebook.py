@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import tempfile
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -40,10 +41,15 @@ QUIET.addHandler(logging.NullHandler())
 QUIET.propagate = False
 
 
-def environment() -> dict[str, str]:
-    """What a kernel finds: this repository's helpers first, whichever is installed."""
+def environment(folder: Path) -> dict[str, str]:
+    """What a kernel finds: this repository's helpers first, whichever is installed, and the run's
+    own folder for temporary files, which goes when the run does.
+    """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if folder.is_relative_to(tempfile.gettempdir()):  # else the user's own was too long a name
+        found["TMPDIR"] = str(folder)
+    return found
 
 
 def read(path: Path):
@@ -187,7 +193,7 @@ class Execution:
         )
         self.client.on_stderr = stderr
         try:
-            await self.client.async_execute(env=environment(), stdout=log, stderr=log)
+            await self.client.async_execute(env=environment(folder), stdout=log, stderr=log)
         except CellExecutionError as error:
             if not self.interrupted:
                 save(self.book, self.failed)
