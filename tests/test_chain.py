@@ -347,6 +347,9 @@ def start(tmp_path):
     for started in made:
         if started.process.poll() is None:
             started.process.kill()
+            started.process.wait()
+        for folder in Path(started.temporary).glob("sparcom-*"):
+            stopping.kill_family(folder)
         shutil.rmtree(started.temporary, ignore_errors=True)
 
 
