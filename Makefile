@@ -1,19 +1,24 @@
 # The one door. `make` alone prints what there is.
-PROFILE   ?= tiny
+PROFILE ?= tiny
+PYTHON  ?= python3
+
+# Both become words of a shell, PROFILE a folder's name: checked first, as text that nothing has expanded.
+SIGNS := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z 0 1 2 3 4 5 6 7 8 9 _ . -
+less   = $(if $(2),$(call less,$(subst $(firstword $(2)),,$(1)),$(wordlist 2,99,$(2))),$(1))
+wrong  = $(filter-out 1,$(words $(1)))$(call less,$(1),$(SIGNS))$(filter .% -%,$(1))
+$(if $(call wrong,$(value PROFILE)),$(error PROFILE is "$(value PROFILE)", expected one name from notebooks/profiles: letters, digits, "_", "." and "-"))
+$(if $(findstring $$,$(value PYTHON))$(findstring ',$(value PYTHON)),$(error PYTHON is "$(value PYTHON)", expected the path of a Python))
+
 NOTEBOOKS := 00_start_here 01_hexainst 02_capture 03_neurons 04_experts 05_generality_uniqueness 06_ablation 07_alteration 08_claims
 # 03 to 07 read the counts that 02 wrote and nothing of one another: they may run side by side.
-FIRST     := $(filter 00_% 01_% 02_%,$(NOTEBOOKS))
 TOGETHER  := $(filter 03_% 04_% 05_% 06_% 07_%,$(NOTEBOOKS))
-LAST      := $(filter 08_%,$(NOTEBOOKS))
-MODELS    := tiny-dense:0 tiny-dense:1 tiny-dense:2 tiny-moe:0
+CHAIN     := $(NOTEBOOKS:%=notebooks/%.ipynb) --together $(TOGETHER)
 
-CONDA  := $(firstword $(foreach c,mamba micromamba conda,$(shell command -v $(c) 2>/dev/null)))
-PYTHON ?= python3
-PY     := .venv/bin/python
-READY  := .venv/.ready
-PATHS  := $(NOTEBOOKS:%=notebooks/%.ipynb)
-CHAIN  := $(PATHS) --together $(TOGETHER)
-NBVAL   = $(if $(1),$(PY) -m pytest --nbval --nbval-current-env $(2) $(1:%=notebooks/%.ipynb))
+CONDA := $(firstword $(foreach c,mamba micromamba conda,$(shell command -v $(c) 2>/dev/null)))
+PY    := .venv/bin/python
+READY := .venv/.ready
+$(foreach v,SIGNS NOTEBOOKS TOGETHER CHAIN CONDA PY READY,$(if $(filter-out file,$(origin $(v))),$(error $(v) is not for the command line; PROFILE and PYTHON are)))
+
 # One thread and no hub traffic unless the caller says otherwise: small matrices run fastest, and two runs agree bit for bit.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM = false
@@ -21,46 +26,49 @@ export PYTHONHASHSEED = 0
 export PYTHONUTF8 = 1
 export JUPYTER_PREFER_ENV_PATH = 1
 
+# Recipes are single commands where they run long: make starts those without a shell between, so a signal to make reaches them.
 .DEFAULT_GOAL := help
-.PHONY: help env lab reproduce test lint refresh models trajectory grid bench bench-peers bench-analysis plan hexainst-human clean
+.PHONY: help env lab reproduce test lint refresh models trajectory grid hexainst-human bench bench-peers bench-analysis bench-chain plan clean
 
 help: ## print this list
-	@echo "make TARGET [PROFILE=$(PROFILE)]"; grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
-	  || grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST)
+	@echo "make TARGET [PROFILE=$(PROFILE)]"; grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
+	  || grep -hE '^[a-z-]+:.*## ' Makefile
 
 env: $(READY) ## build .venv from the pins (conda, mamba or micromamba where there is one, else venv + pip)
 
 $(READY): requirements.txt environment.yml
 ifneq ($(CONDA),)
-	$(CONDA) env create --yes --prefix ./.venv --file environment.yml
+	'$(CONDA)' env create --yes --prefix ./.venv --file environment.yml
 else
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d found, 3.11 or newer needed: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
-	$(PYTHON) -m venv --clear .venv
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d found, 3.11 or newer needed: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	'$(PYTHON)' -m venv --clear .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 endif
-	echo "$(CURDIR)" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sparcom.pth"
-	touch $@
+	@$(PY) -c 'import os, sysconfig; open(sysconfig.get_path("purelib") + "/sparcom.pth", "w").write(os.getcwd() + "\n")'
+	@touch $@
 
 lab: $(READY) ## open the notebooks in JupyterLab, with this environment's kernel
-	$(PY) -m jupyterlab --notebook-dir=notebooks 00_start_here.ipynb
+	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks notebooks/00_start_here.ipynb
 
-reproduce: $(READY) ## run the whole chain headless; results in data/results/PROFILE, figures in figures/PROFILE
+reproduce: $(READY) ## run the whole chain headless, or what an interrupted run left of it; results in data/results/PROFILE, figures in figures/PROFILE
 	$(PY) -m helpers.run chain --profile $(PROFILE) $(CHAIN)
 
 test: $(READY) lint ## unit tests, then strict nbval over the committed notebooks
 	$(PY) -m pytest -n 2 --dist loadfile tests helpers
-	$(call NBVAL,$(FIRST))
-	$(call NBVAL,$(TOGETHER),-n 2 --dist loadfile)
-	$(call NBVAL,$(LAST))
+	$(PY) -m helpers.run check $(CHAIN)
 
 lint: $(READY) ## ruff over code and notebooks
-	$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --check --quiet .
 
 refresh: $(READY) ## re-execute the committed notebooks in place (profile tiny) and make them canonical
 	$(PY) -m helpers.run refresh $(CHAIN)
 
 models: $(READY) ## retrain the tiny models from nothing (more than an hour on one core)
-	for m in $(MODELS); do $(PY) -m helpers.run train --pair $${m%:*} --seed $${m#*:} || exit 1; done
+	$(PY) -m helpers.run train --pair tiny-dense
+	$(PY) -m helpers.run train --pair tiny-dense --seed 1
+	$(PY) -m helpers.run train --pair tiny-dense --seed 2
+	$(PY) -m helpers.run train --pair tiny-moe
 
 trajectory: $(READY) ## tune the tiny bases again with checkpoints kept and measured; writes data/trajectory (an hour of one core)
 	$(PY) -m helpers.run trajectory --pair tiny-dense
@@ -72,23 +80,26 @@ trajectory: $(READY) ## tune the tiny bases again with checkpoints kept and meas
 grid: $(READY) ## the whole grid of ablations, three dense seeds and the sparse pair; writes data/grid (half an hour of one core, resumes)
 	$(PY) -m helpers.run grid --profile tiny-full
 
+hexainst-human: $(READY) ## fetch the human half's sources and build data/hexainst/human.jsonl
+	$(PY) -m helpers.run human
+
 bench: $(READY) ## cost of capture as ratios in one run; writes data/results/bench.json
 	$(PY) -m tests.bench
 
 bench-peers: ## the same beside nnsight and TransformerLens, in an environment of their own
-	$(PYTHON) -m venv .venv-peers
+	'$(PYTHON)' -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet -r requirements.txt nnsight==0.8.1 transformer-lens==4.3.0
 	.venv-peers/bin/python -m tests.bench
 
 bench-analysis: $(READY) ## analysis at the paper's scale: 1,200 instructions, up to 2.2 million neurons (6 GB of disk)
 	$(PY) -m tests.bench --analysis
 
+bench-chain: $(READY) ## the chain's own cost
+	$(PY) -m tests.bench --chain
+
 plan: $(READY) ## what PROFILE will cost: neurons, passes, disk
 	$(PY) -m helpers.run plan --profile $(PROFILE)
 
-hexainst-human: $(READY) ## fetch the human half's sources and build data/hexainst/human.jsonl
-	$(PY) -m helpers.run human
-
-clean: ## delete PROFILE's results (asks first)
+clean: ## delete PROFILE's results, no other's (asks first)
 	@printf 'Delete data/results/$(PROFILE)? Counts may take long to compute again. [y/N] '; read answer; \
-	  [ "$$answer" = y ] && rm -rf data/results/$(PROFILE) || echo kept
+	  if [ "$$answer" = y ]; then rm -rf 'data/results/$(PROFILE)' && echo deleted; else echo kept; fi

@@ -1,24 +1,23 @@
 """nbval compares every output but stderr (warnings, progress bars). Its kernels have sockets of
-their own.
+their own, and end with pytest however that ends.
 """
 
 from contextlib import ExitStack
 
 import nbval.kernel
 
-from helpers.run.chain import private_sockets
+from helpers.run.stopping import household, kernel_files
 
-MANAGER, SOCKETS = nbval.kernel.KernelManager, ExitStack()
+MANAGER, RUN = nbval.kernel.KernelManager, ExitStack()
 
 
 def pytest_configure():
-    nbval.kernel.KernelManager = lambda **names: MANAGER(
-        **names, **SOCKETS.enter_context(private_sockets())
-    )
+    folder = RUN.enter_context(household())
+    nbval.kernel.KernelManager = lambda **names: MANAGER(**names, **kernel_files(folder))
 
 
 def pytest_unconfigure():
-    SOCKETS.close()
+    RUN.close()
 
 
 def pytest_collectstart(collector):

@@ -1,91 +1,172 @@
-"""The runner: a failed notebook is never taken for a finished one, and a mistake is one line on
-stderr.
+"""The runner: a failed notebook is never taken for a finished one, one signal ends everything, an
+interrupted chain resumes, and a mistake is one line on stderr.
 """
 
+import io
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 
 from helpers.config import load_profile
 from helpers.paths import ROOT
 from helpers.record import UserError
-from helpers.run import chain, report
+from helpers.run import __main__ as command
+from helpers.run import chain, notebook, progress, report, stopping
 
 
-def notebook(path, *cells):
-    book = nbformat.v4.new_notebook(
-        metadata={
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
-        }
-    )
-    book.cells = [
-        nbformat.v4.new_code_cell('profile = "tiny"', metadata={"tags": ["parameters"]}),
+def book(path, *cells, **metadata):
+    made = nbformat.v4.new_notebook(metadata=metadata)
+    made.cells = [
+        nbformat.v4.new_code_cell(
+            'profile = "tiny"\nepsilon = None', metadata={"tags": ["parameters"]}
+        ),
         *map(nbformat.v4.new_code_cell, cells),
     ]
-    nbformat.write(book, path)
+    nbformat.write(made, path)
     return path
 
 
-def test_a_finished_notebook_takes_its_place(tmp_path):
-    source, target = notebook(tmp_path / "a.ipynb", "print(profile)"), tmp_path / "out" / "a.ipynb"
-    seconds = chain.execute(source, target, {"profile": "mine"})
-    assert 0 < seconds < 60
-    assert [p.name for p in target.parent.iterdir()] == ["a.ipynb"]
-    assert "mine" in nbformat.read(target, as_version=4).cells[-1].outputs[0].text
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """A results folder of the test's own."""
+    monkeypatch.setattr(chain, "results_dir", lambda name: tmp_path / "out")
+    monkeypatch.setattr(chain, "figures_dir", lambda name: tmp_path / "figures")
+    return tmp_path / "out"
+
+
+def run(*paths, jobs=1, together=(), **parameters):
+    profile = replace(load_profile("tiny"), jobs=jobs)
+    return chain.run(profile, list(paths), parameters, together)
+
+
+def outputs(path):
+    return nbformat.read(path, as_version=4).cells[-1].outputs[0].text
+
+
+# one notebook
+
+
+def test_a_finished_notebook_takes_its_place(tmp_path, out):
+    (target,) = run(book(tmp_path / "a.ipynb", "print(profile)"), profile="mine")
+    assert target == out / "notebooks" / "a.ipynb"
+    assert "mine" in outputs(target)
+    assert {p.name for p in target.parent.iterdir()} <= {"a.ipynb", "a.log", ".lock"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no such sockets on this system")
-def test_kernels_share_no_ports(tmp_path):
-    """Two that start together may be given the same free port; each talks through files of its own."""
-    show = "import json\nfrom ipykernel.connect import get_connection_info\ninfo = json.loads(get_connection_info())\nprint(info['transport'], info['ip'])"
-    seen = []
-    for name in "ab":
-        chain.execute(notebook(tmp_path / f"{name}.ipynb", show), tmp_path / "out.ipynb", {})
-        seen.append(
-            nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs[0].text.split()
-        )
+def test_kernels_share_no_ports(tmp_path, out):
+    """Two that start together may be given the same free port; each talks through its own files."""
+    show = (
+        "import json\nfrom ipykernel.connect import get_connection_info\n"
+        "info = json.loads(get_connection_info())\nprint(info['transport'], info['ip'])"
+    )
+    targets = run(book(tmp_path / "a.ipynb", show), book(tmp_path / "b.ipynb", show))
+    seen = [outputs(target).split() for target in targets]
     assert [transport for transport, _ in seen] == ["ipc", "ipc"]
     assert seen[0][1] != seen[1][1]
     assert not any(Path(ip).parent.exists() for _, ip in seen)
 
 
-def test_a_failed_notebook_leaves_the_former_result(tmp_path):
-    target = tmp_path / "a.ipynb"
+def test_a_failed_notebook_leaves_the_former_result(tmp_path, out):
+    """The cell is named as the page numbers it: the one that sets parameters is not counted."""
+    target = out / "notebooks" / "bad.ipynb"
+    target.parent.mkdir(parents=True)
     target.write_text("former")
-    source = notebook(
+    source = book(
         tmp_path / "bad.ipynb",
         "from helpers.record import UserError\nraise UserError('found x, expected y')",
     )
     with pytest.raises(UserError, match=r"bad\.ipynb, cell 2: UserError: found x, expected y"):
-        chain.execute(source, target, {})
+        run(source, profile="tiny")
     assert target.read_text() == "former"
     assert target.with_suffix(".failed.ipynb").exists()
+    book(source, "print(1)")
+    run(source)
+    assert not target.with_suffix(".failed.ipynb").exists()
 
 
-def test_a_misspelt_parameter_is_refused_before_anything_runs(tmp_path):
-    source = notebook(tmp_path / "a.ipynb", "print(1)")
-    with pytest.raises(UserError, match="no parameter 'profil'. Its parameters: profile"):
-        chain.execute(source, tmp_path / "out.ipynb", {"profil": "tiny"})
-    assert not (tmp_path / "out.ipynb").exists()
+def test_a_kernel_that_dies_is_one_clear_error(tmp_path, out):
+    source = book(tmp_path / "a.ipynb", "1", "import os; os._exit(9)")
+    with pytest.raises(UserError, match=r"a\.ipynb, cell 3: its kernel died"):
+        run(source)
 
 
-def test_canonical_notebooks_hold_nothing_that_changes_from_run_to_run(tmp_path):
-    source = notebook(
+def test_stderr_of_a_notebook_goes_to_its_log(tmp_path, out):
+    source = book(tmp_path / "a.ipynb", "import sys; print('a bar 5/9', file=sys.stderr)")
+    run(source)
+    assert "a bar 5/9" in (out / "notebooks" / "a.log").read_text()
+
+
+def test_a_kernel_finds_the_helpers_of_the_runner(tmp_path, out):
+    """Not those of another clone that the environment was made for."""
+    assert str(ROOT) in outputs(
+        run(book(tmp_path / "a.ipynb", "import helpers; print(helpers)"))[0]
+    )
+
+
+def test_parameters_are_refused_before_anything_runs(tmp_path, out):
+    source = book(tmp_path / "a.ipynb", "print(1)")
+    with pytest.raises(UserError, match="no parameter 'profil'. Its parameters: profile, epsilon"):
+        run(source, profil="tiny")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is no notebook"),
+        ("not JSON", "is no notebook"),
+        ("[]", "is no notebook"),
+        ("{}", "is no notebook"),
+        ('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}}', "is no notebook"),
+        ('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [3]}', "is no notebook"),
+        ("[" * 100_000, "is no notebook"),
+        ('{"nbformat": 99, "metadata": {}, "cells": []}', "is no notebook"),
+    ],
+)
+def test_a_file_that_is_no_notebook_is_refused(tmp_path, text, says):
+    path = tmp_path / "a.ipynb"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        chain.notebooks([path])
+
+
+def test_which_notebooks_can_be_read(tmp_path):
+    """One without a kernelspec, or with one not here, runs on this Python; R does not."""
+    spec = {"name": "no-such-kernel", "display_name": "x"}
+    for given in ({}, {"kernelspec": spec}, {"kernelspec": spec | {"language": "python"}}):
+        read = notebook.read(book(tmp_path / "a.ipynb", **given))
+        assert read.metadata.kernelspec.name == "python3"
+    with pytest.raises(UserError, match="written in R; the chain runs Python only"):
+        notebook.read(book(tmp_path / "a.ipynb", kernelspec=spec | {"language": "R"}))
+    (tmp_path / "b.ipynb").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is no notebook"):
+        notebook.read(tmp_path / "b.ipynb")
+    with pytest.raises(UserError, match="cannot be read"):
+        notebook.read(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        notebook.read(tmp_path / "c.ipynb")
+
+
+def test_canonical_notebooks_hold_nothing_that_changes_from_run_to_run(tmp_path, out):
+    source = book(
         tmp_path / "a.ipynb",
-        "import sys, time\nprint('out', flush=True); time.sleep(0.5)\nprint('put'); print('err', file=sys.stderr)",
+        "import sys, time\nprint('out', flush=True); time.sleep(0.5)\nprint('put')"
+        "; print('err', file=sys.stderr)",
     )
-    chain.execute(source, tmp_path / "1.ipynb", {})
-    chain.execute(source, tmp_path / "2.ipynb", {})
-    one, two = (
-        chain.canonical(nbformat.read(tmp_path / f"{n}.ipynb", as_version=4)) for n in (1, 2)
-    )
+    one, two = (notebook.canonical(notebook.read(run(source)[0])) for _ in range(2))
     assert one == two
     assert "papermill" not in str(one)
     assert "err\n" not in str([c.get("outputs") for c in one.cells])
@@ -93,62 +174,403 @@ def test_canonical_notebooks_hold_nothing_that_changes_from_run_to_run(tmp_path)
     assert [o.text for o in one.cells[1].outputs] == ["out\nput\n"]
 
 
-def run_in(folder, monkeypatch, jobs, together, *paths):
-    monkeypatch.setattr(chain, "results_dir", lambda name: folder)
-    return chain.run(replace(load_profile("tiny"), jobs=jobs), list(paths), {}, together)
+# several notebooks
 
 
-def test_independent_notebooks_run_side_by_side_and_the_last_one_after_them(tmp_path, monkeypatch):
+def test_independent_notebooks_run_side_by_side_and_the_last_one_after_them(tmp_path, out):
     """Each of two waits for a file that only the other writes; the third needs both."""
     meet = (
         "import time\nfrom pathlib import Path\nhere = Path({here!r})\n(here / {own!r}).touch()\n"
-        "deadline = time.time() + 60\nwhile not (here / {other!r}).exists(): assert time.time() < deadline; time.sleep(0.1)"
+        "deadline = time.time() + 60\n"
+        "while not (here / {other!r}).exists(): assert time.time() < deadline; time.sleep(0.1)"
     )
     one, two = (
-        notebook(tmp_path / f"{own}.ipynb", meet.format(here=str(tmp_path), own=own, other=other))
+        book(tmp_path / f"{own}.ipynb", meet.format(here=str(tmp_path), own=own, other=other))
         for own, other in ("ab", "ba")
     )
-    last = notebook(
-        tmp_path / "c.ipynb",
-        f"from pathlib import Path\nassert all((Path({str(tmp_path)!r}) / n).exists() for n in 'ab')",
-    )
-    targets = run_in(tmp_path / "out", monkeypatch, 2, ["a", "b"], one, two, last)
+    both = f"all((Path({str(tmp_path)!r}) / n).exists() for n in 'ab')"
+    last = book(tmp_path / "c.ipynb", f"from pathlib import Path\nassert {both}")
+    targets = run(one, two, last, jobs=2, together=["a", "b"])
     assert [t.name for t in targets] == ["a.ipynb", "b.ipynb", "c.ipynb"]
     assert all(t.is_file() for t in targets)
 
 
-def test_after_a_failure_nothing_else_is_started(tmp_path, monkeypatch):
-    bad = notebook(tmp_path / "bad.ipynb", "raise ValueError('found x')")
-    others = [notebook(tmp_path / f"{name}.ipynb", "import time; time.sleep(1)") for name in "abc"]
+def test_after_a_failure_nothing_else_is_started_and_what_runs_may_end(tmp_path, out):
+    bad = book(tmp_path / "bad.ipynb", "import time; time.sleep(1)\nraise ValueError('found x')")
+    others = [book(tmp_path / f"{name}.ipynb", "import time; time.sleep(4)") for name in "abc"]
     with pytest.raises(UserError, match=r"bad\.ipynb, cell 2: ValueError: found x"):
-        run_in(tmp_path / "out", monkeypatch, 1, ["bad", "a", "b", "c"], bad, *others)
-    assert [path.name for path in (tmp_path / "out" / "notebooks").iterdir()] == [
-        "bad.failed.ipynb"
-    ]
+        run(bad, *others, jobs=2, together=["bad", "a", "b", "c"])
+    found = {path.name for path in (out / "notebooks").glob("[!.]*.ipynb")}
+    assert found == {"bad.failed.ipynb", "a.ipynb"}
+
+
+def test_notebooks_are_grouped_or_refused():
+    a, b, c = (Path(f"{name}.ipynb") for name in "abc")
+    assert chain.groups([a, b, c], ["b", "c"]) == [[a], [b, c]]
+    assert chain.groups([a, b, c], ["a", "c"]) == [[a], [b], [c]]
+    with pytest.raises(UserError, match="no notebook to run"):
+        chain.groups([])
+    with pytest.raises(UserError, match="named twice: a"):
+        chain.groups([a, Path("other/a.ipynb")])
+    with pytest.raises(UserError, match="names no given notebook: d"):
+        chain.groups([a], ["d"])
+
+
+def test_an_interrupted_chain_resumes_at_the_notebook(tmp_path, out, monkeypatch):
+    """What ended is not run again; unless its cells, its parameters, a file of helpers or data, or
+    what it wrote have changed. After its end a chain starts from the beginning.
+    """
+
+    async def cells(self, folder, progress, log):  # in this process: the order is what is tested
+        for at, cell in enumerate(self.book.cells):
+            try:
+                exec(cell.source, {})
+            except AssertionError as error:
+                raise UserError(f"{self.path.name}, cell {at + 1}: AssertionError") from error
+
+    monkeypatch.setattr(notebook.Execution, "_cells", cells)
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    monkeypatch.setattr(chain, "DATA", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "claims.csv").write_text("1")
+    note = f"from pathlib import Path\nopen({str(log)!r}, 'a').write({{!r}})\n"
+    wrote = f"Path({str(out)!r}, 'table.csv').write_text('1')"
+    a = book(tmp_path / "a.ipynb", note.format("a") + wrote)
+    b = book(tmp_path / "b.ipynb", note.format("b"))
+    c = book(tmp_path / "c.ipynb", note.format("c") + f"assert Path({str(gate)!r}).exists()")
+
+    def ran(**parameters):
+        log.write_text("")
+        if gate.exists():
+            run(a, b, c, **parameters)
+        else:
+            with pytest.raises(UserError, match=r"c\.ipynb, cell \d: AssertionError"):
+                run(a, b, c, **parameters)
+        return log.read_text()
+
+    assert ran() == "abc"
+    assert ran() == "c"
+    assert ran(epsilon=0.1) == "abc"
+    assert ran(epsilon=0.1) == "c"
+    book(b, note.format("b"), "1")
+    assert ran(epsilon=0.1) == "bc"
+    (tmp_path / "data" / "claims.csv").write_text("12")
+    assert ran(epsilon=0.1) == "abc"
+    (out / "table.csv").unlink()
+    assert ran(epsilon=0.1) == "abc"
+    (out / "notebooks" / "b.ipynb").unlink()
+    assert ran(epsilon=0.1) == "bc"
+    (out / "notebooks" / "chain.json").write_text("[1]")
+    assert ran(epsilon=0.1) == "abc"
+    gate.touch()
+    assert ran(epsilon=0.1) == "c"
+    assert ran(epsilon=0.1) == "abc"
+    assert not (out / "notebooks" / "chain.json").exists()
+
+
+def test_two_chains_do_not_write_one_folder(tmp_path, out):
+    source = book(tmp_path / "a.ipynb")
+    held = chain.Chain(load_profile("tiny"), [[source]], {})
+    with held.alone(), pytest.raises(UserError, match="another chain is writing"):
+        run(source)
+
+
+def test_drafts_of_a_killed_chain_are_removed_and_no_others(tmp_path, out):
+    folder = out / "notebooks"
+    folder.mkdir(parents=True)
+    for name in (".a.ipynb.x1.ipynb", ".chain.json.x1.json", "mine.ipynb", ".mine.txt"):
+        (folder / name).write_text("")
+    run(book(tmp_path / "a.ipynb"))
+    assert {p.name for p in folder.glob("*")} - {".lock"} == {
+        "a.ipynb",
+        "a.log",
+        "mine.ipynb",
+        ".mine.txt",
+    }
+
+
+# stopping: real processes, real signals
+
+DRIVER = (
+    "import sys; from pathlib import Path; from helpers.run import __main__, chain\n"
+    "chain.results_dir = chain.figures_dir = lambda name: Path(sys.argv[1])\n"
+    "sys.exit(__main__.main(sys.argv[2:]))"
+)
+SLEEP = "print(1)\nimport time; Path({!r}).touch(); time.sleep(300)"
+DEAF = (
+    "import ctypes, signal, subprocess, tempfile; tempfile.mkdtemp()\n"
+    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    "subprocess.Popen(['sleep', '300'], start_new_session=True)\n"
+    "Path({!r}).touch(); ctypes.PyDLL(None).sleep(300)"
+)
+
+
+class Started:
+    """A command in a session and a temporary folder of its own."""
+
+    def __init__(self, tmp_path, *arguments):
+        self.temporary = tempfile.mkdtemp(dir="/tmp", prefix="t")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(tmp_path / "out"), *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | {"TMPDIR": self.temporary},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for(self, *paths):
+        deadline = time.monotonic() + 120
+        while not all(path.exists() for path in paths):
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def family(self):
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, number, group=False):
+        (os.killpg if group else os.kill)(self.process.pid, number)
+        return self.process.communicate(timeout=20)[0]
+
+
+@pytest.fixture
+def start(tmp_path):
+    made = []
+
+    def go(*arguments):
+        made.append(Started(tmp_path, *arguments))
+        return made[-1]
+
+    yield go
+    for started in made:
+        if started.process.poll() is None:
+            started.process.kill()
+            started.process.wait()
+        for folder in Path(started.temporary).glob("sparcom-*"):
+            stopping.kill_family(folder)
+        shutil.rmtree(started.temporary, ignore_errors=True)
+
+
+def alive(processes):
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def sleeper(path, cell):
+    """A notebook that touches <name>.on and then sleeps, and that file."""
+    on = path.with_suffix(".on")
+    return book(path, "from pathlib import Path\n" + cell.format(str(on))), on
+
+
+@pytest.mark.parametrize(
+    ("number", "group", "code"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)]
+)
+@pytest.mark.parametrize("cell", [SLEEP, DEAF], ids=["python", "deaf in C"])
+def test_one_signal_ends_the_chain(tmp_path, start, number, group, code, cell):
+    """Two kernels side by side and, under one, a child in a session of its own."""
+    (a, a_on), (b, b_on) = (sleeper(tmp_path / f"{name}.ipynb", cell) for name in "ab")
+    third = book(tmp_path / "c.ipynb")
+    run = start("chain", a, b, third, "--together", "a", "b")
+    run.wait_for(a_on, b_on)
+    family = run.family()
+    assert len(family) >= 2
+    said = run.end(number, group)
+    assert run.process.returncode == code
+    assert alive(family) == []
+    assert said.splitlines()[-1] == "interrupted; finished counts are kept; run again"
+    assert "Traceback" not in said
+    assert "c: starts" not in said
+    assert os.listdir(run.temporary) == []
+    assert {p.name for p in (tmp_path / "out" / "notebooks").glob("*.ipynb")} == set()
+
+
+@pytest.mark.parametrize("after", [0.3, 1.0, "kernel"])
+def test_a_signal_while_it_starts(tmp_path, start, after):
+    run = start("chain", sleeper(tmp_path / "a.ipynb", SLEEP)[0])
+    if after == "kernel":
+        run.wait_for(tmp_path / "out" / "notebooks" / "a.log")
+    else:
+        time.sleep(after)
+    said = run.end(signal.SIGTERM)
+    assert run.process.returncode in (143, -signal.SIGTERM)
+    assert "Traceback" not in said
+    assert os.listdir(run.temporary) == []
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next(tmp_path, start, monkeypatch):
+    """kill -9: no handler runs. The next start ends the orphans and removes sockets; a live run's
+    folder stays, and so does what is not ours.
+    """
+    first = start("chain", sleeper(tmp_path / "a.ipynb", DEAF)[0])
+    first.wait_for(tmp_path / "a.on")
+    orphans = first.family()
+    first.end(signal.SIGKILL)
+    assert alive(orphans)
+    (left,) = Path(first.temporary).glob("sparcom-*")
+    not_ours = Path(first.temporary) / "sparcom-notes"
+    not_ours.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", first.temporary)
+    with stopping.household() as folder:
+        assert not left.exists()
+        assert alive(orphans) == []
+        stopping.clear_dead_runs()
+        assert folder.exists()
+        assert not_ours.exists()
+    assert not folder.exists()
+
+
+def test_one_signal_ends_the_comparison_of_notebooks(tmp_path, start):
+    """pytest, its workers and their kernels."""
+    (a, a_on), (b, b_on) = (sleeper(tmp_path / f"{name}.ipynb", DEAF) for name in "ab")
+    run = start("check", a, b, "--together", "a", "b")
+    run.wait_for(a_on, b_on)
+    family = run.family()
+    said = run.end(signal.SIGINT, group=True)
+    assert run.process.returncode == 130
+    assert alive(family) == []
+    assert said.splitlines()[-1] == "interrupted; finished counts are kept; run again"
+
+
+def test_the_comparison_says_whether_outputs_are_the_same(tmp_path, out):
+    source = book(tmp_path / "a.ipynb", "print(6 * 7)")
+    target = run(source)[0]
+    assert chain.check([target]) == 0
+    target.write_text(target.read_text().replace("42", "43"))
+    assert chain.check([target]) == 1
+
+
+# the command line
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["chain", "--profile", "tny"], "unknown profile 'tny'"),
-        (["chain", "notebooks/99_none.ipynb"], "notebooks/99_none.ipynb does not exist"),
-        (
-            ["chain", "-p", "profil", "tiny", "notebooks/00_start_here.ipynb"],
-            "no parameter 'profil'",
-        ),
+        (["--profile", "tny"], "unknown profile 'tny'"),
+        (["notebooks/99_none.ipynb"], "notebooks/99_none.ipynb does not exist"),
+        (["notebooks/conftest.py"], "is no notebook"),
+        (["-p", "profil", "tiny", "notebooks/00_start_here.ipynb"], "no parameter 'profil'"),
+        (["-p", "profile", "[a"], "-p profile: '[a' is not valid YAML"),
+        (["-p", "profile", "[a]"], "unknown profile"),
+        (["--profile", "tiny", "-p", "profile", "tiny-full"], "differ. Name one"),
+        (["-p", "epsilon", "many"], "epsilon"),
+        (["-p", "epsilon", "7"], "epsilon"),
+        (["-p", "epsilon", "2020-01-01"], "reads as date"),
+        (["-p", "epsilon", "{a: 1}"], "reads as dict"),
+        (["-p", "seed", "x"], "seed"),
+        (["--together", "nine"], "names no given notebook: nine"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_1(arguments, says):
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_1(arguments, says, capsys):
+    assert command.main(["chain", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_results_that_cannot_be_written_are_one_line(tmp_path, start):
+    source = book(tmp_path / "a.ipynb")
+    (tmp_path / "out").write_text("a file")
+    run = start("chain", source)
+    assert "cannot write in" in run.process.communicate(timeout=60)[0].splitlines()[-1]
+    assert run.process.returncode == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such limit on this system")
+def test_a_full_disk_is_one_line(tmp_path):
+    """Every write fails beyond some bytes, as on a full disk."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))\n"
+    source = book(tmp_path / "a.ipynb", "print('x' * 5000)")
     done = subprocess.run(
-        [sys.executable, "-m", "helpers.run", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", limit + DRIVER, str(tmp_path / "out"), "chain", str(source)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
-    assert says in done.stderr
+    assert "Free the disk" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "notebooks" / "a.ipynb").exists()
+
+
+def test_a_long_temporary_folder_is_no_obstacle(tmp_path, start, monkeypatch):
+    """A socket's name may have 107 characters; what does not fit goes to a shorter folder."""
+    deep = tmp_path / ("d" * 104)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with stopping.household() as folder:
+        settings = stopping.kernel_files(folder)
+        assert settings["transport"] == "ipc"
+        assert len(settings["ip"]) < 100
+    monkeypatch.setattr(stopping, "LONGEST", 0)  # nowhere short enough: ports
+    with stopping.household() as folder:
+        assert folder.parent == deep
+        monkeypatch.setattr(stopping, "LONGEST", 55)
+        assert set(stopping.kernel_files(folder)) == {"connection_file"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (UserError("found x"), 1, "error: found x\n"),
+        (MemoryError(), 1, "error: out of memory"),
+        (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted; finished"),
+        (stopping.Stopped(15), 143, "interrupted; finished"),
+    ],
+)
+def test_whatever_ends_a_command_early_is_one_line(error, code, says, monkeypatch, capsys):
+    def fail(options):
+        raise error
+
+    monkeypatch.setitem(command.COMMANDS, "plan", (fail, [command.PROFILE]))
+    assert command.main(["plan"]) == code
+    said = capsys.readouterr().err
+    assert said.startswith(says)
+    assert len(said.splitlines()) == 1
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = (
+        "import sys, time; from helpers.run import __main__ as m; time.sleep(1)\n"
+        "m.COMMANDS['plan'] = (lambda options: print('x' * 99999) or 0, [])\n"
+        "sys.exit(m.main(['plan']))"
+    )
+    done = subprocess.run(
+        ["/bin/bash", "-c", '"$0" -c "$1" | true; exit ${PIPESTATUS[0]}', sys.executable, code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_the_commands_start_without_the_heavy_libraries():
+    heavy = "torch", "transformers", "pandas", "papermill", "matplotlib"
+    show = f"import sys, helpers.run.__main__; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n"
+
+
+def test_progress_names_notebook_cell_time_and_the_last_bar():
+    shown = progress.Progress(io.StringIO())
+    shown.start("06_ablation", 44, ROOT / "a.log")
+    shown.cell("06_ablation", 7)
+    shown.bar("06_ablation", "\rrows:  10%|#\rrows:  20%|##\na warning\n")
+    assert shown.status() == "06_ablation: cell 7 of 44, 0:00, rows:  20%|##"
+    shown.cell("06_ablation", 8)
+    shown.end("06_ablation", "done")
+    assert shown.stream.getvalue().splitlines() == [
+        "06_ablation: starts, 44 cells; bars and warnings in a.log",
+        "06_ablation: done at cell 8 of 44, 0:00",
+    ]
+    assert shown.status() == ""
 
 
 def test_generated_blocks_say_what_the_files_say():
-    """No number is typed into the README or the datasheet: both blocks are what their sources give."""
+    """No number is typed into README or datasheet: both blocks are what their sources give."""
     assert report.review_table() in (ROOT / "data" / "README.md").read_text()
     tests = {
         source: pd.read_csv(ROOT / "figures" / "tiny" / f"08_claims{end}.csv")

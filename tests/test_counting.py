@@ -21,7 +21,7 @@ from helpers.capture.interventions import ablate
 from helpers.capture.loading import load_model
 from helpers.capture.tokens import encode
 from helpers.config import Pair, Profile
-from helpers.hexainst import corpus
+from helpers.hexainst import corpus, schema
 from helpers.paths import MODELS, results_dir
 from helpers.record import DamagedFile, RecordMismatch, UserError
 from helpers.run import __main__ as command
@@ -418,7 +418,7 @@ def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
         lambda name: dataclasses.replace(setting[0], name=name, processes=2),
     )
     monkeypatch.setattr(
-        command.schema, "load_hexainst", lambda dataset: ROWS.assign(half="ai", category="CLS")
+        schema, "load_hexainst", lambda dataset: ROWS.assign(half="ai", category="CLS")
     )
     assert command.main(["count", "--profile", "mine", "--variants", "tuned"]) == 0
     assert sorted(p.name for p in (tmp_path / "mine/pair/tuned").iterdir()) == [

@@ -3,8 +3,11 @@ readable.
 """
 
 import ast
+import os
 import re
+import shutil
 import subprocess
+import sys
 from fnmatch import fnmatch
 
 import nbformat
@@ -21,8 +24,8 @@ FILES = sorted(path for path in HOUSE.rglob("*.py") if path.stem not in ("__init
 BOOKS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
-def makefile(variable):
-    return re.search(rf"^{variable}\s*:= (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+def makefile(name, line=r"{}\s*:= (.*)"):
+    return re.search(f"^{line.format(name)}$", (ROOT / "Makefile").read_text(), re.M)[1].split()
 
 
 def code_cells(path):
@@ -159,14 +162,108 @@ def test_notebook_takes_the_same_parameters_as_all(path):
     assert set(papermill.inspect_notebook(str(path))) == {"profile", "seed", "epsilon"}
 
 
-def test_plain_make_prints_help():
-    shown = subprocess.run(
-        ["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert all(
-        target in shown
-        for target in ("reproduce", "test", "refresh", "models", "bench", "plan", "clean")
-    )
+MAKE = ["make", "-o", ".venv/.ready"]  # the environment is the one that runs this test
+TARGETS = {
+    *("help", "env", "lab", "reproduce", "test", "lint", "refresh", "models", "trajectory", "grid"),
+    *("hexainst-human", "bench", "bench-peers", "bench-analysis", "bench-chain", "plan", "clean"),
+}
+
+
+def make(*arguments, cwd=ROOT, **settings):
+    return subprocess.run([*MAKE, *arguments], cwd=cwd, capture_output=True, text=True, **settings)
+
+
+def test_plain_make_prints_every_target():
+    shown = make("-s").stdout
+    assert set(re.findall(r"^  ([a-z-]+) ", shown, re.M)) >= TARGETS
+    assert set(makefile("PHONY", r"\.{}: (.*)")) >= TARGETS
+
+
+@pytest.mark.parametrize("target", ["plan", "reproduce", "clean", "help"])
+@pytest.mark.parametrize(
+    "profile",
+    [
+        "",
+        "tiny; touch {0}",
+        "$(shell touch {0})",
+        "$$(touch {0})",
+        "`touch {0}`",
+        "tiny' && touch {0} '",
+        "../..",
+        "..",
+        ".",
+        "/",
+        "-rf",
+        "tiny own-model",
+        "tiny ",
+        "a\nb",
+        "%",
+        "ä",
+    ],
+)
+def test_make_refuses_a_profile_that_is_no_name(target, profile, tmp_path):
+    """One line, nothing run, nothing deleted; given as an argument or in the environment."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = tmp_path / "data" / "results" / "tiny" / "counts"
+    kept.mkdir(parents=True)
+    value = f"PROFILE={profile.format(tmp_path / 'ran')}"
+    name, text = value.split("=", 1)
+    for done in (
+        make(target, value, cwd=tmp_path, input="y\n"),
+        make(target, cwd=tmp_path, input="y\n", env=os.environ | {name: text}),
+    ):
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert re.fullmatch(r'Makefile:\d+: \*\*\* PROFILE is "(.|\n)*Stop\.\n', done.stderr)
+    assert kept.exists()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "setting", ["PY=x", "NOTEBOOKS=x; y", "CHAIN=x", "PYTHON=$(shell touch ran)", "PYTHON=a'b"]
+)
+def test_make_takes_nothing_else_from_outside(setting):
+    done = make("plan", setting)
+    assert done.returncode == 2
+    assert setting.split("=")[0] in done.stderr
+    assert not (ROOT / "ran").exists()
+
+
+def test_make_clean_asks_and_deletes_one_profile(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    results = tmp_path / "data" / "results"
+    for name in ("tiny", "tiny-full"):
+        (results / name / "pair").mkdir(parents=True)
+    for answer in ("", "n\n", "yes\n"):
+        assert "kept" in make("clean", "PROFILE=tiny", cwd=tmp_path, input=answer).stdout
+    assert {path.name for path in results.iterdir()} == {"tiny", "tiny-full"}
+    assert "deleted" in make("clean", "PROFILE=tiny", cwd=tmp_path, input="y\n").stdout
+    assert {path.name for path in results.iterdir()} == {"tiny-full"}
+
+
+def test_make_hands_a_signal_on_to_what_runs_long():
+    """A recipe line with a shell in between would leave the command running; and the chain's
+    list of notebooks stands once.
+    """
+    for target in ("reproduce", "refresh", "models", "trajectory", "grid", "hexainst-human"):
+        for line in make("-n", target).stdout.splitlines():
+            assert re.fullmatch(r"\.venv/bin/python -m helpers\.run [\w./ -]+", line)
+    books = [f"notebooks/{path.name}" for path in BOOKS]
+    for target in ("reproduce", "refresh", "test"):
+        assert re.findall(r"notebooks/\S+", make("-n", target).stdout) == books
+
+
+def test_make_lab_serves_the_notebooks():
+    (line,) = make("-n", "lab").stdout.splitlines()
+    flags = ["--no-browser", "--allow-root", "--ServerApp.port=0"]
+    lab = subprocess.Popen([*line.split(), *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    said = []
+    for text in lab.stderr:  # ends with the server, at the latest
+        said.append(text)
+        if "is running at" in text:
+            lab.terminate()
+    assert f"Serving notebooks from local directory: {NOTEBOOKS}" in "".join(said)
+    assert "is running at" in "".join(said)
 
 
 @pytest.mark.parametrize("tool", ["conda", "micromamba"])
@@ -188,6 +285,31 @@ def test_make_env_prefers_conda_where_there_is_one(tool, tmp_path):
     assert f"{tmp_path}/{tool}" in plan
     assert "environment.yml" in plan
     assert " -m venv" not in plan
+
+
+@pytest.mark.parametrize("name", ["plain", "a $HOME b", 'it\'s "so"', "ünï #% $$(x) `y`"])
+def test_make_env_works_in_a_folder_of_any_name(name, tmp_path):
+    """The environment finds helpers wherever it is started: its path file names this folder."""
+    clone = tmp_path / name
+    (clone / "helpers").mkdir(parents=True)
+    (clone / "helpers" / "__init__.py").write_text("")
+    for file in ("Makefile", "requirements.txt", "environment.yml"):
+        shutil.copy(ROOT / file, clone)
+    python = tmp_path / "python"  # a Python whose environments come with a pip that does nothing
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n'
+        f"{sys.executable} -m venv --without-pip .venv\n"
+        "cd .venv/lib/python3*/site-packages && touch pip.py\n"
+    )
+    python.chmod(0o755)
+    settings = {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        ["make", "env", f"PYTHON={python}"], cwd=clone, capture_output=True, text=True, env=settings
+    )
+    assert done.returncode == 0, done.stderr
+    show = [clone / ".venv" / "bin" / "python", "-c", "import helpers; print(helpers.__file__)"]
+    found = subprocess.run(show, cwd="/", capture_output=True, text=True, env=settings)
+    assert found.stdout.strip() == str(clone / "helpers" / "__init__.py"), found.stderr
 
 
 def test_the_pins_are_exact_and_stand_once():

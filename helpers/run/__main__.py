@@ -1,57 +1,160 @@
 """The one command line: `python -m helpers.run COMMAND`; the Makefile's targets call it.
 
-Exit codes: 0 done, 1 faults found in a data set, 2 a wrong command line, and 1 with one line of
-text for bad input.
+Exit codes: 0 done; 1 bad input, in one line on stderr, or faults found in a data set; 2 a wrong
+command line; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
+import signal
+
+if __name__ == "__main__":  # until `main` listens: an end without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
-import torch
 import yaml
-from transformers.utils import logging
 
-from ..config import load_profile
-from ..hexainst import human, schema
+from ..config import Profile, load_profile
 from ..paths import NOTEBOOKS, results_dir, short
-from ..record import UserError, sha256
-from ..study import counting, grid
-from ..study.study import Study, studies
-from ..tinyworld import recipe, train, trajectory
-from . import chain, plan
+from ..record import UserError
+from .stopping import Stopped, handled, household, stop
+
+# A command imports what it needs itself: `--help` and a wrong command line take no second.
+COMMANDS: dict[str, tuple[Callable, list]] = {}
 
 
+def option(*names, **settings):
+    """An option, as argparse's add_argument takes it."""
+    return names, settings
+
+
+def command(name: str, *options):
+    """Enter the function below as a command with these options; its docstring is the help."""
+
+    def enter(function):
+        COMMANDS[name] = (function, options)
+        return function
+
+    return enter
+
+
+def one_of(where: str) -> Callable[[str], str]:
+    """A type for an option whose values stand in `package.module:NAME`, read when it is used."""
+
+    def choose(value: str) -> str:
+        module, name = where.split(":")
+        known = getattr(import_module(f"..{module}", __package__), name)
+        if value not in known:
+            raise argparse.ArgumentTypeError(
+                f"invalid choice: {value!r} (choose from {', '.join(known)})"
+            )
+        return value
+
+    return choose
+
+
+PROFILE = option("--profile", help="a name in notebooks/profiles (default: tiny)", default="tiny")
+BOOKS = option(
+    "notebooks",
+    nargs="*",
+    type=Path,
+    help="default: all",
+    default=sorted(NOTEBOOKS.glob("*.ipynb")),
+)
+TOGETHER = option(
+    "--together", nargs="*", default=[], metavar="NAME", help="those that may run side by side"
+)
+PAIR = one_of("tinyworld.recipe:PAIRS")
+SEED = option("--seed", type=int, default=0)
+
+
+def values_of(given: list[tuple[str, str]]) -> dict:
+    """`-p NAME VALUE` read as YAML: {name: value}; what a notebook cannot take as a literal is
+    refused.
+    """
+    values = {}
+    for name, text in given:
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"-p {name}: {text!r} is not valid YAML. Quote it.") from error
+        if not isinstance(values[name], (type(None), bool, int, float, str, list)):
+            raise UserError(
+                f"-p {name}: {text!r} reads as {type(values[name]).__name__}; expected a number, "
+                "a text, a list, true, false or null."
+            )
+    return values
+
+
+@command(
+    "chain",
+    BOOKS,
+    TOGETHER,
+    option("--profile", help="a name in notebooks/profiles (default: tiny)"),
+    option("-p", dest="given", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")),
+)
 def run_chain(options) -> int:
-    """Run the chain headless; results in data/results/PROFILE."""
-    profile = load_profile(options.profile)
-    given = {name: yaml.safe_load(value) for name, value in options.parameters}
-    chain.run(
-        profile,
-        chain.notebooks(options.notebooks),
-        {"profile": profile.name} | given,
-        options.together,
-    )
+    """Run notebooks headless; results in data/results/PROFILE."""
+    from . import chain
+
+    values = values_of(options.given)
+    name = options.profile or values.get("profile") or "tiny"
+    if values.setdefault("profile", name) != name:
+        raise UserError(f"--profile {name} and -p profile {values['profile']} differ. Name one.")
+    settings = {k: v for k, v in values.items() if k in Profile.__annotations__}
+    profile = load_profile(name, **settings)  # a bad value ends here, not in a notebook
+    chain.run(profile, chain.notebooks(options.notebooks), values, options.together)
     return 0
 
 
+@command("refresh", BOOKS, TOGETHER)
 def run_refresh(options) -> int:
-    """Execute the committed notebooks in place and fill the generated blocks of README and data
-    sheets.
-    """
+    """Execute the committed notebooks in place; fill the generated blocks of the pages."""
+    from . import chain
+
     chain.refresh(chain.notebooks(options.notebooks), options.together)
     return 0
 
 
+@command("check", BOOKS, TOGETHER)
+def run_check(options) -> int:
+    """Compare the committed notebooks' outputs with fresh ones (strict nbval)."""
+    from . import chain
+
+    return chain.check(chain.notebooks(options.notebooks), options.together)
+
+
+@command("plan", PROFILE)
 def run_plan(options) -> int:
-    """What a profile will cost, from its configurations alone."""
-    print(plan.plan(load_profile(options.profile)).T.to_string(float_format="{:,.2f}".format))
+    """Print what a profile will cost, from its configurations alone."""
+    from .plan import plan
+
+    print(plan(load_profile(options.profile)).T.to_string(float_format="{:,.2f}".format))
     return 0
 
 
+@command(
+    "count",
+    PROFILE,
+    option("--job", help=argparse.SUPPRESS),
+    option("--variants", nargs="+", default=["base", "tuned"], choices=("base", "tuned")),
+    option(
+        "--positions",
+        nargs="+",
+        default=["prompt", "response"],
+        type=one_of("study.counting:POSITIONS"),
+    ),
+)
 def run_count(options) -> int:
     """A profile's counts; under `accelerate launch` its shards are dealt out to the processes."""
+    from ..hexainst import schema
+    from ..study.study import Study, studies
+
     if options.job:
         todo = [Study.from_job(options.job)]
     else:
@@ -63,32 +166,57 @@ def run_count(options) -> int:
             for variant in options.variants
             for positions in options.positions
         ]
-    for study, variant, positions in todo:
-        shards = study.shards(variant, positions)
-        print(f"{study.name} {variant} {positions}: {shards.total} instructions in {shards.folder}")
+    with household():
+        for study, variant, positions in todo:
+            shards = study.shards(variant, positions)
+            where = f"{shards.total} instructions in {shards.folder}"
+            print(f"{study.name} {variant} {positions}: {where}")
     return 0
 
 
+@command(
+    "grid",
+    option("--profile", required=True),
+    option("--pairs", nargs="+", help="only these, to share the work among processes; no table"),
+    option("--finished", action="store_true", help="compute nothing, write what is there"),
+)
 def run_grid(options) -> int:
-    """Compute what is missing of a profile's grid of ablations; when all is there, write its
-    tables.
-    """
+    """Compute what is missing of a profile's grid of ablations; once all is there, its tables."""
+    import torch
+
+    from ..hexainst import schema
+    from ..study import grid
+    from ..study.study import studies
+
     profile = load_profile(options.profile)
     torch.set_num_threads(profile.threads)
     every = studies(profile, schema.load_hexainst(dataset=profile.dataset))
     found = {}
-    for name in options.pairs or every:
-        found |= grid.cells(every[name], compute_missing=not options.finished)
-        every[name].close()
+    with household():
+        for name in options.pairs or every:
+            found |= grid.cells(every[name], compute_missing=not options.finished)
+            every[name].close()
     if options.pairs is None:
         print(*grid.write(every, found), sep="\n")
     return 0
 
 
+@command(
+    "train",
+    option("--pair", type=PAIR),
+    SEED,
+    option("--out", help="folder for base/ and tuned/ (default: data/models/<pair>[-s<seed>])"),
+    option("--card", action="store_true", help="only write the table of data/models/README.md"),
+)
 def run_train(options) -> int:
     """Train a tiny pair from nothing, or only write the model card's table anew."""
     if not options.pair and not options.card:
         raise UserError("train: name a --pair, or --card.")
+    import torch
+    from transformers.utils import logging
+
+    from ..tinyworld import train
+
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     if options.pair:
@@ -98,8 +226,20 @@ def run_train(options) -> int:
     return 0
 
 
+@command(
+    "trajectory",
+    option("--pair", type=PAIR, required=True),
+    option("--regime", type=one_of("tinyworld.trajectory:REGIMES"), default="full"),
+    SEED,
+)
 def run_trajectory(options) -> int:
     """Tune a tiny base again with checkpoints kept and measured; writes data/trajectory."""
+    import torch
+    from transformers.utils import logging
+
+    from ..hexainst import schema
+    from ..tinyworld import trajectory
+
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     name, profile = f"{options.pair}-{options.regime}-s{options.seed}", load_profile("tiny")
@@ -107,21 +247,36 @@ def run_trajectory(options) -> int:
     pair = next(p for p in profile.pairs if p.name == options.pair)
     folder = results_dir("tiny") / "trajectory" / name
     trajectory.train(options.pair, options.regime, options.seed, folder)
-    trajectory.write(
-        name, *trajectory.measure(profile, pair, rows, folder), rows, trajectory.FOLDER
-    )
+    measured = trajectory.measure(profile, pair, rows, folder)
+    trajectory.write(name, *measured, rows, trajectory.FOLDER)
     return 0
 
 
+@command(
+    "human",
+    option("--local", help="folder that holds copies of the source files (for work offline)"),
+    option("--run-code", action="store_true", help="execute the CODE references, sandboxed"),
+)
 def run_human(options) -> int:
     """Fetch the human half's sources and build data/hexainst/human.jsonl."""
+    from ..hexainst import human
+    from ..record import sha256
+
     path = human.build(local=options.local, run_code=options.run_code)
     print(f"{short(path)}: {len(path.read_text('utf-8').splitlines())} rows, sha256 {sha256(path)}")
     return 0
 
 
+@command(
+    "validate",
+    option("file"),
+    option("--part", action="store_true", help="the file holds some categories only"),
+    option("--run-code", action="store_true", help="also execute the CODE references, sandboxed"),
+)
 def run_validate(options) -> int:
     """Print every fault of a file of rows with its line number."""
+    from ..hexainst import schema
+
     rows, faults = schema.validate(options.file, options.part, options.run_code)
     for number, fault in faults:
         print(f"{options.file}:{number}: {fault}")
@@ -130,8 +285,11 @@ def run_validate(options) -> int:
     return 1 if faults else 0
 
 
+@command("export", option("folder"))
 def run_export(options) -> int:
     """Write HexaInst's AI half as Parquet with its data card."""
+    from ..hexainst import schema
+
     print("\n".join(map(short, schema.export(options.folder))))
     return 0
 
@@ -141,79 +299,39 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m helpers.run", description=__doc__.split("\n")[0]
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, function):
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (function, options) in COMMANDS.items():
         added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         added.set_defaults(function=function)
-        return added.add_argument
-
-    for name, function in (("chain", run_chain), ("refresh", run_refresh)):
-        option = command(name, function)
-        option("notebooks", nargs="*", type=Path, default=sorted(NOTEBOOKS.glob("*.ipynb")))
-        option(
-            "--together",
-            nargs="*",
-            default=[],
-            metavar="NAME",
-            help="notebooks that may run side by side",
-        )
-        if name == "chain":
-            option("--profile", default="tiny")
-            option(
-                "-p",
-                dest="parameters",
-                nargs=2,
-                action="append",
-                default=[],
-                metavar=("NAME", "VALUE"),
-            )
-    command("plan", run_plan)("--profile", default="tiny")
-    option = command("count", run_count)
-    option("--profile", default="tiny", help="a name in notebooks/profiles")
-    option("--job", help=argparse.SUPPRESS)
-    option("--variants", nargs="+", default=["base", "tuned"])
-    option("--positions", nargs="+", default=["prompt", "response"], choices=counting.POSITIONS)
-    option = command("grid", run_grid)
-    option("--profile", required=True)
-    option(
-        "--pairs", nargs="+", help="only these, e.g. to share the work among processes; no table"
-    )
-    option(
-        "--finished", action="store_true", help="compute nothing, write the table of what is there"
-    )
-    option = command("train", run_train)
-    option("--pair", choices=recipe.PAIRS)
-    option("--seed", type=int, default=0)
-    option("--out", help="folder for base/ and tuned/ (default: data/models/<pair>[-s<seed>])")
-    option("--card", action="store_true", help="only write the table of data/models/README.md anew")
-    option = command("trajectory", run_trajectory)
-    option("--pair", choices=recipe.PAIRS, required=True)
-    option("--regime", choices=trajectory.REGIMES, default="full")
-    option("--seed", type=int, default=0)
-    option = command("human", run_human)
-    option("--local", help="folder that holds copies of the source files (for work offline)")
-    option(
-        "--run-code",
-        action="store_true",
-        help="execute the CODE references in the sandbox as a check",
-    )
-    option = command("validate", run_validate)
-    option("file")
-    option("--part", action="store_true", help="the file holds some categories only")
-    option("--run-code", action="store_true", help="also execute the CODE references (sandboxed)")
-    command("export", run_export)("folder")
+        for names, settings in options:
+            added.add_argument(*names, **settings)
     return parser
 
 
 def main(argv=None) -> int:
-    """Run one command; bad input ends in one line on stderr and exit code 1."""
-    options = command_line().parse_args(argv)
+    """Run one command; whatever ends it early is one line on stderr and an exit code."""
     try:
-        return options.function(options)
+        with handled(stop):
+            try:
+                options = command_line().parse_args(argv)
+                return options.function(options)
+            finally:
+                sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        said, code = f"error: {error}", 1
+    except MemoryError:
+        said, code = "error: out of memory. Lower batch_size in the profile, then run again.", 1
+    except BrokenPipeError:  # whoever read the output has gone, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        said, code = f"error: {what}{error.strerror or error}. Finished results are kept.", 1
+    except KeyboardInterrupt as error:
+        said = "interrupted; finished counts are kept; run again"
+        code = 128 + (error.number if isinstance(error, Stopped) else 2)
+    print(said, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

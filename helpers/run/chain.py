@@ -1,169 +1,269 @@
-"""The chain of notebooks, run headless; the Makefile holds the list."""
+"""The chain of notebooks, run headless; the Makefile holds the list.
 
-import os
+Plain Python, not make's own graph: make goes by file times, which a checkout sets anew, counts no
+cells, writes no common summary, and does not reach kernels, which live in sessions of their own.
+Here one event loop holds all kernels, so one signal ends them, and an interrupted chain resumes at
+the notebook: those that ended are not run again while nothing they read has changed. A chain that
+came to its end has nothing to resume; the next one runs everything.
+"""
+
+import asyncio
 import resource
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-import nbformat
-import pandas as pd
-import papermill
-from nbclient.exceptions import DeadKernelError
-from nbval.plugin import coalesce_streams
-from traitlets.config import Config
+from filelock import FileLock, Timeout
 
 from ..config import Profile, load_profile
-from ..paths import DATA, NOTEBOOKS, ROOT, figures_dir, results_dir, short
-from ..record import UserError, read_json, write_json
-from .report import claims_table, cost, fill, review_table
+from ..paths import DATA, PROFILES, ROOT, figures_dir, results_dir, short
+from ..record import UserError, atomic, digest, read_json, versions, write_json
+from .notebook import Execution, canonical, environment, read, save
+from .progress import Progress
+from .stopping import Stopped, household, run_stoppable
+
+HELPERS = Path(__file__).resolve().parents[1]
 
 
-def check_parameters(path, parameters: dict) -> None:
-    """Refuse a parameter that the notebook does not declare (papermill itself only logs a warning)."""
-    known = papermill.inspect_notebook(str(path))
-    for name in parameters:
-        if name not in known:
+def groups(paths: list[Path], together=()) -> list[list[Path]]:
+    """The notebooks in order, those that may run side by side in one list: neighbours whose names
+    are in `together` need nothing of one another.
+    """
+    if not paths:
+        raise UserError("no notebook to run: name at least one, e.g. notebooks/00_start_here.ipynb")
+    twice = [name for name, n in Counter(path.stem for path in paths).items() if n > 1]
+    if twice:
+        raise UserError(f"notebooks are named twice: {', '.join(twice)}. Their results would mix.")
+    if unknown := set(together) - {path.stem for path in paths}:
+        raise UserError(f"--together names no given notebook: {', '.join(sorted(unknown))}.")
+    keyed = groupby(paths, key=lambda path: path.stem in together or path)
+    return [list(group) for _, group in keyed]
+
+
+def state_of(paths) -> list:
+    """Name, size and time of every file at or below `paths`: another state, other results."""
+    files = [
+        file
+        for path in paths
+        for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if file.is_file() and file.suffix not in (".pyc", ".md")
+    ]
+    return [(short(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
+def inputs(profile: Profile, path: Path, parameters: dict, before: list[str]) -> str:
+    """Digest of all a notebook's results hang on: its cells, parameters, the profile, helpers,
+    data, checkpoints, versions, and the notebooks `before` it (their own digests).
+    """
+    pairs = [name for pair in profile.pairs for name in (pair.base, pair.tuned) if name]
+    local = [ROOT / name for name in pairs]
+    given = [p for p in DATA.iterdir() if p.name != "results"] + [ROOT / "requirements.txt"]
+    files = [HELPERS, *given, *local, ROOT / profile.dataset, PROFILES / f"{profile.name}.yaml"]
+    cells = [cell.source for cell in read(path).cells]
+    return digest([cells, parameters, repr(profile), state_of(files), versions(), before])
+
+
+class Chain:
+    """One run: which notebooks ended (with what they read and wrote), which run, which failed."""
+
+    def __init__(self, profile: Profile, order: list[list[Path]], parameters: dict):
+        self.order, self.jobs, self.progress = order, profile.jobs, Progress()
+        self.results, self.figures = results_dir(profile.name), figures_dir(profile.name)
+        self.folder = self.results / "notebooks"
+        self.record = self.folder / "chain.json"
+        self.running, self.failures, self.resumed, self.keys = {}, [], [], {}
+        self.books = {
+            path: Execution(path, self.folder / path.name, parameters)
+            for group in order
+            for path in group
+        }
+        self.all = list(self.books.values())
+        before = []
+        for group in order:
+            self.keys |= {path: inputs(profile, path, parameters, before) for path in group}
+            before = [*before, *(self.keys[path] for path in group)]
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other chain writes this profile's results; drafts of killed ones are gone."""
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            for draft in [*self.folder.glob(".*.ipynb"), *self.folder.glob(".chain.json.*")]:
+                draft.unlink()
+        except Timeout as error:
             raise UserError(
-                f"{short(path)} has no parameter {name!r}. Its parameters: {', '.join(known) or 'none'}."
-            )
+                f"another chain is writing {short(self.folder)}. Wait for it, or stop it."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {short(self.folder)}: {error.strerror or error}. Free the disk "
+                "or make the folder writable, then run again; what was finished is kept."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
+    def _former(self) -> dict:
+        """What an interrupted chain had finished: {name: {key, wrote, seconds}}."""
+        try:
+            found = read_json(self.record)
+        except UserError:  # none, or not ours any more: nothing to resume
+            return {}
+        if not isinstance(found, dict):
+            return {}
+        keys = {"key", "wrote", "seconds"}
+        return {name: e for name, e in found.items() if isinstance(e, dict) and set(e) == keys}
 
-@contextmanager
-def private_sockets():
-    """Settings for a kernel that talks through files of its own: a TCP port found free may be
-    taken a moment later, by another kernel that starts beside it. Empty where there are no such
-    sockets (Windows).
-    """
-    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
-        yield {"transport": "ipc", "ip": str(Path(folder) / "socket")} if os.name == "posix" else {}
+    def finished(self, path: Path) -> bool:
+        """Did an interrupted chain run it from the same inputs, and is all it wrote still there?"""
+        entry = self.done.get(path.stem)
+        return bool(entry and entry["key"] == self.keys[path]) and all(
+            (ROOT / name).exists() for name in [self.folder / path.name, *entry["wrote"]]
+        )
 
+    async def run(self, folder: Path) -> None:
+        """All that is not finished, group by group; after a failure no other is started."""
+        watch, self.done = asyncio.ensure_future(self.progress.watch()), self._former()
+        for number, group in enumerate(self.order):
+            todo = [path for path in group if not self.finished(path)]
+            for path in [path for path in group if path not in todo]:
+                self.resumed.append(path)
+                self.progress.say(f"{path.stem}: finished before; nothing it reads has changed")
+            gate = asyncio.Semaphore(self.jobs)
+            await asyncio.gather(*(self._one(self.books[path], gate, folder) for path in todo))
+            if self.failures:
+                break
+            if todo:  # what comes after reads what is new now
+                later = {path.stem for rest in self.order[number + 1 :] for path in rest}
+                self.done = {name: e for name, e in self.done.items() if name not in later}
+        watch.cancel()
 
-def execute(path: Path, target: Path, parameters: dict) -> float:
-    """Run one notebook into `target` and return its seconds.
+    async def _one(self, book: Execution, gate, folder: Path) -> None:
+        async with gate:
+            if self.failures:
+                return
+            self.running[book.name], since = book, time.time_ns()
+            try:
+                seconds = await book.run(folder, self.progress)
+                self._note(book, seconds, since)
+            except UserError as error:
+                self.failures.append(error)
+            finally:
+                del self.running[book.name]
+            if self.failures and self.running:
+                self.progress.say(f"no other starts; still running: {', '.join(self.running)}")
 
-    `target` is replaced only when every cell ran; a failed run is kept beside it as
-    <name>.failed.ipynb.
-    """
-    check_parameters(path, parameters)
-    failed = target.with_suffix(".failed.ipynb")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    try:
-        with private_sockets() as settings:
-            papermill.execute_notebook(
-                str(path),
-                str(failed),
-                parameters,
-                kernel_name="python3",
-                cwd=str(NOTEBOOKS),
-                progress_bar={"desc": path.stem, "file": sys.stderr},
-                log_output=False,
-                config=Config({"KernelManager": settings}),
-            )
-    except papermill.PapermillExecutionError as error:
-        raise UserError(
-            f"{short(path)}, cell {error.exec_count}: {error.ename}: {error.evalue}\n"
-            f"The run so far, for reading only: {short(failed)}"
-        ) from error
-    except DeadKernelError as error:
-        raise UserError(
-            f"{short(path)}: its kernel died, most likely for lack of memory. "
-            "Lower batch_size in the profile, then run again; finished counts are kept."
-        ) from error
-    os.replace(failed, target)
-    return time.perf_counter() - start
+    def _note(self, book: Execution, seconds: float, since: int) -> None:
+        """Keep that it ended, with what it read and wrote (its neighbours' files, too)."""
+        wrote = [
+            short(file)
+            for folder in (self.results, self.figures)
+            for file in folder.rglob("*")
+            if file.is_file() and file.stat().st_mtime_ns >= since
+        ]
+        passing = (".log", ".failed.ipynb")
+        kept = [n for n in wrote if not Path(n).name.startswith(".") and not n.endswith(passing)]
+        self.done[book.name] = {"key": self.keys[book.path], "wrote": kept, "seconds": seconds}
+        write_json(self.record, self.done)
+
+    def interrupt(self) -> None:
+        """A signal came: nothing else starts, every kernel hears Ctrl-C."""
+        self.failures.append(UserError("interrupted"))
+        for book in self.running.values():
+            book.interrupt()
+
+    def close(self, wall: float) -> None:
+        """It came to its end: costs go into summary.json; the next chain has nothing to resume."""
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        peak /= 1024**2 if sys.platform == "darwin" else 1024
+        if (summary := self.results / "summary.json").exists():
+            seconds = {book.name: round(self.done[book.name]["seconds"], 1) for book in self.all}
+            before = read_json(summary)
+            costs = {
+                "seconds": before.get("seconds", {}) | seconds,
+                "peak_rss_mb": max(round(peak), before.get("peak_rss_mb", 0)),
+            }
+            if not self.resumed:
+                costs["wall_seconds"] = round(wall)
+            write_json(summary, before | costs)
+        self.record.unlink(missing_ok=True)
+        before = f", {len(self.resumed)} of them before" if self.resumed else ""
+        print(
+            f"{len(self.all)} notebooks{before} in {wall:.0f} s, the largest process {peak:.0f} MB."
+            f" Look at {short(self.folder)}/, {short(self.results)}/summary.json and "
+            f"{short(self.figures)}/."
+        )
 
 
 def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> list[Path]:
-    """Execute the notebooks in order, add what they cost to summary.json, say where to look; the
-    executed files.
-
-    Neighbours whose names are in `together` need nothing of one another: profile.jobs of them run
-    at a time. After a failure no other is started.
+    """Execute the notebooks in order, profile.jobs of a group at a time, add what they cost to
+    summary.json, say where to look; the executed files.
     """
-    for path in paths:
-        check_parameters(path, parameters)
-    folder, seconds, start = results_dir(profile.name), {}, time.perf_counter()
-    targets = [folder / "notebooks" / path.name for path in paths]
-    free = together if profile.jobs > 1 else ()
-    for _, group in groupby(
-        zip(paths, targets, strict=True), key=lambda both: both[0].stem in free or both[0]
-    ):
-        with ThreadPoolExecutor(profile.jobs) as pool:
-            jobs = {
-                pool.submit(execute, path, target, parameters): path.stem for path, target in group
-            }
-            try:
-                seconds |= {jobs[job]: round(job.result(), 1) for job in as_completed(jobs)}
-            except UserError:
-                pool.shutdown(cancel_futures=True)
-                raise
-    wall = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (
-        1024**2 if sys.platform == "darwin" else 1024
-    )
-    if (summary := folder / "summary.json").exists():
-        before = read_json(summary)
-        write_json(
-            summary,
-            before
-            | {
-                "seconds": before.get("seconds", {}) | seconds,
-                "wall_seconds": round(wall),
-                "peak_rss_mb": max(round(peak), before.get("peak_rss_mb", 0)),
-            },
+    chain, start = Chain(profile, groups(paths, together), parameters), time.perf_counter()
+    with chain.alone(), household() as folder:
+        run_stoppable(lambda: chain.run(folder), folder, chain.interrupt)
+        if chain.failures:
+            raise chain.failures[0]
+        chain.close(time.perf_counter() - start)
+    return [book.target for book in chain.all]
+
+
+def check(paths: list[Path], together=()) -> int:
+    """Strict nbval over notebooks, two at a time where they may; pytest's exit code."""
+
+    async def one(group) -> int:
+        two = ["-n", "2", "--dist", "loadfile"] if len(group) > 1 else []
+        command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", *two]
+        # a session of its own: Ctrl-C comes here first, and ends pytest, its workers and kernels
+        done = await asyncio.create_subprocess_exec(
+            *command,
+            *map(str, group),
+            cwd=ROOT,
+            env=environment(folder),
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
         )
-    print(
-        f"\n{len(paths)} notebooks in {wall:.0f} s, the largest process {peak:.0f} MB. Look at "
-        f"{short(folder)}/notebooks/, {short(folder)}/summary.json and {short(figures_dir(profile.name))}/."
-    )
-    return targets
+        return await done.wait()
 
-
-def canonical(notebook):
-    """An executed notebook without what changes from run to run: timings, stderr, papermill
-    traces, cuts in stdout.
-    """
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
-    for cell in notebook.cells:
-        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags" and v}
-        if cell.cell_type == "code":
-            cell.outputs = coalesce_streams([o for o in cell.outputs if o.get("name") != "stderr"])
-    return notebook
+    with household() as folder:
+        for group in groups(paths, together):
+            try:
+                code = run_stoppable(partial(one, group), folder)
+            except Stopped:
+                print()  # pytest was in the middle of a line
+                raise
+            if code:
+                return code
+    return 0
 
 
 def refresh(paths: list[Path], together=()) -> None:
     """Execute every notebook with its own defaults and put the canonical results in place, all or
-    none.
+    none; then the generated blocks of README and data sheet.
     """
-    for path, target in zip(paths, run(load_profile("tiny"), paths, {}, together), strict=True):
-        nbformat.write(canonical(nbformat.read(target, as_version=4)), path)
-    summary = read_json(results_dir("tiny") / "summary.json")
-    tests, readme, sheet = (
-        pd.read_csv(results_dir("tiny") / "claims.csv"),
-        ROOT / "README.md",
-        DATA / "README.md",
-    )
-    tables = {
-        block: claims_table(summary["claims"], tests, source)
-        for block, source in (("claims", "paper"), ("claims-ours", "ours"))
-    }
-    readme.write_text(fill(readme, {"cost": cost(summary)} | tables))
-    sheet.write_text(fill(sheet, {"review": review_table()}))
+    from . import report  # reads tables with pandas; the chain itself does not need it
+
+    targets = run(load_profile("tiny"), paths, {}, together)
+    fresh = [canonical(read(target)) for target in targets]
+    pages = report.pages(results_dir("tiny"))
+    for path, book in zip(paths, fresh, strict=True):
+        save(book, path)
+    for page, text in pages.items():
+        with atomic(page) as draft:
+            draft.write_text(text, "utf-8")
 
 
 def notebooks(paths) -> list[Path]:
-    """Notebooks named on a command line, as absolute paths; one that does not exist is an error."""
-    paths = [Path(path).resolve() for path in paths]
+    """Notebooks named on a command line, as absolute paths; one that is none is an error."""
+    paths = [Path(path).absolute() for path in paths]
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{short(path)} does not exist.")
+        read(path)
     return paths

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
-from ..paths import CLAIMS, HEXAINST, short
+from ..paths import CLAIMS, DATA, HEXAINST, ROOT, short
 from ..record import UserError, read_json
 
 
@@ -19,7 +19,8 @@ def fill(path: Path, blocks: dict[str, str]) -> str:
         pattern = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.S)
         if not pattern.search(text):
             raise UserError(
-                f"{short(path)} has no block <!-- {name}: begin --> ... <!-- {name}: end -->. Put it back."
+                f"{short(path)} has no block <!-- {name}: begin --> ... <!-- {name}: end -->. "
+                "Put it back."
             )
         text = pattern.sub(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
     return text
@@ -29,8 +30,8 @@ def cost(summary: dict) -> str:
     """A sentence: what a run of the chain took."""
     minutes, memory = summary["wall_seconds"] / 60, summary["peak_rss_mb"] / 1024
     return (
-        f"`make reproduce` took {minutes:.0f} minutes on two cores without a GPU, the environment set up before; "
-        f"its largest process held {memory:.1f} GB."
+        f"`make reproduce` took {minutes:.0f} minutes on two cores without a GPU, the environment "
+        f"set up before; its largest process held {memory:.1f} GB."
     )
 
 
@@ -56,8 +57,8 @@ def review_table() -> str:
     )
     low, high = proportion_confint(faulty, drawn, method="wilson")
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + (
-        f"\n\nOf {drawn} rows drawn at random for the second reading, {faulty} had a fault: {faulty / drawn:.1%} "
-        f"(95 % interval {low:.1%} to {high:.1%}); by category "
+        f"\n\nOf {drawn} rows drawn at random for the second reading, {faulty} had a fault: "
+        f"{faulty / drawn:.1%} (95 % interval {low:.1%} to {high:.1%}); by category "
         + ", ".join(
             f"{t['category']} {len(t['sample']['faulty'])}" for t in tallies if "sample" in t
         )
@@ -88,3 +89,17 @@ def claims_table(verdicts: dict[str, str], tests: pd.DataFrame, source: str) -> 
             claim = "as above" if n else row.claim
             lines.append(f"| {claim} | {unit} | **{verdicts[f'{row.id}.{unit}']}** | {found} |")
     return "\n".join(lines)
+
+
+def pages(results: Path) -> dict[Path, str]:
+    """README and data sheet with their generated blocks made anew from a run's `results`: {path:
+    text}. Nothing is written.
+    """
+    summary, tests = read_json(results / "summary.json"), pd.read_csv(results / "claims.csv")
+    readme, sheet = ROOT / "README.md", DATA / "README.md"
+    blocks = {
+        "cost": cost(summary),
+        "claims": claims_table(summary["claims"], tests, "paper"),
+        "claims-ours": claims_table(summary["claims"], tests, "ours"),
+    }
+    return {readme: fill(readme, blocks), sheet: fill(sheet, {"review": review_table()})}
