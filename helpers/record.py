@@ -77,9 +77,8 @@ def locked(path, wait: bool = True):
             lock.acquire(timeout=0)
         except Timeout:
             if held := wait:
-                print(
-                    f"{short(path)} is being written by another process; waiting", file=sys.stderr
-                )
+                named = short(path.with_suffix(""))
+                print(f"{named} is being written by another process; waiting", file=sys.stderr)
                 lock.acquire()
     try:
         yield held
@@ -88,6 +87,11 @@ def locked(path, wait: bool = True):
             with suppress(OSError):  # while it is held: who waits for it sees that it is gone
                 os.unlink(lock.lock_file)
             lock.release()
+
+
+def computing(path, wait: bool = True):
+    """`locked` on a file and its record while both are made; `atomic` locks each alone."""
+    return locked(Path(path).with_suffix(".both"), wait)
 
 
 def sweep(folder) -> None:
@@ -276,7 +280,7 @@ def cached(path, want: dict, compute) -> tuple[dict[str, np.ndarray], dict]:
     with suppress(DamagedFile):
         return read_tensors(path, want)
     sweep(path.parent)
-    with locked(path.with_suffix(".both")):  # the file and its record; `atomic` locks each
+    with computing(path):
         with suppress(DamagedFile):  # another process was here
             return read_tensors(path, want)
         arrays, found = compute()

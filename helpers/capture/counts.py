@@ -11,7 +11,7 @@ from ..paths import short
 from ..record import (
     DamagedFile,
     RecordMismatch,
-    locked,
+    computing,
     read_record,
     read_tensors,
     sweep,
@@ -191,7 +191,7 @@ class Shards:
         left = self.missing(shards)
         for wait in (False, True):
             for shard in list(left):
-                with locked(self.path(shard).with_suffix(".both"), wait) as mine:
+                with computing(self.path(shard), wait) as mine:
                     if mine:
                         left.remove(shard)
                         if self.missing([shard]):
