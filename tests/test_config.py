@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from helpers import config, paths
 from helpers.config import Pair, Profile, load_profile
+from helpers.hexainst.schema import load_hexainst
 from helpers.paths import MODELS
+from helpers.plots.style import save_figure
 from helpers.record import UserError
 from helpers.run.plan import plan
 
@@ -179,12 +181,20 @@ def test_a_name_that_would_leave_the_folder_is_refused(name):
             paths.counts_dir(*names)
 
 
+def test_a_figures_name_stays_in_its_folder():
+    with pytest.raises(UserError, match="figure '../x' cannot name a file"):
+        save_figure(None, None, "../x", "tiny")
+
+
 def test_paths_of_users_start_at_the_repository(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert paths.resolve("data/mine.jsonl") == paths.ROOT / "data/mine.jsonl"
     assert paths.resolve(tmp_path / "x") == tmp_path / "x"
     assert paths.resolve("~/x") == tmp_path / "x"
+    assert len(load_hexainst(dataset="data/hexainst/tiny.jsonl")) == len(
+        load_hexainst(dataset="tiny")
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from ..hexainst.schema import CATEGORIES
-from ..paths import figures_dir
+from ..paths import checked, figures_dir
 from ..record import atomic, write_table
 
 COLOURS = dict(
@@ -37,6 +37,7 @@ plt.rcParams |= {
 
 def save_figure(fig: Figure, table: pd.DataFrame, name: str, profile: str) -> None:
     """Write figures/<profile>/<name>.png, .svg and .csv (the table it was drawn from)."""
+    checked(name, "figure")
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         with atomic(figures_dir(profile) / f"{name}{suffix}") as draft:
             fig.savefig(draft, metadata=metadata)
