@@ -364,13 +364,15 @@ def test_what_a_process_holds_is_left_alone_until_it_is_killed(tmp_path):
     (tmp_path / ".y.safetensors.ab_12xyz.safetensors").write_text("of a former version, killed")
     command, env = [sys.executable, "-c", KILLED, tmp_path], os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        record.sweep(tmp_path)
-        assert (tmp_path / ".x.json.draft.json").read_text() == "half"
-        assert not (tmp_path / ".y.safetensors.ab_12xyz.safetensors").exists()
-        with record.computing(tmp_path / "x.json", wait=False) as mine:
-            assert not mine
-        process.send_signal(signal.SIGKILL)
+        try:
+            assert process.stdout.readline() == "held\n"
+            record.sweep(tmp_path)
+            assert (tmp_path / ".x.json.draft.json").read_text() == "half"
+            assert not (tmp_path / ".y.safetensors.ab_12xyz.safetensors").exists()
+            with record.computing(tmp_path / "x.json", wait=False) as mine:
+                assert not mine
+        finally:
+            process.send_signal(signal.SIGKILL)
     record.sweep(tmp_path)
     assert {p.name: p.read_text() for p in tmp_path.iterdir() if p.name != "x.json"} == own
     assert record.read_json(tmp_path / "x.json") == {"old": 1}
