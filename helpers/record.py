@@ -6,16 +6,18 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
-from contextlib import contextmanager
+import re
+import sys
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
-from .paths import short
+from .paths import UserError, short
 
 PACKAGES = (
     "torch",
@@ -27,14 +29,9 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
 )
-
-
-class UserError(Exception):
-    """Bad input, said in one message: what was found, what was expected, where, and what to do."""
-
-    def _render_traceback_(self):
-        """Jupyter prints this instead of a traceback."""
-        return [f"{type(self).__name__}: {self}"]
+# what `atomic` and `locked` leave when they are killed: .NAME.lock, .NAME.draft.END; a former
+# version's drafts had eight letters of chance instead of the word
+LEFT = re.compile(r"\.(?P<name>.+(?P<end>\.\w+))\.(lock|(draft|[a-z0-9_]{8})(?P=end))")
 
 
 class NotTestable(UserError):
@@ -52,8 +49,64 @@ class DamagedFile(UserError):
 
 
 @contextmanager
+def _writing(path):
+    """Whatever keeps `path` from being written is one UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot write {short(path)}: {why}. Free the disk or make the folder writable, then "
+            "run again; what was finished is kept."
+        ) from error
+
+
+@contextmanager
+def locked(path, wait: bool = True):
+    """While the block runs, no other process or thread that asks holds `path`. Yields True; where
+    another holds it, waits (and says so), or yields False if not to `wait`.
+
+    The lock is the kernel's, on `.<name>.lock` beside `path`: it ends with its process, however
+    that ends, and the file is removed when the block is done. (Ours.)
+    """
+    path = Path(path)
+    lock, held = FileLock(path.with_name(f".{path.name}.lock")), True
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if held := wait:
+                named = short(path.with_suffix(""))
+                print(f"{named} is being written by another process; waiting", file=sys.stderr)
+                lock.acquire()
+    try:
+        yield held
+    finally:
+        if held:
+            with suppress(OSError):  # while it is held: who waits for it sees that it is gone
+                os.unlink(lock.lock_file)
+            lock.release()
+
+
+def computing(path, wait: bool = True):
+    """`locked` on a file and its record while both are made; `atomic` locks each alone."""
+    return locked(Path(path).with_suffix(".both"), wait)
+
+
+def sweep(folder) -> None:
+    """Remove the drafts and locks that killed processes left in a folder; none that is held."""
+    for file in sorted(Path(folder).glob(".*")):
+        if (left := LEFT.fullmatch(file.name)) and file.is_file():
+            with locked(file.with_name(left["name"]), wait=False) as mine:
+                if mine:
+                    file.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic(path):
     """Yield a temporary path beside `path`; it takes the name `path` only when the block ends well.
+    A second process that writes the same file waits.
 
     >>> with atomic("/tmp/sparcom_example.txt") as draft:
     ...     _ = draft.write_text("whole")
@@ -61,35 +114,23 @@ def atomic(path):
     'whole'
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
-        )
-    except OSError as error:
-        raise UserError(
-            f"cannot write {short(path)}: {error.strerror}. Free the disk or make the folder "
-            "writable, then run again; what was finished is kept."
-        ) from error
-    os.close(handle)
-    draft = Path(name)
-    try:
-        yield draft
-        with open(draft, "rb+") as written:
-            os.fsync(written.fileno())
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except OSError as error:
-        raise UserError(
-            f"writing {short(path)} failed: {error.strerror or error}. Free the disk or make the folder "
-            "writable, then run again; what was finished is kept."
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)
+    draft = path.with_name(f".{path.name}.draft{path.suffix}")
+    with locked(path):
+        try:
+            with _writing(path):
+                draft.write_bytes(b"")
+                yield draft
+                with open(draft, "rb+") as written:
+                    os.fsync(written.fileno())
+                os.chmod(draft, 0o644)
+                os.replace(draft, path)
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
 
 def sha256(path) -> str:
-    """Hex digest of one file, or of all files below a folder (names and contents, in sorted order)."""
+    """Hex digest of one file, or of all files below a folder (names and contents, sorted)."""
     path, digest = Path(path), hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         if file != path:
@@ -118,26 +159,63 @@ def _plain(value):
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
+def _text(obj) -> str:
+    return json.dumps(obj, indent=1, sort_keys=True, default=_plain, allow_nan=False) + "\n"
+
+
 def write_json(path, obj) -> None:
-    """Write `obj` as sorted, indented JSON; atomic. A NaN is refused: it is not JSON, nor a result."""
-    text = json.dumps(obj, indent=1, sort_keys=True, default=_plain, allow_nan=False)
+    """Write `obj` as sorted, indented JSON; atomic. NaN is refused: it is no JSON, nor a result."""
+    text = _text(obj)
     with atomic(path) as draft:
-        draft.write_text(text + "\n")
+        draft.write_text(text, encoding="utf-8")
+
+
+def _once(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a key stands twice")
+    return record
 
 
 def read_json(path):
     """Read JSON; a missing or damaged file is one clear error."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_once)
     except FileNotFoundError as error:
         raise DamagedFile(
             f"{short(path)} is missing: the notebook that writes it has not run for this profile. "
             "Run `make reproduce`, or the earlier notebooks in order."
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise DamagedFile(
-            f"{short(path)} is not valid JSON ({error}). Delete it and run again."
+            f"{short(path)} cannot be read: {error.strerror}. Move what stands there away, or make "
+            "it readable, and run again."
         ) from error
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, too many digits or levels
+        raise DamagedFile(
+            f"{short(path)} is not valid JSON ({str(error)[:200]}). Delete it and run again."
+        ) from error
+
+
+def read_record(path, keys: dict[str, type] | None = None) -> dict:
+    """Read a JSON object that must hold `keys` {name: type}; else DamagedFile, as `read_json`."""
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise DamagedFile(
+            f"{short(path)} holds {_shown(record)}, expected a record. Delete it and run again."
+        )
+    for key, kind in (keys or {}).items():
+        if type(record.get(key)) is not kind:
+            raise DamagedFile(
+                f"{short(path)}: {key} is {_shown(record.get(key, 'missing'))}, expected "
+                f"{kind.__name__}. Delete it and run again."
+            )
+    return record
+
+
+def _shown(value) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def write_table(path, table) -> None:
@@ -146,15 +224,18 @@ def write_table(path, table) -> None:
         table.to_csv(draft, index=False, float_format="%.10g")
 
 
-def write_tensors(path, arrays: dict[str, np.ndarray], record: dict) -> None:
+def write_tensors(path, arrays: dict[str, np.ndarray], record: dict) -> dict:
     """Write arrays as safetensors and, last, `record` plus the file's sha256 as JSON beside it
-    (same stem).
+    (same stem); the record as it stands there.
     """
     path = Path(path)
+    data = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
+    text = _text(record | {"sha256": hashlib.sha256(data).hexdigest()})
     with atomic(path) as draft:
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, draft)
-        found = sha256(draft)
-    write_json(path.with_suffix(".json"), record | {"sha256": found})
+        draft.write_bytes(data)
+    with atomic(path.with_suffix(".json")) as draft:
+        draft.write_text(text, encoding="utf-8")
+    return json.loads(text)
 
 
 def read_tensors(path, expect: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
@@ -164,47 +245,67 @@ def read_tensors(path, expect: dict | None = None) -> tuple[dict[str, np.ndarray
     RecordMismatch when a key of `expect` differs from the record.
     """
     path = Path(path)
-    record = read_json(path.with_suffix(".json"))
+    record = read_record(path.with_suffix(".json"), {"sha256": str})
     verify(record, expect or {}, path)
-    if not path.exists() or sha256(path) != record["sha256"]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
         raise DamagedFile(
-            f"{short(path)} is missing or truncated: its sha256 is not the one in "
-            f"{path.with_suffix('.json').name}. Delete both and run again."
+            f"{short(path)} cannot be read: {error.strerror}. Delete it and its record "
+            f"{path.with_suffix('.json').name}, and run again."
+        ) from error
+    if hashlib.sha256(data).hexdigest() != record["sha256"]:
+        raise DamagedFile(
+            f"{short(path)} is truncated or not the file that was written: its sha256 is not the "
+            f"one in {path.with_suffix('.json').name}. Delete both and run again."
         )
     try:
-        return load_file(path), record
-    except SafetensorError as error:
+        return load(data), record
+    except (SafetensorError, ValueError, TypeError, LookupError) as error:
         raise DamagedFile(
             f"{short(path)} is no readable safetensors file ({error}). Delete it, run again."
         ) from error
 
 
 def cached(path, want: dict, compute) -> tuple[dict[str, np.ndarray], dict]:
-    """(arrays, record) of `path`: what is there if its record matches `want`, else what
-    `compute()` -> (arrays, found) gives, written with the record `found` and `want`.
+    """(arrays, record): what is at `path` if it is whole and its record holds `want`, else what
+    `compute()` -> (arrays, found) gives, kept there with the record `found` and `want`.
 
-    A missing or damaged file is computed again; one made under other settings raises RecordMismatch.
+    The only compute-or-load. A missing or damaged file is computed again, one made under other
+    settings raises RecordMismatch. Two processes never compute one file: the second waits, then
+    reads it. What comes back is what stands on the disk: arrays in C order, a record as JSON has
+    it. (Ours.)
     """
-    try:
+    path = Path(path)
+    with suppress(DamagedFile):
         return read_tensors(path, want)
-    except DamagedFile:
+    sweep(path.parent)
+    with computing(path):
+        with suppress(DamagedFile):  # another process was here
+            return read_tensors(path, want)
         arrays, found = compute()
-    write_tensors(path, arrays, found | want)
-    return arrays, read_json(Path(path).with_suffix(".json"))
+        arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        return arrays, write_tensors(path, arrays, found | want)
 
 
 def verify(record: dict, expect: dict, where) -> None:
-    """Raise RecordMismatch unless every key of `expect` stands in `record` with the same value;
-    names what differs.
+    """Raise RecordMismatch unless every key of `expect` stands in `record` with the same value, as
+    JSON has them; names what differs.
     """
-    for key, value in expect.items():
+    if not isinstance(record, dict):
+        raise DamagedFile(f"{short(where)} has no record but {_shown(record)}. Run it again.")
+    for key, value in json.loads(json.dumps(expect, default=_plain)).items():
         found = record.get(key)
         if found == value:
             continue
         if isinstance(found, dict) and isinstance(value, dict):
-            name = min(k for k in found.keys() | value.keys() if found.get(k) != value.get(k))
+            name = min(k for k in found.keys() | value.keys() if _at(found, k) != _at(value, k))
             key, found, value = f"{key}.{name}", found.get(name), value.get(name)
         raise RecordMismatch(
-            f"{short(where)} was made with {key} = {found!r}, this run has {value!r}. "
+            f"{short(where)} was made with {key} = {_shown(found)}, this run has {_shown(value)}. "
             f"Delete {short(Path(where).parent)} to compute it anew, or use the former setting."
         )
+
+
+def _at(values, key):
+    return (key in values, values.get(key))

@@ -1,11 +1,14 @@
 """Counts on disk: what an interruption, a damaged file or a full disk may do to them."""
 
+import contextlib
 import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers.capture.counts import Counts, Shards
 from helpers.config import Pair, Profile
@@ -189,6 +194,202 @@ def test_a_full_disk_leaves_only_whole_shards(shards, monkeypatch):
         fill(shards, [1])
     assert contents(shards.folder) == before
     assert shards.missing() == [1, 2]
+
+
+# ---- records that were edited, files that are not ours ----
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_shard_edited_with_its_own_record_is_computed_again(shards):
+    fill(shards)
+    shards.finish()
+    whole = contents(shards.folder)
+    shards.write(1, made(5, 9), {"device": "cpu"})  # another table, with a record of its own
+    assert not shards.finished()
+    assert not shards.sealed()
+    assert shards.missing() == [1]
+    with pytest.raises(
+        DamagedFile, match=r"counts-00001\.json is not the record that record\.json"
+    ):
+        shards.load()
+    fill(shards, shards.missing())
+    shards.finish()
+    assert contents(shards.folder) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error"),
+    [
+        ("record", {"total": 11}, RecordMismatch),
+        ("record", {"size": 5}, RecordMismatch),
+        ("record", {"weights": "abd"}, RecordMismatch),
+        ("record", {"total": None}, None),
+        ("record", {"shards": []}, None),
+        ("record", {"shards": {"a": 1}}, None),
+        ("record", {"shards": [0, [], None]}, None),
+        ("record", {"shards": ["a", "b", "c"]}, None),
+        ("record", {"found": [{}, {}, {}]}, None),
+        ("record", {"layers": {}}, None),
+        ("record", {"layers": []}, None),
+        ("counts-00001", {"layers": {}}, None),
+        ("counts-00001", {"layers": {"expert": [1, 3], "shared": [2, 3]}}, None),
+        ("counts-00001", {"layers": {"expert": 3, "shared": None}}, None),
+        ("counts-00001", {"found": []}, None),
+        ("counts-00001", {"sha256": 3}, None),
+        ("counts-00001", {"rows": [0, 4]}, RecordMismatch),
+        ("counts-00001", {"profile": ["test"]}, RecordMismatch),
+    ],
+)
+def test_an_edited_record_is_refused_or_its_shards_are_computed_again(shards, name, changes, error):
+    fill(shards)
+    shards.finish()
+    whole = contents(shards.folder)
+    edit(shards.folder / f"{name}.json", **changes)
+    if error:
+        for attempt in (shards.finished, shards.sealed):
+            with pytest.raises(error, match=f"{name}.* was made with"):
+                attempt()
+    else:
+        assert not shards.finished()
+        assert not shards.sealed()
+        fill(shards, shards.missing())
+        shards.finish()
+        assert shards.finished()
+        assert contents(shards.folder) == whole
+
+
+@pytest.mark.parametrize("value", [{}, {"expert": 3, "shared": None}, {"expert": ["a"], "b": []}])
+def test_layers_that_are_none_are_damage_even_before_the_folder_is_complete(shards, value):
+    fill(shards)
+    edit(shards.path(1).with_suffix(".json"), layers=value)
+    assert shards.missing() == [1]
+
+
+def test_files_that_are_not_counts_are_never_touched(shards):
+    own = {"notes.json": "{", ".counts.json": "{", "counts-mine.json": "[", ".record.txt": "x"}
+    shards.folder.mkdir()
+    for name, text in own.items():
+        (shards.folder / name).write_text(text)
+    (shards.folder / "counts-00002.json").mkdir()
+    assert not shards.finished()
+    (shards.folder / "counts-00002.json").rmdir()
+    fill(shards)
+    shards.finish()
+    assert shards.finished()
+    assert {name: (shards.folder / name).read_text() for name in own} == own
+
+
+DAMAGE = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3)),
+    lambda kind: st.one_of(
+        st.lists(kind, max_size=3),
+        st.dictionaries(st.sampled_from(["expert", "shared", "device"]), kind, max_size=3),
+    ),
+    max_leaves=5,
+)
+KEYS = ["total", "size", "layers", "found", "shards", "rows", "sha256", "profile"]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from(["record", "counts-00000"]),
+    st.one_of(
+        st.dictionaries(st.sampled_from(KEYS), DAMAGE, min_size=1).map(lambda d: (True, d)),
+        DAMAGE.map(lambda value: (False, value)),
+    ),
+)
+def test_any_records_of_a_folder_are_read_or_refused(name, change):
+    with tempfile.TemporaryDirectory() as folder:
+        shards = Shards(Path(folder), {"profile": "test"}, 2, 2)
+        fill(shards)
+        shards.finish()
+        path, (some, value) = shards.folder / f"{name}.json", change
+        path.write_text(json.dumps(json.loads(path.read_text()) | value if some else value))
+        for attempt in (shards.finished, shards.sealed, shards.load, shards.finish):
+            with contextlib.suppress(UserError):
+                attempt()
+
+
+# ---- several at once ----
+
+
+def test_a_shard_that_another_holds_comes_last_and_is_not_computed_twice(shards):
+    begun, go, done = threading.Event(), threading.Event(), []
+
+    def work(name):
+        def count(shard):
+            done.append((name, shard))
+            if name == "first":
+                begun.set()
+                assert go.wait(60)
+            if (name, shard) == ("second", 2):
+                go.set()
+            return made(shards.rows(shard).start, shards.rows(shard).stop), {"device": "cpu"}
+
+        return count
+
+    first = threading.Thread(target=shards.fill, args=(work("first"),))
+    first.start()
+    assert begun.wait(60)
+    shards.fill(work("second"))
+    first.join()
+    assert sorted(shard for _, shard in done) == [0, 1, 2]
+    assert done[:3] == [("first", 0), ("second", 1), ("second", 2)]
+    assert not shards.missing()
+    assert len(contents(shards.folder)) == 6
+
+
+def test_a_failure_lets_go_and_what_was_finished_stays(shards):
+    def count(shard):
+        if shard == 1:
+            raise KeyboardInterrupt
+        return made(shards.rows(shard).start, shards.rows(shard).stop), {"device": "cpu"}
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            shards.fill(count)
+        assert shards.missing() == [1, 2]
+        assert sorted(contents(shards.folder)) == ["counts-00000.json", "counts-00000.safetensors"]
+
+
+def test_reading_and_writing_at_once_never_damages(shards):
+    """A folder asked for while another writes it: complete or not, but never a fault."""
+    faults, stop = [], threading.Event()
+
+    def ask():
+        try:
+            while not stop.is_set():
+                shards.finished()
+                shards.sealed()
+        except Exception as error:
+            faults.append(error)
+
+    askers = [threading.Thread(target=ask) for _ in range(2)]
+    [thread.start() for thread in askers]
+    for _ in range(8):
+        fill(shards)
+        shards.finish()
+    stop.set()
+    [thread.join() for thread in askers]
+    assert not faults
+    assert shards.finished()
+    assert len(contents(shards.folder)) == 7
+
+
+def test_leftovers_of_a_killed_run_are_gone_after_the_next(shards):
+    shards.folder.mkdir()
+    for name in (
+        ".counts-00000.safetensors.draft.safetensors",
+        ".counts-00001.json.k3_9xyab.json",
+        ".counts-00001.both.lock",
+        ".record.json.draft.json",
+    ):
+        (shards.folder / name).write_text("")
+    shards.fill(lambda k: (made(shards.rows(k).start, shards.rows(k).stop), {"device": "cpu"}))
+    assert len(contents(shards.folder)) == 6
 
 
 # ---- kill -9 ----

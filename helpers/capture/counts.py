@@ -11,8 +11,10 @@ from ..paths import short
 from ..record import (
     DamagedFile,
     RecordMismatch,
-    read_json,
+    computing,
+    read_record,
     read_tensors,
+    sweep,
     verify,
     write_json,
     write_tensors,
@@ -25,9 +27,10 @@ class Counts:
     sec. counting.)
 
     tokens   int32 [I], the counted tokens T of each instruction
-    neurons  family -> uint16 [I, L_f, N_f], tokens with A > 0; "expert" has [I, L_f, E, N], tokens that were routed to
-             the expert and had A > 0 in it (so p counts all T tokens, and p <= f)
-    routed   uint16 [I, L_expert, E], tokens routed to the expert, f = routed / tokens; None in a dense model
+    neurons  family -> uint16 [I, L_f, N_f], tokens with A > 0; "expert" has [I, L_f, E, N], tokens
+             that were routed to the expert and had A > 0 in it (so p counts all T tokens, p <= f)
+    routed   uint16 [I, L_expert, E], tokens routed to the expert, f = routed / tokens; None in a
+             dense model
     layers   family -> the L_f layer numbers
     """
 
@@ -60,7 +63,7 @@ class Counts:
         return self.routed if unit == "experts" else self.neurons[self.family(unit)]
 
     def mask(self, unit: str, members) -> dict[str, np.ndarray]:
-        """The component mask (see `ablation`) of the `members` of a unit, bool [M] with M = L x ..."""
+        """The component mask (see `ablation`) of a unit's `members`, bool [M] with M = L x ..."""
         return {self.family(unit): np.asarray(members).reshape(self.unit(unit).shape[1:])}
 
     @classmethod
@@ -89,6 +92,10 @@ class Counts:
             {n: np.concatenate([p.arrays()[n] for p in parts])[where] for n in names},
             parts[0].layers,
         )
+
+
+SEAL = {"total": int, "size": int, "layers": dict, "found": list, "shards": list}
+SHARD = {"rows": list, "layers": dict, "found": dict, "sha256": str}
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,44 @@ class Shards:
     def _expect(self, shard: int) -> dict:
         return self.settings | {"rows": [self.rows(shard).start, self.rows(shard).stop]}
 
+    def _seal(self) -> dict | None:
+        """What record.json says once the folder is complete; None where there is none to trust."""
+        path = self.folder / "record.json"
+        try:
+            seal = read_record(path, SEAL)
+        except DamagedFile:  # written anew when every shard is there
+            return None
+        verify(seal, self.settings | {"total": self.total, "size": self.size}, path)
+        whole = len(seal["shards"]) == len(seal["found"]) == len(self)
+        return seal if whole else None
+
+    def _record(self, shard: int, seal: dict | None) -> dict:
+        """The record of one shard: of these settings, and the one that the seal was put on."""
+        path = self.path(shard).with_suffix(".json")
+        record = read_record(path, SHARD)
+        verify(record, self._expect(shard), path)
+        sealed = seal and (seal["shards"][shard], seal["found"][shard], seal["layers"])
+        if sealed and sealed != (record["sha256"], record["found"], record["layers"]):
+            raise DamagedFile(
+                f"{short(path)} is not the record that record.json lists: one of them was edited. "
+                "Run again: the shard is computed anew."
+            )
+        return record
+
     def read(self, shard: int) -> tuple[Counts, dict]:
         """(counts, record) of one finished shard; raises DamagedFile or RecordMismatch."""
-        arrays, record = read_tensors(self.path(shard), self._expect(shard))
+        record = self._record(shard, self._seal())
+        arrays, _ = read_tensors(self.path(shard), {"sha256": record["sha256"]})
+        families = {f"neurons.{family}" for family in record["layers"]}
+        if (
+            arrays.keys() - {"routed"} != families | {"tokens"}
+            or {array.shape[:1] for array in arrays.values()} != {(len(self.rows(shard)),)}
+            or not all(map(_numbers, record["layers"].values()))
+        ):
+            raise DamagedFile(
+                f"{short(self.path(shard))} does not hold the arrays, rows and layers that its "
+                "record names. Delete both and run again."
+            )
         return Counts.of(arrays, record["layers"]), record
 
     def missing(self, shards=None) -> list[int]:
@@ -140,6 +182,21 @@ class Shards:
             shard for shard in (range(len(self)) if shards is None else shards) if not done(shard)
         ]
 
+    def fill(self, work, shards=None) -> None:
+        """Compute and write each missing shard, of all or of those given: `work(shard)` -> (counts,
+        found), see `write`. Each is held meanwhile: those that another process is at come last, and
+        are not computed twice.
+        """
+        sweep(self.folder)
+        left = self.missing(shards)
+        for wait in (False, True):
+            for shard in list(left):
+                with computing(self.path(shard), wait) as mine:
+                    if mine:
+                        left.remove(shard)
+                        if self.missing([shard]):
+                            self.write(shard, *work(shard))
+
     def write(self, shard: int, counts: Counts, found: dict) -> None:
         """Store one shard with what was found on the way (it may not depend on time or process)."""
         layers = {family: list(numbers) for family, numbers in counts.layers.items()}
@@ -153,12 +210,12 @@ class Shards:
         """Write record.json once every shard is there: the settings, what was found, each shard's
         sha256.
         """
-        records = [read_json(self.path(shard).with_suffix(".json")) for shard in range(len(self))]
+        records = [self._record(shard, None) for shard in range(len(self))]
         for what in ("device", "attention"):
-            if len(kinds := {r["found"].get(what) for r in records}) > 1:
+            if len(kinds := {str(r["found"].get(what)) for r in records}) > 1:
                 raise RecordMismatch(
-                    f"{short(self.folder)}: its shards were counted with {what} {kinds}, expected one "
-                    "kind. Delete the folder and count again on one kind of machine."
+                    f"{short(self.folder)}: its shards were counted with {what} {sorted(kinds)}, "
+                    "expected one kind. Delete the folder and count again on one kind of machine."
                 )
         record = self.settings | {
             "total": self.total,
@@ -175,18 +232,22 @@ class Shards:
         return self.sealed() and not self.missing()
 
     def sealed(self) -> bool:
-        """Does its record say that it is complete? Reads records only. Raises RecordMismatch if it,
-        or a part of it, was made under other settings.
+        """Do its records say that it is complete? Reads no counts, writes nothing. Raises
+        RecordMismatch if the folder, or a part of it, was made under other settings.
         """
-        for path in sorted(self.folder.glob("*.json")):
+        seal = self._seal()
+        for path in sorted(self.folder.glob("counts-[0-9][0-9][0-9][0-9][0-9].json")):
             try:
-                verify(read_json(path), self.settings, path)
+                verify(read_record(path), self.settings, path)
             except DamagedFile:
-                path.unlink()  # half a record is none: its shard is computed again
-        return (self.folder / "record.json").is_file()
+                continue  # its shard is computed again
+        try:
+            return seal is not None and all(self._record(k, seal) for k in range(len(self)))
+        except DamagedFile:
+            return False
 
     def load(self) -> Counts:
-        """All instructions in one Counts; for tables larger than memory use `read` shard by shard."""
+        """All instructions in one Counts; for tables larger than memory `read` shard by shard."""
         return Counts.join([self.read(shard)[0] for shard in range(len(self))])
 
     def table(self, family: str) -> "Rows":
@@ -194,6 +255,10 @@ class Shards:
         all in memory.
         """
         return Rows(self, family)
+
+
+def _numbers(layers) -> bool:
+    return isinstance(layers, list) and all(type(number) is int for number in layers)
 
 
 class Rows:

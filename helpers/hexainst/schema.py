@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..paths import HEXAINST, short
+from ..paths import HEXAINST, resolve, short
 from ..record import UserError, atomic
 from . import checkers, expressions
 from .corpus import matched, text, tokens
@@ -199,7 +199,7 @@ def load_hexainst(
         names = [half] if half else ["ai"] + ["human"] * (HEXAINST / "human.jsonl").exists()
         frame = pd.concat([load(HEXAINST / f"{name}.jsonl") for name in names], ignore_index=True)
     else:
-        frame = load(HEXAINST / "tiny.jsonl" if dataset == "tiny" else dataset)
+        frame = load(HEXAINST / "tiny.jsonl" if dataset == "tiny" else resolve(dataset))
     if half:
         if half not in set(frame["half"]):
             known = ", ".join(sorted(set(frame["half"])))

@@ -5,7 +5,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..paths import figures_dir
+from ..paths import checked, figures_dir
 from ..record import atomic, write_table
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#000000")
@@ -37,6 +37,7 @@ def markers(names) -> dict:
 
 def save_figure(fig: Figure, table: pd.DataFrame, name: str, profile: str) -> None:
     """Write figures/<profile>/<name>.png, .svg and .csv (the table it was drawn from)."""
+    checked(name, "figure")
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         with atomic(figures_dir(profile) / f"{name}{suffix}") as draft:
             fig.savefig(draft, metadata=metadata)

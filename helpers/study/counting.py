@@ -58,7 +58,8 @@ def fill(shards: Shards, opened, encoded, batch_size: int, label: str) -> None:
     if mine := shards.missing(range(rank, len(shards), world)):
         model, total = opened(), sum(len(shards.rows(k)) for k in mine)
         bar = tqdm(total=total, desc=label, unit=" instructions", delay=2, leave=False)
-        for k in mine:
+
+        def work(k):
             some = encoded(shards.rows(k))
             counts = count_encoded(model, some, batch_size, bar)
             found = {
@@ -68,7 +69,9 @@ def fill(shards: Shards, opened, encoded, batch_size: int, label: str) -> None:
             }
             if k == 0:
                 found["batching"] = flips(model, some[:4], counts)
-            shards.write(k, counts, found)
+            return counts, found
+
+        shards.fill(work, mine)
         bar.close()
     wait()
     if rank == 0:

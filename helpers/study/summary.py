@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..paths import results_dir
-from ..record import read_json, verify, versions, write_json
+from ..paths import checked, results_dir, short
+from ..record import DamagedFile, read_record, verify, versions, write_json
 
 
 def stamp(profile) -> dict:
@@ -19,7 +19,7 @@ def stamp(profile) -> dict:
 
 
 def _part(profile, notebook: str) -> Path:
-    return results_dir(profile.name) / "summary" / f"{notebook}.json"
+    return results_dir(profile.name) / "summary" / f"{checked(notebook, 'notebook')}.json"
 
 
 def write_part(profile, notebook: str, pairs: dict[str, dict]) -> None:
@@ -44,12 +44,18 @@ def _missing(value):
 
 def read_parts(profile, notebooks) -> dict[str, dict]:
     """The merged headline numbers of several notebooks: {pair: {key: value}}; refuses parts of
-    other settings.
+    other settings. A pair that a notebook left out (a model without a base) has none from it.
     """
     merged = {pair.name: {} for pair in profile.pairs}
     for notebook in notebooks:
-        part = read_json(_part(profile, notebook))
-        verify(part, stamp(profile), _part(profile, notebook))
+        path = _part(profile, notebook)
+        part = read_record(path, {"pairs": dict})
+        verify(part, stamp(profile), path)
         for pair, numbers in part["pairs"].items():
+            if pair not in merged or not isinstance(numbers, dict):
+                raise DamagedFile(
+                    f"{short(path)} holds {pair!a}, expected the numbers of the pairs "
+                    f"{', '.join(merged)}. Delete it and run {notebook} again."
+                )
             merged[pair] |= numbers
     return merged
