@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from helpers.capture.interventions import ablate
-from helpers.config import Pair
+from helpers.config import Pair, Profile
 from helpers.record import UserError
+from helpers.study import summary
 from helpers.study.answers import SHORT, answer_ids, greedy_answers, new_tokens
 from helpers.study.evaluate import (
     ablation_matrix,
@@ -241,3 +242,14 @@ def test_a_category_without_a_score_is_shown_as_not_a_number_and_not_missed():
     )
     assert found.loc[("pair", "A"), "CLS"] == 1
     assert found.loc["pair"].isna().to_numpy().tolist() == [[False, True, True]]
+
+
+def test_what_could_not_be_measured_is_left_out_of_the_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "results_dir", lambda name: tmp_path / name)
+    profile = Profile("mine", "none", (Pair("a", "none", "none"),))
+    numbers = {"accuracy.CODE": np.float64("nan"), "accuracy.CLS": 0.5, "ci": [0.25, 0.75]}
+    summary.write_part(profile, "00_x", {"a": numbers})
+    kept = {"accuracy.CLS": 0.5, "ci": [0.25, 0.75]}
+    assert summary.read_parts(profile, ["00_x"]) == {"a": kept}
+    with pytest.raises(ValueError, match="not JSON compliant"):  # half an interval is a fault
+        summary.write_part(profile, "00_x", {"a": {"ci": [0.25, np.nan]}})

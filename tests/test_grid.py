@@ -12,6 +12,7 @@ from helpers.record import DamagedFile, NotTestable, RecordMismatch
 from helpers.study import grid
 from helpers.study.ablation import pooled
 from helpers.study.grid import cells
+from helpers.study.scores import sets_of, standing
 from helpers.study.study import Study
 from tests import planted, zoo
 
@@ -162,3 +163,19 @@ def test_a_grid_on_one_half_is_not_testable(world, folder):
     with pytest.raises(NotTestable, match="cannot be measured on another"):
         cells(world(rows[rows["fold"] == "A"]))
     assert not contents(folder)
+
+
+def test_a_cells_sets_are_chosen_on_the_half_it_is_not_measured_on(world, folder):
+    """The halves' references differ, and so their sets: each cell says which rows chose it."""
+    rows = planted.rows(6)
+    rows.loc[rows["fold"] == "B", "reference"] = "zyx"
+    study = world(rows, scores=("attribution",))
+    chosen = {
+        half: sets_of(standing(study.half(half), ["attribution"]), "attribution", 0.1)
+        for half in study.halves
+    }
+    assert (chosen["A"] != chosen["B"]).any()
+    for (*_, half), (arrays, _) in cells(study, sizes=[0.1]).items():
+        found = np.unpackbits(arrays["sets"], axis=-1, count=240).astype(bool)
+        assert (found == chosen[study.other(half)]).all()
+        assert len(arrays["labels"]) == 30
