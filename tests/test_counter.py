@@ -8,7 +8,7 @@ import torch
 import zoo
 from torch.nn import functional as F
 
-from helpers.capture import counter
+from helpers.capture import bank, counter
 from helpers.capture.bank import observed
 from helpers.capture.count import count_activations, count_encoded
 from helpers.capture.counter import count_positive, watching
@@ -383,19 +383,20 @@ def test_the_self_check_refuses_what_is_computed_in_another_way(family, spoil, m
 
 def test_the_self_check_compares_with_the_models_own_experts(monkeypatch):
     model = zoo.build("mixtral")
-    monkeypatch.setattr(
-        "helpers.capture.bank.gate_part", lambda bank, h: h.chunk(2, -1)[1]
-    )  # counts the other half
+    read = bank.activated
+    monkeypatch.setattr(  # counts the other half
+        "helpers.capture.bank.activated", lambda b, h: (h.chunk(2, -1)[1], read(b, h)[1])
+    )
     with pytest.raises(UnreadableModel, match="not those of a loop"):
         self_check(model)
     monkeypatch.undo()
     model.set_experts_implementation("eager")
-    bank = model.model.layers[1].mlp.experts
-    own = bank.forward
+    experts = model.model.layers[1].mlp.experts
+    own = experts.forward
 
     def scaled(*args):
-        return own(*args) * (1.01 if bank.config._experts_implementation == "eager" else 1)
+        return own(*args) * (1.01 if experts.config._experts_implementation == "eager" else 1)
 
-    monkeypatch.setattr(bank, "forward", scaled)
+    monkeypatch.setattr(experts, "forward", scaled)
     with pytest.raises(UnreadableModel, match="the model's own differ"):
         self_check(model)

@@ -296,8 +296,8 @@ def refuse_reroute(site, part, config) -> None:
     tables = [*site.router.parameters(), *site.router.buffers()]
     if any(t.dim() == 2 and not t.is_floating_point() for t in tables):
         raise UserError(
-            f"{site.name}: its experts are chosen by a table of token ids, not by scores, so there is "
-            "no next best one to reroute to. Use operator 'drop'."
+            f"{site.name}: its experts are chosen by a table of token ids, not by scores, so there "
+            "is no next best one to reroute to. Use operator 'drop'."
         )
 
 
@@ -316,8 +316,8 @@ def rerouting(site, part, told):
             out = route(*args, **kwargs)
         if logits.hits != 1:
             raise UserError(
-                f"{site.name}: reroute needs a router with one linear map to its {len(part)} experts; "
-                f"{type(router).__name__} has {logits.hits}. Use operator 'drop'."
+                f"{site.name}: reroute needs a router with one linear map to its {len(part)} "
+                f"experts; {type(router).__name__} has {logits.hits}. Use operator 'drop'."
             )
         return out
 
@@ -328,8 +328,8 @@ def rerouting(site, part, told):
                 f"{site.name}: a token had fewer than K experts left to choose from (experts in "
                 "groups). Mask fewer experts, or use operator 'drop'."
                 if _grouped(router)
-                else f"{site.name}: {type(router).__name__} chose an expert whose logit was -inf: it "
-                "does not choose by its logits alone. Use operator 'drop'."
+                else f"{site.name}: {type(router).__name__} chose an expert whose logit was -inf: "
+                "it does not choose by its logits alone. Use operator 'drop'."
             )
 
     with ExitStack() as stack:

@@ -78,8 +78,8 @@ class Counter:
         and 1: what the model attends to, [B, T] (default: everything), and which of these tokens
         count (default: all of these).
 
-        A count mask [B, T] gives one Counts; [B, P, T] gives P of them, one per position group, from
-        the same pass. The groups may overlap; each is counted as if it were alone.
+        A count mask [B, T] gives one Counts; [B, P, T] gives P of them, one per position group,
+        from the same pass. The groups may overlap; each is counted as if it were alone.
         """
         ids = input_ids.cpu()
         attended = _ones_like(ids) if attention_mask is None else attention_mask.cpu().long()
@@ -124,7 +124,7 @@ class Counter:
         if not fits or not ids.numel() or not counted.numel():
             yield (
                 f"ids {tuple(ids.shape)}, attention mask {tuple(attended.shape)} and count mask "
-                f"{tuple(counted.shape)} must have one shape [B, T], the count mask that or [B, P, T]"
+                f"{tuple(counted.shape)} must have one shape [B, T], the last or [B, P, T]"
             )
         elif any(((mask != 0) & (mask != 1)).any() for mask in (attended, counted)):
             yield "a mask holds other numbers than 0 and 1"
@@ -133,11 +133,14 @@ class Counter:
         elif (counted.reshape(len(ids), -1, ids.shape[1]) > attended[:, None]).any():
             yield "padding is marked as counted: the count mask must lie within the attention mask"
         elif ids.min() < 0 or ids.max() >= rows:
-            yield f"token id {int(ids.max())} lies outside its {rows} embeddings: use the model's own tokenizer"
+            yield (
+                f"token id {int(ids.max())} lies outside its {rows} embeddings: use the model's "
+                "own tokenizer"
+            )
         elif attended.sum(1).max() > longest:
             yield (
-                f"a sequence has {int(attended.sum(1).max())} tokens, more than the {longest} that can "
-                "be read: shorten it or leave it out"
+                f"a sequence has {int(attended.sum(1).max())} tokens, more than the {longest} that "
+                "can be read: shorten it or leave it out"
             )
 
     def _masks(self, device):
@@ -210,8 +213,8 @@ class Counter:
         for name, rows in self.rows.items():
             if rows != tokens or name not in self.found:
                 raise RuntimeError(
-                    f"{name} saw {rows} tokens where the model read {tokens}: its MLP runs some other "
-                    "way (a fused kernel?), and these counts cannot be trusted."
+                    f"{name} saw {rows} tokens where the model read {tokens}: its MLP runs "
+                    "some other way (a fused kernel?), and these counts cannot be trusted."
                 )
         for name, routed in self.routed.items():
             if not torch.equal(routed.sum(2).cpu(), (self.chosen * counted).to(torch.float32)):
@@ -222,8 +225,8 @@ class Counter:
             raise RuntimeError("a neuron was active on more tokens than were routed to its expert.")
         if not last.isfinite().all():
             raise UserError(
-                "the last hidden state is not finite: a NaN would count as inactive in silence. Load the "
-                "model in float32 or bfloat16, and check its weights."
+                "the last hidden state is not finite: a NaN would count as inactive in silence. "
+                "Load the model in float32 or bfloat16, and check its weights."
             )
 
     def _collect(self, tokens, p: int) -> Counts:

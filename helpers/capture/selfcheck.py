@@ -1,13 +1,16 @@
 """The start-up proof that a model is read exactly: run once per model, before its first count."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from .bank import activated, gate_part, observed, pre_activations
 from .counter import ready_sites, watching
 from .sites import UnreadableModel, input_device
+from .tokens import Encoded, padded
 
 ROUNDING = {
     torch.float64: 1e-6,
@@ -15,6 +18,7 @@ ROUNDING = {
     torch.float16: 1e-2,
     torch.bfloat16: 4e-2,
 }  # of the largest
+_neutral: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether left padding changes nothing
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device="cpu")  # eight tokens
 
 
@@ -105,7 +109,8 @@ def _experts(model, banks, ids):
         with observed(model):
             ours = s.module(*args)
         if (ours - out).abs().max() > ROUNDING[out.dtype] * out.abs().max():
-            yield f"{s.name}: our experts and the model's own differ by {float((ours - out).abs().max()):.1e}"
+            gap = float((ours - out).abs().max())
+            yield f"{s.name}: our experts and the model's own differ by {gap:.1e}"
         if s.module.has_gate and not _gates(s, out):
             yield f"{s.name}: its gate is not the part of the up projection that is counted"
 
@@ -180,3 +185,47 @@ def _active(bank, h, shift):
     ones = torch.ones_like(h)  # the up projection
     gate_part(bank, ones)[:] = gate_part(bank, h) + shift
     return bank._apply_gate(ones) > 0
+
+
+@torch.no_grad()
+def left_padding_is_neutral(model) -> bool:
+    """Whether a sequence that is padded on the left goes on as it does alone: only then may
+    sequences of several lengths be generated from in one batch. Tried once per model. (Ours.)
+
+    Two tokens are generated from a short row beside a long one, and from the short row alone; their
+    logits must agree up to rounding. Not so in BART-likes without position ids, and DeepSeek-V4.
+    """
+    if model not in _neutral:
+        rows = model.get_input_embeddings().num_embeddings
+        ids = [tuple((n * 7 + 5) % rows for n in range(length)) for length in (9, 4)]
+        both = padded([Encoded(i, (True,) * len(i)) for i in ids], [0, 1], side="left")
+        alone = padded([Encoded(ids[1], (True,) * 4)], [0], side="left")
+        with greedy(model, max_new_tokens=2, eos_token_id=None):
+            beside, by_itself = (_generated(model, batch) for batch in (both, alone))
+        gap = max(
+            float((a[-1] - b[-1]).abs().max()) for a, b in zip(beside, by_itself, strict=True)
+        )
+        largest = max(float(b.abs().max()) for b in by_itself)
+        _neutral[model] = gap <= ROUNDING[by_itself[0].dtype] * largest
+    return _neutral[model]
+
+
+def _generated(model, batch):
+    """The logits [B, V] of each generated token."""
+    device = input_device(model)
+    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    told = {"return_dict_in_generate": True, "output_logits": True}
+    return model.generate(ids, attention_mask=mask, **told).logits
+
+
+@contextmanager
+def greedy(model, **settings):
+    """While open, `generate` takes the likeliest token each time: sampling and penalties that the
+    model's own generation settings name are put aside. `settings` are a GenerationConfig's.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, **settings)
+    try:
+        yield
+    finally:
+        model.generation_config = own

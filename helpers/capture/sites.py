@@ -50,7 +50,7 @@ def find_sites(model) -> list[Site]:
     the meta device will do. Raises UnreadableModel, saying what was found and what is missing,
     wherever that leaves a doubt, UserError for a model inside a wrapper. (Ours.)
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     text = model.config.get_text_config(decoder=True)
     hidden, modules = getattr(text, "hidden_size", None), _in_layers(model)
     found, unknown = [], []
@@ -78,7 +78,8 @@ def find_sites(model) -> list[Site]:
     return sorted(sites, key=lambda s: (s.layer, s.family == "expert"))
 
 
-def _refuse_wrapped(model) -> None:
+def refuse_wrapped(model) -> None:
+    """Raise UserError for what is no transformers model, naming the one inside if it wraps one."""
     if isinstance(model, PreTrainedModel):
         return
     told = {
@@ -108,7 +109,7 @@ def _in_layers(model) -> dict[str, tuple[int, nn.Module]]:
 
 
 def _mlp_of(module, hidden):
-    """(activation, down projection, width) of an MLP that writes to the residual stream, or None."""
+    """(activation, down projection, width) of an MLP that writes to the residual stream."""
     kids = dict(module.named_children())
     act = next((kids[a] for a in ACTIVATIONS if a in kids), None)
     down = next((kids[d] for d in DOWN_PROJECTIONS if d in kids), None)
@@ -119,7 +120,7 @@ def _mlp_of(module, hidden):
 
 
 def _in_out(linear) -> tuple[int, int]:
-    """Width in and width out of a linear layer, GPT-2's Conv1D included; (0, 0) for anything else."""
+    """Width in and width out of a linear layer, GPT-2's Conv1D included; else (0, 0)."""
     if hasattr(linear, "nf"):
         return tuple(linear.weight.shape)
     return getattr(linear, "in_features", 0), getattr(linear, "out_features", 0)
@@ -180,9 +181,10 @@ def _refuse_doubts(sites, unknown, unread, layers, model) -> None:
     doubts += ["layers share one activation module"] if len(set(acts)) < len(acts) else []
     if doubts:
         raise UnreadableModel(
-            f"{model} cannot be read exactly: {'; '.join(doubts)}. Expected in each of its {layers} layers one MLP "
-            f"with an activation module ({', '.join(ACTIVATIONS)}) and a down projection "
-            f"({', '.join(DOWN_PROJECTIONS)}), or fused experts driven by transformers' experts interface."
+            f"{model} cannot be read exactly: {'; '.join(doubts)}. Expected in each of its "
+            f"{layers} layers one MLP with an activation module ({', '.join(ACTIVATIONS)}) and a "
+            f"down projection ({', '.join(DOWN_PROJECTIONS)}), or fused experts driven by "
+            "transformers' experts interface."
         )
 
 
