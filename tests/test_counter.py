@@ -10,15 +10,16 @@ from torch.nn import functional as F
 
 from helpers.capture import bank, counter
 from helpers.capture.bank import observed
-from helpers.capture.count import count_activations, count_encoded
-from helpers.capture.counter import count_positive, watching
+from helpers.capture.count import count, count_activations, count_encoded, count_groups
+from helpers.capture.counter import count_masked, count_positive, watching
 from helpers.capture.counts import Counts
 from helpers.capture.selfcheck import self_check
 from helpers.capture.sites import UnreadableModel, find_sites
 from helpers.capture.tokens import Encoded, batches
 from helpers.record import UserError
 
-FIRST = ("gate_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc1", "input_linear")
+FIRST = ("gate_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in", "input_linear")
+FIRST += ("up_proj",)  # where there is no gate
 LENGTHS = (5, 2, 9, 3, 12, 1, 7, 4, 6, 2, 8, 3) * 3  # 36 > the largest batch
 
 
@@ -124,6 +125,34 @@ def test_counts_equal_the_loop_for_any_batch_size_padding_and_order(family, sequ
         )
         == 0
     )
+
+
+@pytest.mark.parametrize("family", zoo.MORE)
+def test_every_other_family_that_is_listed_equals_the_loop(family, sequences):
+    model = zoo.build(family)
+    self_check(model)
+    assert differing(run(model, sequences[:5], 5), oracle(model, sequences[:5])) == 0
+    assert zoo.families()[family] in ("dense", "mixture of experts")
+
+
+@pytest.mark.parametrize("family", [*zoo.ZOO, *zoo.MORE_SPARSE])
+def test_every_position_group_of_one_pass_equals_a_pass_of_its_own(family, sequences):
+    model, draw = zoo.build(family), np.random.default_rng(2)
+    grouped = [with_groups(e, draw) for e in sequences[:8]]
+    found = count_groups(model, grouped, batch_tokens=30)
+    for name in NAMES:
+        alone = run(model, [Encoded(e.ids, e.groups[name]) for e in grouped], 3)
+        assert differing(found[name], alone) == 0
+
+
+NAMES = ("all", "none", "even", "drawn", "again")  # overlapping, empty, and the same twice
+
+
+def with_groups(e, draw):
+    size = len(e.ids)
+    drawn = tuple((draw.random(size) < 0.5).tolist())
+    masks = ((True,) * size, (False,) * size, tuple(t % 2 == 0 for t in range(size)), drawn, drawn)
+    return Encoded(e.ids, e.counted, dict(zip(NAMES, masks, strict=True)))
 
 
 @pytest.mark.parametrize("family", zoo.ZOO)

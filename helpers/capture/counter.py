@@ -14,6 +14,12 @@ from .counts import Counts
 from .sites import Site, find_sites, input_device
 
 BLOCK = {"cpu": 2**19}  # cells compared with 0 at a time: fits the cache, bounds the memory
+ROUNDING = {  # what two ways to one number may differ by, of the largest
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 4e-2,
+}
 LONGEST = 2**16 - 1  # tokens of one instruction that uint16 can count
 
 
@@ -70,7 +76,7 @@ class Counter:
         self.model, self.trunk, self.sites, self.forwards = model, model.base_model, sites, 0
         self.placed = "position_ids" in inspect.signature(self.trunk.forward).parameters
         self.moved: dict[str, torch.Tensor] = {}  # empty while no batch is being counted
-        self.hidden = None
+        self.hidden, self.left_tried = None, False
 
     @torch.no_grad()
     def __call__(self, input_ids, attention_mask=None, count_mask=None) -> Counts | list[Counts]:
@@ -87,11 +93,9 @@ class Counter:
         for fault in self._faults(ids, attended, counted):
             raise UserError(f"{type(self.model).__name__} cannot count this batch: {fault}.")
         masks = counted.reshape(len(ids), -1, ids.shape[1])  # [B, P, T]
-        self._start(ids, masks)
-        try:
-            self.hidden = self._forward(ids, attended)
-        finally:
-            self.moved = {}
+        if not self.left_tried and not attended[:, 0].all():
+            self._refuse_moved(ids, attended)
+        self.hidden = self._forward(ids, attended, masks)
         tokens = masks.sum(2)  # [B, P]
         self._verify(self.hidden[attended.to(self.hidden.device) == 1], ids.numel(), tokens)
         groups = [self._collect(tokens[:, p], p) for p in range(tokens.shape[1])]
@@ -106,7 +110,31 @@ class Counter:
         self.kept = torch.int16 if longest < 2**15 else torch.int32  # less to keep and to move
         self.moved = {"cpu": masks.to(torch.float32)}
 
-    def _forward(self, ids, attended):
+    def _refuse_moved(self, ids, attended):
+        """Raise UserError if a row that is padded on the left is read otherwise than alone."""
+        row = int((attended[:, 0] == 0).nonzero()[0])
+        one, seen = ids[row, None], attended[row, None]  # [1, T] each
+        n = int(seen.sum())
+        at = seen[0] == 1
+        beside = self._forward(one, seen, seen[:, None])[0].cpu()[at]
+        alone = self._forward(one[:, at], seen[:, at], seen[:, None, at])[0].cpu()  # [n, D]
+        gap = (beside - alone).abs().max() / alone.abs().max()
+        if gap > ROUNDING[alone.dtype]:
+            raise UserError(
+                f"{type(self.model).__name__} reads {n} tokens otherwise when they are padded on the "
+                "left than alone: its positions move. Pad on the right."
+            )
+        self.left_tried = True
+
+    def _forward(self, ids, attended, masks):
+        """The last hidden state [B, T, D] of one pass, in which the sites count."""
+        self._start(ids, masks)
+        try:
+            return self._read(ids, attended)
+        finally:
+            self.moved = {}
+
+    def _read(self, ids, attended):
         inputs = {"input_ids": ids, "attention_mask": attended}
         if self.placed and not attended[:, 0].all():
             # left padding must not move the tokens' positions

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ..record import UserError
-from .selfcheck import ROUNDING
+from .counter import ROUNDING
 from .sites import UnreadableModel, input_device
 
 CELLS = 2**22  # logits made at a time (16 MiB): as many tokens as that allows, one at least

@@ -8,16 +8,10 @@ import torch
 from transformers import GenerationConfig
 
 from .bank import activated, gate_part, observed, pre_activations
-from .counter import ready_sites, watching
+from .counter import ROUNDING, ready_sites, watching
 from .sites import UnreadableModel, input_device
 from .tokens import Encoded, padded
 
-ROUNDING = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 4e-2,
-}  # of the largest
 _neutral: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether left padding changes nothing
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device="cpu")  # eight tokens
 
