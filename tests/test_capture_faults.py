@@ -11,7 +11,7 @@ import zoo
 from peft import LoraConfig, get_peft_model
 from test_counter import IDS, counting, differing, oracle, run
 from test_interventions import IDS as READ
-from test_interventions import SEEN, expert_mask, logits, neuron_mask, without_experts
+from test_interventions import SEEN, expert_mask, logits, neuron_mask
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
@@ -31,7 +31,7 @@ from helpers.record import UserError
 
 
 class Plain(nn.Module):
-    """A gated MLP whose activation is a function, under names that its layout cannot hide behind."""
+    """A gated MLP whose activation is a function, under any names."""
 
     def __init__(self, names, width=40):
         super().__init__()
@@ -74,6 +74,13 @@ def test_a_family_whose_shared_mlp_has_no_activation_module_is_refused():
         model = zoo.AutoModelForCausalLM.from_config(zoo_like)
     with pytest.raises(UnreadableModel, match="shared_experts"):
         find_sites(model)
+
+
+def test_an_mlp_that_holds_experts_of_its_own_is_refused():
+    config = dict(zoo.COMMON, is_moe=True, num_experts=16, num_experts_per_tok=2)
+    model = zoo.AutoModelForCausalLM.from_config(zoo.AutoConfig.for_model("doge", **config)).eval()
+    with pytest.raises(UnreadableModel, match="not read exactly"):
+        count(model, zoo.tokenizer(), ["add"])
 
 
 # ---- one definition of active
@@ -158,7 +165,7 @@ def test_a_model_that_returns_tuples_is_counted(family):
         (nn.DataParallel, r"DataParallel .* pass model\.module"),
         (
             lambda m: get_peft_model(m, LoraConfig(target_modules=["q_proj"])),
-            r"PeftModel.* merge_and_unload\(\)",
+            r"PeftModel .*merge_and_unload\(\)",
         ),
         (lambda m: nn.Linear(2, 2), "not a transformers causal language model"),
     ],
@@ -330,19 +337,19 @@ def test_reroute_equals_a_model_without_the_experts(family):
 
 
 def deleted(model, gone):
-    """without_experts, and the biases of the choice that stand beside the router, or below it."""
-    twin = without_experts(model, gone)
-    kept = [e for e in range(6) if e not in gone]
-    for site in find_sites(twin):
-        for module in site.block.modules() if site.block is not None else ():
+    """A copy without some of its six experts: everything in a sparse block that has a row or a
+    number for each of them has lost these.
+    """
+    twin, kept = copy.deepcopy(model), [e for e in range(6) if e not in gone]
+    for block in [s.block for s in find_sites(twin) if s.block is not None]:
+        for module in block.modules():
             for store in (module._parameters, module._buffers):
                 for name, t in store.items():
-                    if t is not None and t.shape[-1:] == (6,) and "bias" in name:
-                        store[name] = t[..., kept]
-            if isinstance(module, nn.Linear) and module.out_features == 6:
-                module.weight = nn.Parameter(module.weight.data[kept])
+                    if t is not None and 6 in t.shape:
+                        rest = t.data.index_select(t.shape.index(6), torch.tensor(kept))
+                        store[name] = nn.Parameter(rest) if isinstance(t, nn.Parameter) else rest
             if getattr(module, "num_experts", 0) == 6:
-                module.num_experts = 4
+                module.num_experts = len(kept)
     return twin
 
 

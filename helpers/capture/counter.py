@@ -11,7 +11,7 @@ import torch
 from ..record import UserError
 from .bank import observed
 from .counts import Counts
-from .sites import Site, find_sites, input_device
+from .sites import Site, UnreadableModel, find_sites, input_device, returning_dicts
 
 BLOCK = {"cpu": 2**19}  # cells compared with 0 at a time: fits the cache, bounds the memory
 ROUNDING = {  # what two ways to one number may differ by, of the largest
@@ -121,8 +121,8 @@ class Counter:
         gap = (beside - alone).abs().max() / alone.abs().max()
         if gap > ROUNDING[alone.dtype]:
             raise UserError(
-                f"{type(self.model).__name__} reads {n} tokens otherwise when they are padded on the "
-                "left than alone: its positions move. Pad on the right."
+                f"{type(self.model).__name__} reads {n} tokens otherwise when they are padded on "
+                "the left than alone: its positions move. Pad on the right."
             )
         self.left_tried = True
 
@@ -140,8 +140,9 @@ class Counter:
             # left padding must not move the tokens' positions
             inputs["position_ids"] = (attended.cumsum(1) - 1).clamp(min=0)
         device = input_device(self.model)
-        # whatever config.return_dict says, the last hidden state comes first
-        return self.trunk(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)[0]
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        with returning_dicts(self.model):
+            return self.trunk(**inputs, use_cache=False).last_hidden_state
 
     def _faults(self, ids, attended, counted):
         rows = self.model.get_input_embeddings().num_embeddings
@@ -186,6 +187,11 @@ class Counter:
         """Hook on an MLP's activation module."""
 
         def hook(module, args, out):
+            if out.shape[-1] != site.width:
+                raise UnreadableModel(
+                    f"{type(self.model).__name__} is not read exactly: the activation of "
+                    f"{site.name} gives {out.shape[-1]} numbers, not its {site.width} neurons'."
+                )
             x, masks = out.reshape(-1, site.width), self._masks(out.device)
             self.rows[site.name] += len(x)
             if len(x) == self.size * self.length:  # else _verify says so
@@ -317,11 +323,11 @@ def ready_sites(model) -> list[Site]:
             is_compiled,
             "it is compiled, so hooks may not run: use the model as it was before compiling",
         ),
+        (is_quantised, "it is quantised, where exactness is not proven: load float weights"),
         (
             lambda m: any(part.training for part in m.modules()),
             "it is in training mode, where dropout changes counts: call model.eval()",
         ),
-        (is_quantised, "it is quantised, where exactness is not proven: load float weights"),
         (is_split, "it is split by tensor parallelism: spread it by device_map instead"),
         (lacks_weights, "it has no weights (meta device): load its checkpoint"),
         (

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from .bank import activated, gate_part, observed, pre_activations
 from .counter import ROUNDING, ready_sites, watching
-from .sites import UnreadableModel, input_device
+from .sites import UnreadableModel, input_device, returning_dicts
 from .tokens import Encoded, padded
 
 _neutral: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether left padding changes nothing
@@ -33,7 +33,8 @@ def self_check(model) -> None:
         [s for s in sites if s.family != "expert"],
         [s for s in sites if s.family == "expert"],
     )
-    faults = [*_layout(model, mlps, ids), *_experts(model, banks, ids), *_loops(model, sites, ids)]
+    faults = [*_layout(model, mlps, ids), *_experts(model, banks, ids)]
+    faults = faults or [*_loops(model, sites, ids)]
     if faults:
         raise UnreadableModel(
             f"{type(model).__name__} is not read exactly: {'; '.join(faults[:3])}. This "
@@ -43,7 +44,9 @@ def self_check(model) -> None:
 
 def _run(model, ids):
     device = input_device(model)
-    model.base_model(input_ids=ids.to(device), attention_mask=MASK.to(device), use_cache=False)
+    inputs = {"input_ids": ids.to(device), "attention_mask": MASK.to(device), "use_cache": False}
+    with returning_dicts(model):
+        model.base_model(**inputs)
 
 
 def _layout(model, mlps, ids):
