@@ -8,9 +8,9 @@ import torch
 import zoo
 from torch.nn import functional as F
 
-from helpers.capture import counter
+from helpers.capture import bank, counter
 from helpers.capture.bank import observed
-from helpers.capture.count import count_activations, count_encoded
+from helpers.capture.count import count_activations, count_encoded, count_groups
 from helpers.capture.counter import count_positive, watching
 from helpers.capture.counts import Counts
 from helpers.capture.selfcheck import self_check
@@ -18,7 +18,8 @@ from helpers.capture.sites import UnreadableModel, find_sites
 from helpers.capture.tokens import Encoded, batches
 from helpers.record import UserError
 
-FIRST = ("gate_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc1", "input_linear")
+FIRST = ("gate_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in", "input_linear")
+FIRST += ("up_proj",)  # where there is no gate
 LENGTHS = (5, 2, 9, 3, 12, 1, 7, 4, 6, 2, 8, 3) * 3  # 36 > the largest batch
 
 
@@ -126,14 +127,46 @@ def test_counts_equal_the_loop_for_any_batch_size_padding_and_order(family, sequ
     )
 
 
+@pytest.mark.parametrize("family", zoo.MORE)
+def test_every_other_family_that_is_listed_equals_the_loop(family, sequences):
+    model = zoo.build(family)
+    self_check(model)
+    assert differing(run(model, sequences[:5], 5), oracle(model, sequences[:5])) == 0
+    assert zoo.families()[family] in ("dense", "mixture of experts")
+
+
+@pytest.mark.parametrize("family", [*zoo.ZOO, *zoo.MORE_SPARSE])
+def test_every_position_group_of_one_pass_equals_a_pass_of_its_own(family, sequences):
+    model, draw = zoo.build(family), np.random.default_rng(2)
+    grouped = [with_groups(e, draw) for e in sequences[:8]]
+    found = count_groups(model, grouped, batch_tokens=30)
+    for name in NAMES:
+        alone = run(model, [Encoded(e.ids, e.groups[name]) for e in grouped], 3)
+        assert differing(found[name], alone) == 0
+
+
+NAMES = ("all", "none", "even", "drawn", "again")  # overlapping, empty, and the same twice
+
+
+def with_groups(e, draw):
+    size = len(e.ids)
+    drawn = tuple((draw.random(size) < 0.5).tolist())
+    masks = ((True,) * size, (False,) * size, tuple(t % 2 == 0 for t in range(size)), drawn, drawn)
+    return Encoded(e.ids, e.counted, dict(zip(NAMES, masks, strict=True)))
+
+
 @pytest.mark.parametrize("family", zoo.ZOO)
 def test_counting_leaves_no_trace(family):
     model, ids = zoo.build(family), torch.arange(3, 15).reshape(2, 6)
     before, state = model(ids).logits, model.state_dict()
     implementation = model.get_experts_implementation()
-    with pytest.raises(ZeroDivisionError), count_activations(model) as counter:
-        counter(ids)
-        raise ZeroDivisionError
+
+    def failing():
+        with count_activations(model) as counter:
+            counter(ids)
+            raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, failing)
     assert torch.equal(model(ids).logits, before)
     assert model.get_experts_implementation() == implementation
     assert all(torch.equal(state[k], v) for k, v in zoo.build(family).state_dict().items())
@@ -346,7 +379,7 @@ def test_the_self_check_passes_every_family(family, dtype):
 
 
 def swapped(model):
-    """Gate and up exchanged in the experts' forward pass: the counted half would be the wrong one."""
+    """Gate and up exchanged in the experts' forward pass: the counted half would be wrong."""
     bank = model.model.layers[0].mlp.experts
     bank._apply_gate = lambda h: bank.act_fn(h.chunk(2, -1)[1]) * h.chunk(2, -1)[0]
 
@@ -383,19 +416,20 @@ def test_the_self_check_refuses_what_is_computed_in_another_way(family, spoil, m
 
 def test_the_self_check_compares_with_the_models_own_experts(monkeypatch):
     model = zoo.build("mixtral")
-    monkeypatch.setattr(
-        "helpers.capture.bank.gate_part", lambda bank, h: h.chunk(2, -1)[1]
-    )  # counts the other half
+    read = bank.activated
+    monkeypatch.setattr(  # counts the other half
+        "helpers.capture.bank.activated", lambda b, h: (h.chunk(2, -1)[1], read(b, h)[1])
+    )
     with pytest.raises(UnreadableModel, match="not those of a loop"):
         self_check(model)
     monkeypatch.undo()
     model.set_experts_implementation("eager")
-    bank = model.model.layers[1].mlp.experts
-    own = bank.forward
+    experts = model.model.layers[1].mlp.experts
+    own = experts.forward
 
     def scaled(*args):
-        return own(*args) * (1.01 if bank.config._experts_implementation == "eager" else 1)
+        return own(*args) * (1.01 if experts.config._experts_implementation == "eager" else 1)
 
-    monkeypatch.setattr(bank, "forward", scaled)
+    monkeypatch.setattr(experts, "forward", scaled)
     with pytest.raises(UnreadableModel, match="the model's own differ"):
         self_check(model)

@@ -8,10 +8,11 @@ from weakref import WeakSet
 import numpy as np
 from tqdm import tqdm
 
+from ..record import UserError
 from .counter import Counter, watching
 from .counts import Counts
 from .selfcheck import self_check
-from .tokens import batches, check_tokenizer, encode
+from .tokens import batches, check_tokenizer, encode, list_of, token_batches
 
 _checked: WeakSet = WeakSet()
 
@@ -25,7 +26,7 @@ def count_activations(model, kind=Counter):
     The hooks are taken off whatever happens. Raises UserError for a model, ids or masks that
     cannot be counted, RuntimeError if a site did not see each token once. (Paper, sec. counting.)
 
-    >>> with count_activations(model) as counter:                                     # doctest: +SKIP
+    >>> with count_activations(model) as counter:                           # doctest: +SKIP
     ...     counts = counter(tokens["input_ids"], tokens["attention_mask"])
     """
     if model not in _checked:
@@ -45,33 +46,68 @@ def count(
     responses=None,
 ) -> Counts:
     """Counts of each text's own tokens, or of its response's tokens where responses are given (see
-    `encode`).
+    `encode`). Raises UserError for what is no list of texts.
 
-    >>> counts = count(model, tokenizer, ["Add 12 and 7.", "Name a fish."])           # doctest: +SKIP
-    >>> p = counts.neurons["dense"] / counts.tokens[:, None, None]    # [I, L, N]     # doctest: +SKIP
+    >>> counts = count(model, tokenizer, ["Add 12 and 7.", "Name a fish."])  # doctest: +SKIP
+    >>> p = counts.neurons["dense"] / counts.tokens[:, None, None]           # doctest: +SKIP
     """
     check_tokenizer(tokenizer, model)
-    return count_encoded(
-        model, encode(tokenizer, list(texts), template=template, responses=responses), batch_size
-    )
+    texts = list_of(texts, "texts")
+    encoded = encode(tokenizer, texts, template=template, responses=responses)
+    return count_encoded(model, encoded, batch_size)
 
 
 def count_encoded(model, encoded, batch_size: int = 32, progress=None) -> Counts:
     """Counts of encoded sequences, in their order; `progress` is a tqdm bar to move instead of one
     of its own.
     """
+    _refuse_nothing(encoded)
     parts, order = [], []
-    bar = progress or tqdm(
-        total=len(encoded), desc="counting", unit=" instructions", delay=2, leave=False
-    )
-    with count_activations(model) as counter:
+    with count_activations(model) as counter, _bar(len(encoded), progress) as bar:
         for batch in batches(encoded, batch_size):
             parts.append(counter(batch.input_ids, batch.attention_mask, batch.count_mask))
             order.append(batch.rows)
             bar.update(len(batch.rows))
-    if progress is None:
-        bar.close()
     return Counts.join(parts, order)
+
+
+def count_groups(
+    model, encoded, batch_tokens: int = 8192, *, observers=(), progress=None
+) -> dict[str, Counts]:
+    """Counts of every position group of encoded sequences (see `encode_groups`), {name: Counts},
+    in their order, from one forward pass per batch of at most `batch_tokens` tokens.
+
+    Each group's counts are those of a pass of its own. observers: functions of (batch, last hidden
+    state [B, T, D]) that are told of every pass, such as `losses.GroupLoss`. (Ours.)
+    """
+    _refuse_nothing(encoded)
+    if not encoded[0].groups:
+        raise UserError("count_groups: sequences without position groups; use encode_groups.")
+    parts, order = [], []
+    with count_activations(model) as counter, _bar(len(encoded), progress) as bar:
+        for batch in token_batches(encoded, batch_tokens):
+            parts.append(counter(batch.input_ids, batch.attention_mask, batch.group_mask))
+            order.append(batch.rows)
+            hidden, counter.hidden = counter.hidden, None
+            for observe in observers:
+                observe(batch, hidden)
+            bar.update(len(batch.rows))
+    names = encoded[0].groups
+    return {name: Counts.join([part[p] for part in parts], order) for p, name in enumerate(names)}
+
+
+def _refuse_nothing(encoded) -> None:
+    if not len(encoded):
+        raise UserError("there is nothing to count: the list of texts is empty.")
+
+
+@contextmanager
+def _bar(total, given):
+    if given is not None:
+        yield given
+        return
+    with tqdm(total=total, desc="counting", unit=" instructions", delay=2, leave=False) as bar:
+        yield bar
 
 
 def flips(model, encoded, counts: Counts) -> dict[str, int]:

@@ -11,9 +11,15 @@ import torch
 from ..record import UserError
 from .bank import observed
 from .counts import Counts
-from .sites import Site, find_sites, input_device
+from .sites import Site, UnreadableModel, find_sites, input_device, returning_dicts
 
 BLOCK = {"cpu": 2**19}  # cells compared with 0 at a time: fits the cache, bounds the memory
+ROUNDING = {  # what two ways to one number may differ by, of the largest
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 4e-2,
+}
 LONGEST = 2**16 - 1  # tokens of one instruction that uint16 can count
 
 
@@ -27,98 +33,170 @@ def count_positive(x, group, groups: int):
     >>> count_positive(torch.tensor([[1., -1.], [2., 0.], [3., 3.]]), torch.tensor([0, 0, 1]), 1)
     tensor([[2., 0.]])
     """
-    out = torch.zeros(groups + 1, x.shape[1], device=x.device)
+    exact = {"dtype": torch.float32, "device": x.device}  # whatever the default dtype is
+    out = torch.zeros(groups + 1, x.shape[1], **exact)
     step = max(1, BLOCK.get(x.device.type, 2**26) // x.shape[1])
-    cells = torch.empty(min(step, len(x)), x.shape[1], device=x.device)
+    cells = torch.empty(min(step, len(x)), x.shape[1], **exact)
     for first in range(0, len(x), step):
         part = x[first : first + step]
         out.index_add_(0, group[first : first + step], torch.gt(part, 0, out=cells[: len(part)]))
     return out[:groups]
 
 
+def count_masked(x, masks):
+    """How many masked tokens are positive, per column: x [B, T, N], masks [B, P, T] of 0 and 1 ->
+    float32 [B, P, N].
+
+    One product of masks and 0/1 cells, a block of rows or columns at a time; exact, as above,
+    however the P masks overlap. (Ours.)
+
+    >>> x = torch.tensor([[[1., -1.], [2., 0.], [3., 3.]]])
+    >>> count_masked(x, torch.tensor([[[1, 1, 0], [0, 1, 1]]]))
+    tensor([[[2., 0.],
+             [2., 1.]]])
+    """
+    size, length, width = x.shape
+    masks = masks.to(torch.float32)
+    out = torch.empty(size, masks.shape[1], width, dtype=torch.float32, device=x.device)
+    cells = max(1, BLOCK.get(x.device.type, 2**26) // length)  # columns of one row at a time
+    rows, columns = max(1, cells // width), min(width, cells)
+    for b in range(0, size, rows):
+        for n in range(0, width, columns):
+            part = (x[b : b + rows, :, n : n + columns] > 0).to(torch.float32)
+            out[b : b + rows, :, n : n + columns] = masks[b : b + rows] @ part
+    return out
+
+
 class Counter:
     """What `count_activations` yields: call it with token ids [B, T] and masks, get the Counts of
-    these B sequences.
+    these B sequences. `hidden` [B, T, D], the last hidden state, is kept until the next call.
     """
 
     def __init__(self, model, sites):
         self.model, self.trunk, self.sites, self.forwards = model, model.base_model, sites, 0
         self.placed = "position_ids" in inspect.signature(self.trunk.forward).parameters
-        self.group: dict[str, torch.Tensor] = {}  # empty while no batch is being counted
+        self.moved: dict[str, torch.Tensor] = {}  # empty while no batch is being counted
+        self.hidden, self.left_tried = None, False
 
     @torch.no_grad()
-    def __call__(self, input_ids, attention_mask=None, count_mask=None) -> Counts:
-        """One forward pass through the trunk (the language-model head is not needed). Masks [B, T]
-        of 0 and 1: what the model attends to (default: everything), and which of these tokens
+    def __call__(self, input_ids, attention_mask=None, count_mask=None) -> Counts | list[Counts]:
+        """One forward pass through the trunk (the language-model head is not needed). Masks of 0
+        and 1: what the model attends to, [B, T] (default: everything), and which of these tokens
         count (default: all of these).
+
+        A count mask [B, T] gives one Counts; [B, P, T] gives P of them, one per position group,
+        from the same pass. The groups may overlap; each is counted as if it were alone.
         """
         ids = input_ids.cpu()
-        attended = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu().long()
+        attended = _ones_like(ids) if attention_mask is None else attention_mask.cpu().long()
         counted = attended if count_mask is None else count_mask.cpu().long()
         for fault in self._faults(ids, attended, counted):
             raise UserError(f"{type(self.model).__name__} cannot count this batch: {fault}.")
-        inputs = {"input_ids": ids, "attention_mask": attended}
-        if (
-            self.placed and not attended[:, 0].all()
-        ):  # left padding must not move the tokens' positions
-            inputs["position_ids"] = (attended.cumsum(1) - 1).clamp(min=0)
-        device, self.size, self.forwards = input_device(self.model), len(ids), self.forwards + 1
-        self.found, self.routed, self.impossible = {}, {}, []
+        masks = counted.reshape(len(ids), -1, ids.shape[1])  # [B, P, T]
+        if not self.left_tried and not attended[:, 0].all():
+            self._refuse_moved(ids, attended)
+        self.hidden = self._forward(ids, attended, masks)
+        tokens = masks.sum(2)  # [B, P]
+        self._verify(self.hidden[attended.to(self.hidden.device) == 1], ids.numel(), tokens)
+        groups = [self._collect(tokens[:, p], p) for p in range(tokens.shape[1])]
+        return groups if counted.dim() == 3 else groups[0]
+
+    def _start(self, ids, masks):
+        self.forwards += 1
+        self.size, self.groups, self.length = masks.shape
+        self.found, self.routed, self.impossible, self.hidden = {}, {}, [], None
         self.rows = dict.fromkeys((s.name for s in self.sites), 0)
-        instruction = torch.arange(self.size)[:, None].where(
-            counted == 1, self.size
-        )  # [B, T], B: not counted
-        self.group = {"cpu": instruction.reshape(-1)}
+        longest = int(masks.sum(2).max())
+        self.kept = torch.int16 if longest < 2**15 else torch.int32  # less to keep and to move
+        self.moved = {"cpu": masks.to(torch.float32)}
+
+    def _refuse_moved(self, ids, attended):
+        """Raise UserError if a row that is padded on the left is read otherwise than alone."""
+        row = int((attended[:, 0] == 0).nonzero()[0])
+        one, seen = ids[row, None], attended[row, None]  # [1, T] each
+        n = int(seen.sum())
+        at = seen[0] == 1
+        beside = self._forward(one, seen, seen[:, None])[0].cpu()[at]
+        alone = self._forward(one[:, at], seen[:, at], seen[:, None, at])[0].cpu()  # [n, D]
+        gap = (beside - alone).abs().max() / alone.abs().max()
+        if gap > ROUNDING[alone.dtype]:
+            raise UserError(
+                f"{type(self.model).__name__} reads {n} tokens otherwise when they are padded on "
+                "the left than alone: its positions move. Pad on the right."
+            )
+        self.left_tried = True
+
+    def _forward(self, ids, attended, masks):
+        """The last hidden state [B, T, D] of one pass, in which the sites count."""
+        self._start(ids, masks)
         try:
-            last = self.trunk(
-                **{k: v.to(device) for k, v in inputs.items()}, use_cache=False
-            ).last_hidden_state
+            return self._read(ids, attended)
         finally:
-            self.group = {}
-        self._verify(last[attended.to(last.device) == 1], ids.numel(), counted.sum(1))
-        return self._collect(counted.sum(1))
+            self.moved = {}
+
+    def _read(self, ids, attended):
+        inputs = {"input_ids": ids, "attention_mask": attended}
+        if self.placed and not attended[:, 0].all():
+            # left padding must not move the tokens' positions
+            inputs["position_ids"] = (attended.cumsum(1) - 1).clamp(min=0)
+        device = input_device(self.model)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        with returning_dicts(self.model):
+            return self.trunk(**inputs, use_cache=False).last_hidden_state
 
     def _faults(self, ids, attended, counted):
         rows = self.model.get_input_embeddings().num_embeddings
-        context = getattr(
-            self.model.config.get_text_config(decoder=True), "max_position_embeddings", None
-        )
-        if ids.dim() != 2 or not ids.numel() or not ids.shape == attended.shape == counted.shape:
+        text = self.model.config.get_text_config(decoder=True)
+        longest = min(getattr(text, "max_position_embeddings", None) or LONGEST, LONGEST)
+        fits = ids.dim() == 2 and ids.shape == attended.shape and counted.dim() in (2, 3)
+        fits = fits and counted.shape[:: counted.dim() - 1] == ids.shape
+        if not fits or not ids.numel() or not counted.numel():
             yield (
                 f"ids {tuple(ids.shape)}, attention mask {tuple(attended.shape)} and count mask "
-                f"{tuple(counted.shape)} must have one shape [B, T]"
+                f"{tuple(counted.shape)} must have one shape [B, T], the last or [B, P, T]"
             )
+        elif any(((mask != 0) & (mask != 1)).any() for mask in (attended, counted)):
+            yield "a mask holds other numbers than 0 and 1"
         elif not attended.any(1).all():
             yield "a sequence is all padding: leave it out"
-        elif (counted > attended).any():
+        elif (counted.reshape(len(ids), -1, ids.shape[1]) > attended[:, None]).any():
             yield "padding is marked as counted: the count mask must lie within the attention mask"
         elif ids.min() < 0 or ids.max() >= rows:
-            yield f"token id {int(ids.max())} lies outside its {rows} embeddings: use the model's own tokenizer"
-        elif attended.sum(1).max() > min(context or LONGEST, LONGEST):
             yield (
-                f"a sequence has {int(attended.sum(1).max())} tokens, more than the "
-                f"{min(context or LONGEST, LONGEST)} that can be read: shorten it or leave it out"
+                f"token id {int(ids.max())} lies outside its {rows} embeddings: use the model's "
+                "own tokenizer"
+            )
+        elif attended.sum(1).max() > longest:
+            yield (
+                f"a sequence has {int(attended.sum(1).max())} tokens, more than the {longest} that "
+                "can be read: shorten it or leave it out"
             )
 
-    def _group(self, device):
-        """The instruction number of each of the B*T tokens, B for those not counted, on `device`."""
-        if not self.group:
+    def _masks(self, device):
+        """The count masks [B, P, T] on `device`, as float32."""
+        if not self.moved:
             raise UserError(
                 "the model ran inside count_activations without masks: call counter(input_ids, "
                 "attention_mask) instead of model(...), and generate outside the context."
             )
-        if str(device) not in self.group:
-            self.group[str(device)] = self.group["cpu"].to(device)
-        return self.group[str(device)]
+        if str(device) not in self.moved:
+            self.moved[str(device)] = self.moved["cpu"].to(device)
+        return self.moved[str(device)]
 
     def watch_mlp(self, site):
         """Hook on an MLP's activation module."""
 
         def hook(module, args, out):
-            x, group = out.reshape(-1, site.width), self._group(out.device)
+            if out.shape[-1] != site.width:
+                raise UnreadableModel(
+                    f"{type(self.model).__name__} is not read exactly: the activation of "
+                    f"{site.name} gives {out.shape[-1]} numbers, not its {site.width} neurons'."
+                )
+            x, masks = out.reshape(-1, site.width), self._masks(out.device)
             self.rows[site.name] += len(x)
-            if len(x) == len(group):  # else _verify says so
-                self.found[site.name] = count_positive(x, group, self.size)  # [B, N]
+            if len(x) == self.size * self.length:  # else _verify says so
+                found = count_masked(x.view(self.size, self.length, -1), masks)
+                self.found[site.name] = found.to(self.kept)  # [B, P, N]
 
         return hook
 
@@ -126,31 +204,39 @@ class Counter:
         """Hook before a bank of experts: which tokens go where, whatever the implementation."""
 
         def hook(module, args):
-            index, group = args[1], self._group(args[1].device)  # [B*T, K]
-            cell = (group[:, None] * site.experts + index).reshape(-1)
-            tally = torch.zeros((self.size + 1) * site.experts, device=index.device)
-            tally.scatter_add_(0, cell, torch.ones_like(cell, dtype=tally.dtype))
-            self.routed[site.name] = tally.view(-1, site.experts)[: self.size]  # [B, E]
+            index, masks = args[1], self._masks(args[1].device)  # [B*T, K], [B, P, T]
+            if len(index) == self.size * self.length:  # else _verify says so
+                met = torch.zeros(
+                    len(index), site.experts, dtype=torch.float32, device=index.device
+                )
+                met.scatter_add_(1, index, torch.ones_like(index, dtype=met.dtype))
+                self.routed[site.name] = masks @ met.view(self.size, self.length, -1)  # [B, P, E]
             self.chosen = index.shape[1]
 
         return hook
 
     def watch_experts(self, site):
-        """Observer inside a bank of experts: ids [R] expert, rows [R] token, gate [R, N] of R =
+        """Observer inside a bank of experts: ids [R] expert, rows [R] token, a [R, N] of R =
         B*T*K.
         """
 
-        def observer(ids, rows, gate):
-            group, nowhere = self._group(gate.device)[rows], self.size * site.experts
-            cell = torch.where(group < self.size, ids * self.size + group, nowhere)
-            found = (
-                count_positive(gate, cell, nowhere)
-                .view(site.experts, self.size, site.width)
-                .transpose(0, 1)
-            )
-            self.found[site.name] = found  # [B, E, N]
-            self.rows[site.name] += len(gate) // self.chosen
-            self.impossible.append((found.amax(-1) > self.routed[site.name]).any())
+        def observer(ids, rows, a):
+            self.rows[site.name] += len(a) // self.chosen
+            if self.rows[site.name] != self.size * self.length:
+                return  # _verify says so
+            masks, nowhere = self._masks(a.device), self.size * site.experts
+            cell = ids * self.size + rows // self.length  # an expert's tokens of one instruction
+            shape, found = (site.experts, self.size, site.width), []
+            for p in range(self.groups):
+                inside = masks[:, p].reshape(-1)[rows] > 0
+                if self.groups == 1:
+                    part = count_positive(a, cell.where(inside, nowhere), nowhere)
+                else:  # groups may be small: only their own rows are looked at
+                    part = count_positive(a[inside], cell[inside], nowhere)
+                found.append(part.to(self.kept).view(shape).transpose(0, 1))
+            self.found[site.name] = torch.stack(found, 1)  # [B, P, E, N]
+            most = self.found[site.name].amax(-1)
+            self.impossible.append((most > self.routed[site.name]).any())
 
         return observer
 
@@ -161,11 +247,11 @@ class Counter:
         for name, rows in self.rows.items():
             if rows != tokens or name not in self.found:
                 raise RuntimeError(
-                    f"{name} saw {rows} tokens where the model read {tokens}: its MLP runs some other "
-                    "way (a fused kernel?), and these counts cannot be trusted."
+                    f"{name} saw {rows} tokens where the model read {tokens}: its MLP runs "
+                    "some other way (a fused kernel?), and these counts cannot be trusted."
                 )
         for name, routed in self.routed.items():
-            if not torch.equal(routed.sum(1).cpu(), (self.chosen * counted).float()):
+            if not torch.equal(routed.sum(2).cpu(), (self.chosen * counted).to(torch.float32)):
                 raise RuntimeError(
                     f"{name}: its routed tokens do not add up to {self.chosen} experts per token."
                 )
@@ -173,15 +259,17 @@ class Counter:
             raise RuntimeError("a neuron was active on more tokens than were routed to its expert.")
         if not last.isfinite().all():
             raise UserError(
-                "the last hidden state is not finite: a NaN would count as inactive in silence. Load the "
-                "model in float32 or bfloat16, and check its weights."
+                "the last hidden state is not finite: a NaN would count as inactive in silence. "
+                "Load the model in float32 or bfloat16, and check its weights."
             )
 
-    def _collect(self, tokens) -> Counts:
+    def _collect(self, tokens, p: int) -> Counts:
+        """The Counts of position group p, in which the sequences have tokens [B]."""
+
         def table(found, sites):
-            small = torch.int16 if tokens.max() < 2**15 else torch.int32  # less to move off a GPU
             return np.stack(
-                [found[s.name].to(small).cpu().numpy().astype(np.uint16) for s in sites], axis=1
+                [found[s.name][:, p].to(self.kept).cpu().numpy().astype(np.uint16) for s in sites],
+                axis=1,
             )
 
         families = {
@@ -194,6 +282,10 @@ class Counter:
             table(self.routed, families["expert"]) if "expert" in families else None,
             {f: tuple(s.layer for s in sites) for f, sites in families.items()},
         )
+
+
+def _ones_like(ids):
+    return torch.ones_like(ids, dtype=torch.long)
 
 
 @contextmanager
@@ -222,40 +314,74 @@ def watching(model, kind=Counter):
 
 
 def ready_sites(model) -> list[Site]:
-    """The sites of a model that can be counted as it is. Raises UserError for one that is
-    compiled, in training mode, quantised, split by tensor parallelism, without weights, of uneven
-    width, or being counted already.
+    """The sites of a model that can be counted as it is. Raises UserError for one that is inside a
+    wrapper, compiled, in training mode, quantised, split by tensor or expert parallelism, without
+    weights, of uneven width, or being counted already.
     """
-    sites = []
-
-    def faults():
-        if hasattr(model, "_orig_mod") or any(
-            m._compiled_call_impl is not None for m in model.modules()
-        ):
-            yield "it is compiled, so hooks may not run: use the model as it was before compiling"
-        elif any(m.training for m in model.modules()):
-            yield "it is in training mode, where dropout changes counts: call model.eval()"
-        elif getattr(model, "is_quantized", False) or any(
-            ".quantized" in type(m).__module__ for m in model.modules()
-        ):
-            yield "it is quantised, where exactness is not proven: load float weights"
-        elif (getattr(model, "_tp_size", None) or 1) > 1:
-            yield "it is split by tensor parallelism: spread it by device_map instead"
-        elif any(
-            p.is_meta
-            for m in model.modules()
-            if not hasattr(m, "_hf_hook")
-            for p in m.parameters(recurse=False)
-        ):
-            yield "it has no weights (meta device): load its checkpoint"
-        elif any("observer" in vars(m) for m in model.modules()):
-            yield "it is being counted already: close the other count_activations first"
-        else:
-            sites.extend(find_sites(model))
-            sizes = {(s.family, s.width, s.experts) for s in sites}
-            if len(sizes) > len({family for family, *_ in sizes}):
-                yield f"its layers' widths differ ({sorted(sizes)}), which these tables cannot hold"
-
-    for fault in faults():
-        raise UserError(f"{type(model).__name__} cannot be counted: {fault}.")
+    faults = (
+        (
+            is_compiled,
+            "it is compiled, so hooks may not run: use the model as it was before compiling",
+        ),
+        (is_quantised, "it is quantised, where exactness is not proven: load float weights"),
+        (
+            lambda m: any(part.training for part in m.modules()),
+            "it is in training mode, where dropout changes counts: call model.eval()",
+        ),
+        (is_split, "it is split by tensor parallelism: spread it by device_map instead"),
+        (lacks_weights, "it has no weights (meta device): load its checkpoint"),
+        (
+            lambda m: any("observer" in vars(part) for part in m.modules()),
+            "it is being counted already: close the other count_activations first",
+        ),
+    )
+    for found, fault in faults:
+        if found(model):
+            raise UserError(f"{type(model).__name__} cannot be counted: {fault}.")
+    sites = find_sites(model)
+    sizes = {(s.family, s.width, s.experts) for s in sites}
+    if len(sizes) > len({family for family, *_ in sizes}):
+        raise UserError(
+            f"{type(model).__name__} cannot be counted: its layers' widths differ "
+            f"({sorted(sizes)}), which these tables cannot hold."
+        )
     return sites
+
+
+def is_compiled(model) -> bool:
+    """Whether torch.compile wraps the model or any module in it."""
+    whole = hasattr(model, "_orig_mod")
+    return whole or any(m._compiled_call_impl is not None for m in model.modules())
+
+
+def is_quantised(model) -> bool:
+    """Whether weights are kept in another form than floats: by the model's own word, by modules
+    that torch has put in, or by tensors of another kind (torchao).
+    """
+    return (
+        getattr(model, "is_quantized", False)
+        or any(".quantized" in type(m).__module__ for m in model.modules())
+        or any(_packed(p) for p in model.parameters())
+    )
+
+
+def _packed(weight) -> bool:
+    kind = type(weight.data)
+    plain = kind is torch.Tensor or kind.__module__.startswith("torch.distributed")
+    floats = weight.is_floating_point() and weight.itemsize > 1
+    return not plain or (weight.dim() > 1 and not floats)
+
+
+def is_split(model) -> bool:
+    """Whether each device holds a part of every weight, or of every bank its own experts."""
+    return (
+        (getattr(model, "_tp_size", None) or 1) > 1
+        or any(getattr(m, "_is_expert_parallel", False) for m in model.modules())
+        or any(type(p.data).__module__.startswith("torch.distributed") for p in model.parameters())
+    )
+
+
+def lacks_weights(model) -> bool:
+    """Whether a weight is on the meta device and nothing will fetch it when it is needed."""
+    bare = (m for m in model.modules() if not hasattr(m, "_hf_hook"))
+    return any(p.is_meta for m in bare for p in m.parameters(recurse=False))

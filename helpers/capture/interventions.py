@@ -4,26 +4,25 @@ A *component mask* names what to ablate: {"dense" or "shared": bool [L_f, N], "e
 E, N]} for neurons, {"experts": bool [L_f, E]} for whole routed experts. L_f are the layers that
 have such a family, in order, as in the counts. A neuron is ablated where the down projection reads
 it: h = act(gate)*up of a gated MLP, act(fc) of a plain one. So `zero` is the same as act(gate) :=
-0; `mean` and `resample` let nothing pass through `up` either.
+0, but for a family with a norm between the two (BitNet): there the norm still sees the neuron, and
+the others stay at the scale it gives them; `mean` and `resample` let nothing pass through `up`.
 
 A neuron's own weights are a row of the gate projection, a row of the up projection (gated MLPs) and
 a column of the down projection, biases of the rows included: `transplant` moves them into another
 model, `weight_change` says how far tuning moved them.
 """
 
+from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from ..record import UserError
-from .bank import gate_part
+from . import bank
 from .sites import find_sites
 
 NEURON_OPERATORS, EXPERT_OPERATORS = ("zero", "mean", "resample"), ("reroute", "drop")
@@ -56,8 +55,9 @@ def parts_of(sites, mask) -> list[tuple]:
         here = [s for s in sites if s.family == ("expert" if family == "experts" else family)]
         if not here:
             raise UserError(
-                f"ablation mask: family {family!r}, but the model has {sorted({s.family for s in sites})} "
-                "(and 'experts' where 'expert' is). Use a mask made from this model's counts."
+                f"ablation mask: family {family!r}, but the model has "
+                f"{sorted({s.family for s in sites})} (and 'experts' where 'expert' is). Use a "
+                "mask made from this model's counts."
             )
         shape = {"experts": (here[0].experts,), "expert": (here[0].experts, here[0].width)}.get(
             family, (here[0].width,)
@@ -65,10 +65,14 @@ def parts_of(sites, mask) -> list[tuple]:
         values, expected = np.asarray(values), (len(here), *shape)
         if values.dtype != bool or values.shape != expected:
             raise UserError(
-                f"ablation mask, family {family!r}: found {values.dtype} {values.shape}, expected bool "
-                f"{expected}. Use a mask made from this model's counts."
+                f"ablation mask, family {family!r}: found {values.dtype} {values.shape}, expected "
+                f"bool {expected}. Use a mask made from this model's counts."
             )
-        parts += [(site, torch.tensor(v)) for site, v in zip(here, values, strict=True) if v.any()]
+        parts += [
+            (site, torch.from_numpy(v.copy()))
+            for site, v in zip(here, values, strict=True)
+            if v.any()
+        ]
     return parts
 
 
@@ -77,16 +81,43 @@ def columns(site) -> torch.Tensor:
     the weights.
     """
     if site.family == "expert":
-        return site.down.data if site.module.is_transposed else site.down.data.transpose(1, 2)
+        return bank.columns(site.module)
     return site.down.weight.data if isinstance(site.down, Conv1D) else site.down.weight.data.T
 
 
 def editable(site) -> bool:
-    """Whether the down projection lies in memory as plain floats: not offloaded (meta), quantised
-    or sharded.
+    """Whether the down projection's weight is what runs, and lies in memory as plain floats.
+
+    Not so: offloaded (meta), quantised or sharded weights, a weight that is computed (parametrised,
+    weight_norm), a layer inside another one (LoRA) or with another forward.
     """
-    weight = (site.down if site.family == "expert" else site.down.weight).data
-    return type(weight) is torch.Tensor and not weight.is_meta and weight.dtype in FLOATS
+    owner, name = (site.module, "down_proj") if site.family == "expert" else (site.down, "weight")
+    weight = owner._parameters.get(name)
+    plain = site.family == "expert" or _plain(owner)
+    wrapped = "forward" in vars(owner) and not hasattr(
+        owner, "_hf_hook"
+    )  # accelerate's own is known
+    if weight is None or not plain or wrapped:
+        return False
+    kind = type(weight.data) is torch.Tensor and not weight.is_meta
+    return kind and weight.dtype in FLOATS
+
+
+def _plain(linear) -> bool:
+    """A linear layer of torch or of transformers (Falcon has its own) that holds nothing else."""
+    known = type(linear) is nn.Linear or type(linear).__module__.startswith("transformers.")
+    return known and set(linear._parameters) <= {"weight", "bias"} and not linear._modules
+
+
+def shared_weights(model) -> set[int]:
+    """Addresses of the weights that several modules hold: to edit one would edit the others."""
+    held = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
+    return {address for address, times in held.items() if times > 1 and address}
+
+
+def _address(site) -> int:
+    """Where the down projection's weight lies; 0 if it is not one tensor in memory."""
+    return columns(site).data_ptr() if editable(site) else 0
 
 
 @contextmanager
@@ -100,36 +131,65 @@ def ablate(
     how: str = "auto",
 ):
     """While the context is open the masked components are ablated; an empty mask is a no-op.
-    (Operators: ours.)
 
-    operator   neurons: "zero", h := 0; "mean", h := its mean on reference text; "resample", h := its value at a
-               random reference position, drawn anew for each token, one position for all neurons of an MLP.
-               experts: "reroute", router logit := -inf before top-k, as if the expert had been deleted, so the next
-               best one steps in; "drop", still chosen, but at weight 0, the other weights not renormalised.
-    reference  for "mean" and "resample".  seed: of "resample", whose draws depend on the order of the batches.
-    how        for "zero": "weights" zeroes columns of the down projection (no cost per token), "hook" edits its
-               input: equal results, and the only way for offloaded or quantised weights. "auto": weights if it can.
+    operator   neurons: "zero", h := 0; "mean", h := its mean on reference text; "resample", h :=
+               its value at a random reference position, drawn anew for each token, one position
+               for all neurons of an MLP. Experts: "reroute", as if they had been deleted, so the
+               next best one steps in; "drop", still chosen, at weight 0, the others' unchanged.
+    reference  for "mean" and "resample"; seed, of "resample": its draws follow the batches' order.
+    how        for "zero": "weights" zeroes columns of the down projection (no cost per token),
+               "hook" edits its input: equal results. "auto": weights where they are what runs
+               (see `editable`) and no other layer's.
 
     The implementation of the experts is left as it runs, so a run outside the context is the
     baseline. On leaving, every hook must have fired if the model ran; that the outputs moved is
-    for the caller to assert: `assert_acted`. Raises UserError for a mask or operator that does not
-    fit, or a reroute that leaves fewer than K experts.
+    for the caller to assert: `assert_acted`. Raises UserError for what does not fit. (Ours.)
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=3, num_hidden_layers=2,
-    ...                                      num_attention_heads=2, vocab_size=9)).eval()
-    >>> with ablate(model, {"dense": np.array([[False, True, True], [False, False, False]])}, "zero"):
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=3, vocab_size=9,
+    ...                                      num_hidden_layers=2, num_attention_heads=2)).eval()
+    >>> mask = {"dense": np.array([[False, True, True], [False, False, False]])}
+    >>> with ablate(model, mask, "zero"):
     ...     (model.model.layers[0].mlp.down_proj.weight != 0).any(0).tolist()
     [True, False, False]
     """
     mask = mask or {}
+    _refuse_request(mask, operator, reference, how)
+    hooked, fired, ran = set(), set(), []
+    parts, shared = parts_of(find_sites(model), mask), shared_weights(model)
+    with ExitStack() as stack:
+        for number, (site, part) in enumerate(parts):
+            if operator == "zero" and how != "hook" and _address(site) not in shared | {0}:
+                _zero_columns(stack, site, part)
+                continue
+            if how == "weights":
+                raise UserError(
+                    f"{site.name}: how='weights' cannot act: operator {operator!r}, or weights "
+                    "that are offloaded, quantised, sharded, computed, wrapped or another layer's "
+                    "too. Use how='auto'."
+                )
+            hooked.add(site.name)
+            if operator in EXPERT_OPERATORS:
+                _ablate_experts(stack, model, site, part, operator, fired)
+            else:
+                value = _replacement(site, operator, reference, seed + number)
+                _edit_neurons(stack, site, part, value, fired)
+        stack.callback(model.register_forward_hook(lambda *_: ran.append(True)).remove)
+        yield
+        if ran and hooked - fired:
+            raise RuntimeError(
+                f"ablate: the model ran, but nothing was edited in {sorted(hooked - fired)}."
+            )
+
+
+def _refuse_request(mask, operator, reference, how) -> None:
     neurons, experts = set(mask) - {"experts"}, "experts" in mask
-    if operator not in (
-        (() if experts else NEURON_OPERATORS) + (() if neurons else EXPERT_OPERATORS)
-    ):
+    known = (() if experts else NEURON_OPERATORS) + (() if neurons else EXPERT_OPERATORS)
+    if operator not in known:
         raise UserError(
-            f"ablate: operator {operator!r} on a mask of {sorted(mask)}. Neurons take {NEURON_OPERATORS}, "
-            f"whole experts {EXPERT_OPERATORS}; nest two contexts to ablate both."
+            f"ablate: operator {operator!r} on a mask of {sorted(mask)}. Neurons take "
+            f"{NEURON_OPERATORS}, whole experts {EXPERT_OPERATORS}; nest two contexts to ablate "
+            "both."
         )
     if how not in ("auto", "weights", "hook"):
         raise UserError(f"ablate: how is {how!r}, expected 'auto', 'weights' or 'hook'.")
@@ -137,31 +197,6 @@ def ablate(
         raise UserError(
             f"ablate: {operator!r} needs reference=reference_activations(model, tokenizer, texts)."
         )
-    hooked, fired, ran = set(), set(), []
-    with ExitStack() as stack:
-        for number, (site, part) in enumerate(parts_of(find_sites(model), mask)):
-            if operator == "zero" and how != "hook" and editable(site):
-                _zero_columns(stack, site, part)
-                continue
-            if how == "weights":
-                raise UserError(
-                    f"{site.name}: how='weights' cannot act: operator {operator!r}, or weights offloaded, "
-                    "quantised or sharded. Use how='auto'."
-                )
-            hooked.add(site.name)
-            if operator in EXPERT_OPERATORS:
-                {"reroute": _reroute, "drop": _drop}[operator](stack, model, site, part, fired)
-            else:
-                value = _replacement(site, operator, reference, seed + number)
-                (_edit_experts if site.family == "expert" else _edit_mlp)(
-                    stack, site, part, value, fired
-                )
-        stack.callback(model.register_forward_hook(lambda *_: ran.append(True)).remove)
-        yield
-        if ran and hooked - fired:
-            raise RuntimeError(
-                f"ablate: the model ran, but nothing was edited in {sorted(hooked - fired)}."
-            )
 
 
 def assert_acted(before, after) -> float:
@@ -193,7 +228,7 @@ def _replacement(site, operator, reference, seed):
     """
     if operator == "zero":
         return lambda h, ids: h.new_zeros(())
-    at = () if operator == "mean" else (torch.Generator().manual_seed(seed),)
+    at = () if operator == "mean" else (torch.Generator("cpu").manual_seed(seed),)
     values, filled = (
         (reference.draws if at else reference.mean)[site.name],
         reference.filled[site.name],
@@ -202,122 +237,52 @@ def _replacement(site, operator, reference, seed):
     def pick(h, ids):
         where = () if ids is None else (ids.cpu(),)
         if at:
-            drawn = torch.rand(h.shape[:-1], generator=at[0]) * torch.as_tensor(filled)[where]
-            where += (drawn.long(),)
+            draw = torch.rand(h.shape[:-1], generator=at[0], dtype=torch.float32, device="cpu")
+            where += ((draw * torch.as_tensor(filled)[where]).long(),)
         return values[where].to(h)
 
     return pick
 
 
-def _edit_mlp(stack, site, part, value, fired) -> None:
-    def edit(module, args):
-        fired.add(site.name)
-        return torch.where(part.to(args[0].device), value(args[0], None), args[0]), *args[1:]
-
-    stack.callback(site.down.register_forward_pre_hook(edit).remove)
-
-
-def _edit_experts(stack, site, part, value, fired) -> None:
-    """Edit h inside the library's own fused experts, whose rows stand in routing order, or sorted
-    by expert.
-    """
-    bank, gate, routed = site.module, site.module._apply_gate, []
-
-    def note(module, args):
-        running = module.config._experts_implementation
-        if running not in ("grouped_mm", "batched_mm") or not module.has_gate:
-            raise UserError(
-                f"{site.name}: experts running as {running!r} (gated: {module.has_gate}) cannot be edited. "
-                "Call model.set_experts_implementation('grouped_mm'), for the baseline too."
-            )
-        ids = args[1].reshape(-1)  # [B*T*K]
-        routed[:] = [ids.sort().values if running == "grouped_mm" else ids]
-
-    @wraps(gate)
-    def edited(gate_up):
-        h, ids = gate(gate_up), routed.pop()  # [B*T*K, N], [B*T*K]
-        if len(h) != len(ids):
-            raise RuntimeError(
-                f"{site.name}: {len(h)} rows in the experts, but {len(ids)} were routed to them."
-            )
-        fired.add(site.name)
-        return torch.where(part.to(h.device)[ids], value(h, ids), h)
-
-    stack.callback(bank.register_forward_pre_hook(note).remove)
-    _swap(stack, bank, "_apply_gate", edited)
-
-
-def _swap(stack, module, name, function) -> None:
-    """Give one instance another method until the stack unwinds; the former instance attribute, if
-    any, comes back.
-    """
-    own = vars(module)
-    stack.callback(*((own.__setitem__, name, own[name]) if name in own else (own.pop, name)))
-    own[name] = function
-
-
-def _drop(stack, model, site, part, fired) -> None:
-    def edit(module, args):
-        fired.add(site.name)
-        gone = part.to(args[1].device)[args[1]]  # [B*T, K]
-        return *args[:2], args[2].masked_fill(gone, 0), *args[3:]
-
-    stack.callback(site.module.register_forward_pre_hook(edit).remove)
-
-
-class _MaskLogits(TorchFunctionMode):
-    """While it is on, a linear map to E numbers gets -inf at the masked experts: a router's
-    logits, before top-k.
+def _edit_neurons(stack, site, part, value, fired) -> None:
+    """Put value(h, experts) in the place of the masked neurons of every h that a down projection
+    reads.
     """
 
-    def __init__(self, part):
-        super().__init__()
-        self.part, self.hits = part, 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is not F.linear or out.shape[-1] != len(self.part):
-            return out
-        self.hits += 1
-        return out.masked_fill(self.part.to(out.device), -torch.inf)
-
-
-def _reroute(stack, model, site, part, fired) -> None:
-    router, route, left = site.router, site.router.forward, site.experts - int(part.sum())
-    top_k = getattr(router, "top_k", None) or model.config.get_text_config().num_experts_per_tok
-    if left < top_k:
-        raise UserError(
-            f"{site.name}: reroute leaves {left} of {site.experts} experts, but a token takes {top_k}. "
-            "Mask fewer experts, or use operator 'drop'."
-        )
-
-    @wraps(route)
-    def rerouted(*args, **kwargs):
-        with _MaskLogits(part) as logits:
-            out = route(*args, **kwargs)
-        if logits.hits != 1:
-            raise RuntimeError(
-                f"{site.name}: its router maps to E numbers {logits.hits} times, expected once."
-            )
-        return out
-
-    def verify(module, args):
+    def edit(h, ids):
         fired.add(site.name)
-        if part.to(args[1].device)[args[1]].any():
-            raise UserError(
-                f"{site.name}: a token had fewer than K experts left to choose from (experts in groups). "
-                "Mask fewer experts, or use operator 'drop'."
-            )
+        at = part.to(h.device)
+        return torch.where(at if ids is None else at[ids], value(h, ids), h)
 
-    _swap(stack, router, "forward", rerouted)
-    stack.callback(site.module.register_forward_pre_hook(verify).remove)
-    bias = getattr(
-        router, "e_score_correction_bias", None
-    )  # DeepSeek-V3 adds it after the sigmoid of -inf
-    if bias is not None:
-        gone = part.to(bias.device)
-        stack.callback(bias.data.__setitem__, gone, bias.data[gone])
-        bias.data[gone] = -torch.inf
+    if site.family == "expert":
+        stack.enter_context(bank.editing(site.module, site.name, edit))
+        return
+    inside = _within(stack, site.module)  # another layer may call the same down projection
+
+    def before(module, args):
+        return (edit(args[0], None), *args[1:]) if inside else None
+
+    stack.callback(site.down.register_forward_pre_hook(before).remove)
+
+
+def _within(stack, module) -> list:
+    """A list that is empty but while the module runs."""
+    inside = []
+    stack.callback(module.register_forward_pre_hook(lambda *_: inside.append(True)).remove)
+    leave = module.register_forward_hook(lambda *_: inside.clear(), always_call=True)
+    stack.callback(leave.remove)
+    return inside
+
+
+def _ablate_experts(stack, model, site, part, operator, fired) -> None:
+    def told():
+        fired.add(site.name)
+
+    if operator == "drop":
+        stack.enter_context(bank.dropping(site.module, part, told))
+        return
+    bank.refuse_reroute(site, part, model.config.get_text_config(decoder=True))
+    stack.enter_context(bank.rerouting(site, part, told))
 
 
 def neuron_weights(site) -> dict[str, torch.Tensor]:
@@ -330,33 +295,13 @@ def neuron_weights(site) -> dict[str, torch.Tensor]:
     """
     if not editable(site):
         raise UserError(
-            f"{site.name}: its weights are offloaded, quantised or sharded and cannot be read neuron by "
-            "neuron. Load the model whole and in plain floats."
+            f"{site.name}: its weights are offloaded, quantised or sharded, computed or wrapped, "
+            "and cannot be read neuron by neuron. Load the model whole, in plain floats, adapters "
+            "merged."
         )
-    found = {"down": columns(site)}
     if site.family == "expert":
-        bank, name = site.module, "gate_up_proj" if site.module.has_gate else "up_proj"
-        rows = getattr(bank, name).data
-        stacks = {"": rows if bank.is_transposed else rows.transpose(1, 2)}  # [E, D, 2N]
-        if bank.has_bias:
-            stacks[".bias"] = getattr(bank, name + "_bias").data[:, None]  # [E, 1, 2N]
-        for end, stack in stacks.items():
-            found |= {
-                name + end: part.transpose(1, 2) for name, part in _halves(bank, stack).items()
-            }
-        return found
-    for name, child in site.module.named_children():
-        if child is site.down or not isinstance(child, (nn.Linear, Conv1D)):
-            continue
-        rows = (
-            child.weight.data if isinstance(child, nn.Linear) else child.weight.data.T
-        )  # [N or 2N, D]
-        bias = {} if child.bias is None else {".bias": child.bias.data[:, None]}
-        for end, part in {"": rows, **bias}.items():
-            if len(part) == 2 * site.width:
-                found |= {"gate" + end: part[: site.width], "up" + end: part[site.width :]}
-            elif len(part) == site.width:
-                found[("up" if "up" in name.split("_") or name == "w3" else "gate") + end] = part
+        return {"down": columns(site)} | bank.neuron_rows(site.module)
+    found = {"down": columns(site)} | _mlp_rows(site)
     if "gate" not in found:
         raise UserError(
             f"{site.name}: no projection of {site.width} or {2 * site.width} rows that feeds its "
@@ -365,11 +310,20 @@ def neuron_weights(site) -> dict[str, torch.Tensor]:
     return found
 
 
-def _halves(bank, stack) -> dict:
-    if not bank.has_gate:
-        return {"gate": stack}
-    up = stack.chunk(2, -1)[1] if bank.is_concatenated else stack[..., 1::2]
-    return {"gate": gate_part(bank, stack), "up": up}
+def _mlp_rows(site) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, child in site.module.named_children():
+        if child is site.down or not isinstance(child, (nn.Linear, Conv1D)):
+            continue
+        weight = child.weight.data
+        rows = weight if isinstance(child, nn.Linear) else weight.T  # [N or 2N, D]
+        bias = {} if child.bias is None else {".bias": child.bias.data[:, None]}
+        for end, part in {"": rows, **bias}.items():
+            if len(part) == 2 * site.width:
+                found |= {"gate" + end: part[: site.width], "up" + end: part[site.width :]}
+            elif len(part) == site.width:
+                found[("up" if "up" in name.split("_") or name == "w3" else "gate") + end] = part
+    return found
 
 
 def weight_change(base, tuned) -> dict[str, np.ndarray]:
@@ -381,14 +335,7 @@ def weight_change(base, tuned) -> dict[str, np.ndarray]:
     for one, two in zip(find_sites(base), find_sites(tuned), strict=True):
         pairs = {one.family: (neuron_weights(one)["gate"], neuron_weights(two)["gate"])}
         if one.family == "expert":
-            pairs["experts"] = tuple(
-                next(
-                    p.data
-                    for p in site.router.parameters()
-                    if p.dim() == 2 and len(p) == site.experts
-                )
-                for site in (one, two)
-            )
+            pairs["experts"] = tuple(bank.router_rows(s.module, s.router) for s in (one, two))
         for family, (a, b) in pairs.items():
             norm = a.float().norm(dim=-1)
             if not norm.all():
@@ -408,25 +355,33 @@ def transplant(model, donor, mask):
     models' shapes differ.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> config = LlamaConfig(hidden_size=8, intermediate_size=3, num_hidden_layers=1, num_attention_heads=2,
-    ...                      vocab_size=9)
+    >>> config = LlamaConfig(hidden_size=8, intermediate_size=3, num_hidden_layers=1,
+    ...                      num_attention_heads=2, vocab_size=9)
     >>> one, two = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    >>> own, given = (model.model.layers[0].mlp.gate_proj.weight for model in (one, two))
     >>> with transplant(one, two, {"dense": np.array([[True, False, True]])}):
-    ...     (one.model.layers[0].mlp.gate_proj.weight == two.model.layers[0].mlp.gate_proj.weight).all(1).tolist()
+    ...     (own == given).all(1).tolist()
     [True, False, True]
     """
     sites, sources = find_sites(model), {site.name: site for site in find_sites(donor)}
+    shared = shared_weights(model)
     with ExitStack() as stack:
         for site, part in parts_of(sites, mask):
             if site.name not in sources:
                 raise UserError(
-                    f"transplant: the donor has no {site.name}; expected a model of one architecture."
+                    f"transplant: the donor has no {site.name}; expected a model of the same "
+                    "architecture."
                 )
             own, given = neuron_weights(site), neuron_weights(sources[site.name])
+            if shared & {view.data_ptr() for view in own.values()}:
+                raise UserError(
+                    f"transplant: {site.name} shares weights with another layer, whose neurons "
+                    "would change too. Its neurons are not its own and cannot be moved."
+                )
             if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in given.items()}:
                 raise UserError(
-                    f"transplant: {site.name} has other shapes in the donor. Take base and tuned model of "
-                    "one pair."
+                    f"transplant: {site.name} has other shapes in the donor. Take base and tuned "
+                    "model of one pair."
                 )
             for name, view in own.items():
                 at = part.to(view.device)

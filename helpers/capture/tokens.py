@@ -1,110 +1,221 @@
 """Texts to token ids: encoded with position masks, padded into batches."""
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from ..record import UserError
+from .sites import refuse_wrapped
+
+PADDING, SMALL = 0.05, 0.1  # share of a batch that may be padding; of the budget that is small
+MARKER = "▁"  # SentencePiece's: stands for the white space before a word
 
 
 def check_tokenizer(tokenizer, model) -> None:
     """Raise UserError if the tokenizer gives no character offsets, or has more words than the
     model embeddings.
     """
-    if not tokenizer.is_fast:
+    refuse_wrapped(model)
+    if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"{type(tokenizer).__name__} gives no character offsets: the instruction's own tokens cannot "
-            "be told from the template's. Use a fast tokenizer (one with a tokenizer.json)."
+            f"{type(tokenizer).__name__} gives no character offsets: the instruction's own tokens "
+            "cannot be told from the template's. Use a fast tokenizer (one with a tokenizer.json)."
         )
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > rows:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {rows} embeddings: they do not "
-            "belong together. Load both from one checkpoint."
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {rows} embeddings: they "
+            "do not belong together. Load both from one checkpoint."
         )
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence: token ids [T], and for each token whether its activations are counted [T]."""
+    """One sequence: token ids [T], for each token whether its activations are counted [T], and
+    named position groups, each like that [T].
+    """
 
     ids: tuple[int, ...]
     counted: tuple[bool, ...]
+    groups: dict[str, tuple[bool, ...]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded sequences. `rows` [B] are their places in the list that was batched; masks [B, T]
-    hold 0 and 1.
+    """Padded sequences. `rows` [B] are their places in the list that was batched; masks [B, T] and
+    group masks [B, P, T], of the groups `names`, hold 0 and 1.
     """
 
     rows: list[int]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     count_mask: torch.Tensor
+    group_mask: torch.Tensor | None = None
+    names: tuple[str, ...] = ()
 
 
 def encode(tokenizer, texts, *, template: str = "{instruction}", responses=None) -> list[Encoded]:
     """Token ids of template-wrapped texts, and which tokens count.
 
-    Without `responses` those of the text itself count: neither BOS nor the template's words; a
-    token that holds at least one character of the text is the text's. With responses, exactly
-    theirs count: strings are read after the prompt and one space (none if the template ends in
-    white space), lists of token ids are appended as they are. Raises UserError for an empty text
-    or a text or response without a token of its own. (Paper, sec. counting.)
+    Without `responses` those of the text itself count: neither special tokens nor the template's
+    words; a token that holds at least one character of the text is the text's. With responses,
+    exactly theirs count: strings are read after the prompt and one space (none if the template ends
+    in white space), lists of token ids, of which there may be none, are appended as they are. A
+    doubled beginning (BOS in the text and from the tokenizer) is read once, with a warning. Raises
+    UserError for what is no list of texts, an empty text, or one without a token of its own.
+    (Paper, sec. counting.)
 
-    >>> encode(tokenizer, ["Add 1 and 2."], template="Instruction: {instruction}")      # doctest: +SKIP
+    >>> encode(tokenizer, ["Add 1 and 2."], template="Sum: {instruction}")      # doctest: +SKIP
     [Encoded(ids=(1, 7, 8, 20, ...), counted=(False, False, False, True, ...))]
     """
-    if template.count("{instruction}") != 1:
+    which = "prompt" if responses is None else "response"
+    grouped = encode_groups(tokenizer, texts, template=template, responses=responses)
+    return [Encoded(e.ids, e.groups[which]) for e in grouped]
+
+
+def encode_groups(
+    tokenizer, texts, *, template: str = "{instruction}", responses=None
+) -> list[Encoded]:
+    """As `encode`, with the position groups "prompt" (the instruction's own tokens, counted),
+    "response" where there are responses, and "all" (every token but special ones). (Ours.)
+    """
+    if not isinstance(template, str) or template.count("{instruction}") != 1:
         raise UserError(f"template {template!r} must hold {{instruction}} once.")
-    head, tail = template.split("{instruction}")
-    gap, plain = "" if tail[-1:].isspace() else " ", [None] * len(texts)
-    special = tokenizer.bos_token is None or not head.startswith(tokenizer.bos_token)
-    encoded = []
-    for row, (text, response) in enumerate(
-        zip(texts, plain if responses is None else responses, strict=True)
-    ):
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(
-                f"text {row} is {text!r}: an empty instruction has no tokens to count. Remove the row."
-            )
-        prompt = head + text + tail
-        start, end, full = len(head), len(head) + len(text), prompt
+    texts = list_of(texts, "texts")
+    responses = [None] * len(texts) if responses is None else list_of(responses, "responses")
+    if len(responses) != len(texts):
+        raise UserError(
+            f"{len(texts)} texts and {len(responses)} responses: give one response per text."
+        )
+    head, special = template.split("{instruction}")[0], special_ids(tokenizer)
+    encoded, doubled = [], 0
+    for row, (text, response) in enumerate(zip(texts, responses, strict=True)):
+        _refuse_text(text, f"text {row}")
+        full, start, end = _joined(template, text, response, row)
+        prompt = len(head), len(head) + len(text)
+        ids, spans, twice = _spans(tokenizer, full, special, head)
+        doubled += twice
+        groups = {"prompt": _holds(spans, *prompt), "all": tuple(s is not None for s in spans)}
         if isinstance(response, str):
-            start, full = len(prompt + gap), prompt + gap + response
-            end = len(full)
-        ids, counted = _marked(tokenizer, full, special, start, end)
-        if response is not None and not isinstance(response, str):
-            ids, counted = ids + list(response), [False] * len(ids) + [True] * len(response)
-        elif not any(counted):
-            raise UserError(
-                f"text {row} ({full[:60]!r}) yields no counted token with {type(tokenizer).__name__}. "
-                "Remove the row, or use the tokenizer that belongs to the model."
-            )
-        encoded.append(Encoded(tuple(ids), tuple(counted)))
+            groups["response"] = _holds(spans, start, end)
+        elif response is not None:
+            ids, groups = _appended(ids, groups, response)
+        for name, mask in groups.items():
+            if not any(mask) and (name != "response" or isinstance(response, str)):
+                raise UserError(
+                    f"text {row} ({full[:60]!r}) yields no counted token ({name}) with "
+                    f"{type(tokenizer).__name__}. Remove the row, or use the tokenizer that "
+                    "belongs to the model."
+                )
+        encoded.append(Encoded(tuple(ids), groups["prompt"], groups))
+    if doubled:
+        warnings.warn(
+            f"{doubled} of {len(texts)} texts begin with what the tokenizer adds itself (as "
+            f"{tokenizer.bos_token!r}): it is read once.",
+            stacklevel=3,
+        )
     return encoded
 
 
-def _marked(tokenizer, full, special, start, end):
-    """Token ids of `full`, without what a tokenizer puts behind it, and which of them hold a
-    character of start:end.
+def list_of(values, what: str) -> list:
+    """The values of a list, a column, a generator as a list; UserError for what would be taken
+    apart in silence (a string, a dict, a table, a set) and for what is no list at all.
+    """
+    apart = isinstance(values, (str, bytes, bytearray, Mapping, set, frozenset))
+    if apart or hasattr(values, "columns") or not isinstance(values, Iterable):
+        raise UserError(
+            f"{what}: found {type(values).__name__}, expected a list, as in ['Add 12 and 7.']."
+        )
+    return list(values)
+
+
+def _refuse_text(text, where) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(
+            f"{where} is {text!r}: expected a string with something in it, for an empty one has no "
+            "tokens to count. Remove the row."
+        )
+    _refuse_half(text, where)
+
+
+def _refuse_half(text, where) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} holds half of a character ({text[error.start]!r} at place {error.start}), "
+            "which no tokenizer can read. Repair the row."
+        ) from error
+
+
+def _joined(template, text, response, row):
+    """What the tokenizer reads, and where in it the response stands (nowhere: 0, 0)."""
+    prompt = template.replace("{instruction}", text)
+    if not isinstance(response, str):
+        return prompt, 0, 0
+    _refuse_half(response, f"response {row}")
+    tail = template.split("{instruction}")[1]
+    prompt += "" if tail[-1:].isspace() else " "
+    return prompt + response, len(prompt), len(prompt) + len(response)
+
+
+def _appended(ids, groups, response):
+    """Ids and groups with a response of token ids behind them."""
+    new = list_of(response, "a response")
+    if not all(type(i) is int or hasattr(i, "__index__") for i in new):
+        raise UserError(f"a response of {new[:5]!r}: expected a string or a list of token ids.")
+    ids, behind = [*ids, *map(int, new)], len(new)
+    longer = {name: (*mask, *[name == "all"] * behind) for name, mask in groups.items()}
+    longer["response"] = (*[False] * (len(ids) - behind), *[True] * behind)
+    return ids, longer
+
+
+def special_ids(tokenizer) -> set[int]:
+    """Ids of a tokenizer's special tokens, the unknown word left out (it stands for text)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    named = {i for i, token in added.items() if token.special} | {*tokenizer.all_special_ids}
+    return named - {tokenizer.unk_token_id}
+
+
+def _spans(tokenizer, full, special, head):
+    """Token ids of `full`, without what a tokenizer puts behind it; the characters (from, to) that
+    each holds, None for special ones; and whether a doubled beginning was dropped.
 
     Some tokenizers trim white space from offsets until (of a code's indentation) nothing is left;
-    such a token holds the characters since the last one.
+    such a token holds the characters since the last one. A word marker on its own stands for the
+    character before the word that it points to.
     """
+    bos = tokenizer.bos_token
     tokens = tokenizer(
         full,
-        add_special_tokens=special,
+        add_special_tokens=bos is None or not head.startswith(bos),
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
     )
-    ids, added, counted, last = list(tokens["input_ids"]), tokens["special_tokens_mask"], [], 0
-    for (a, b), extra in zip(tokens["offset_mapping"], added, strict=True):
-        counted.append(not extra and max(a if a < b else min(last, a), start) < min(b, end))
-        last = last if extra else max(last, b)
-    size = max((i + 1 for i, extra in enumerate(added) if not extra), default=0)
-    return ids[:size], counted[:size]
+    ids, added, spans, last = list(tokens["input_ids"]), tokens["special_tokens_mask"], [], 0
+    words = tokenizer.convert_ids_to_tokens(ids)
+    for i, word, (a, b), extra in zip(ids, words, tokens["offset_mapping"], added, strict=True):
+        if a < b and not word.strip(MARKER) and not full[a].isspace():
+            span = max(a - 1, 0), a
+        else:
+            span = (a if a < b else min(last, a)), b
+        spans.append(None if extra or i in special else span)
+        last = max(last, span[1])
+    size = max((n + 1 for n, extra in enumerate(added) if not extra), default=0)
+    first = next((n for n, extra in enumerate(added) if not extra), 0)  # tokens put before
+    first = first or int(ids[:1] == [tokenizer.bos_token_id])
+    twice = 0
+    while first and ids[:first] == ids[first : 2 * first] and 2 * first <= size:
+        del ids[first : 2 * first], spans[first : 2 * first]
+        size, twice = size - first, 1
+    return ids[:size], spans[:size], twice
+
+
+def _holds(spans, start, end) -> tuple[bool, ...]:
+    """Which tokens hold a character of start:end."""
+    return tuple(s is not None and max(s[0], start) < min(s[1], end) for s in spans)
 
 
 def batches(encoded: list[Encoded], batch_size: int = 32, side: str = "right"):
@@ -113,14 +224,64 @@ def batches(encoded: list[Encoded], batch_size: int = 32, side: str = "right"):
 
     Padding is what the attention mask says it is, never a token id (it is filled with id 0).
     """
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids))
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        length = len(encoded[rows[0]].ids)
-        ids, mask, count = torch.zeros(3, len(rows), length, dtype=torch.long)  # [B, T] each
-        for b, row in enumerate(rows):
-            n = len(encoded[row].ids)
-            at = slice(0, n) if side == "right" else slice(length - n, length)
-            ids[b, at], mask[b, at] = torch.tensor(encoded[row].ids), 1
-            count[b, at] = torch.tensor(encoded[row].counted, dtype=torch.long)
-        yield Batch(rows, ids, mask, count)
+    _refuse_size(batch_size, "batch_size")
+    order = _longest_first(encoded)
+    parts = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+    return (padded(encoded, rows, side) for rows in parts)
+
+
+def token_batches(encoded: list[Encoded], batch_tokens: int = 8192, side: str = "right"):
+    """Yield Batches of at most `batch_tokens` tokens, padding included, longest sequences first;
+    one longer than that is alone. (Ours.)
+
+    A batch takes the same memory whatever the lengths, and at most a twentieth of it is padding
+    (but for one that is small anyway).
+    """
+    _refuse_size(batch_tokens, "batch_tokens")
+    return (padded(encoded, rows, side) for rows in _within(encoded, batch_tokens))
+
+
+def _within(encoded, budget):
+    rows, tokens = [], 0
+    for row in _longest_first(encoded):
+        length = len(encoded[row].ids)
+        size = (len(rows) + 1) * len(encoded[rows[0]].ids) if rows else 0  # with this row
+        wasteful = size - tokens - length > PADDING * size and size > budget * SMALL
+        if size > budget or wasteful:
+            yield rows
+            rows, tokens = [], 0
+        rows.append(row)
+        tokens += length
+    if rows:
+        yield rows
+
+
+def _refuse_size(size, name) -> None:
+    if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
+        raise UserError(f"{name} is {size!r}, expected a whole number of 1 or more.")
+
+
+def _longest_first(encoded) -> list[int]:
+    return sorted(range(len(encoded)), key=lambda i: -len(encoded[i].ids))
+
+
+def padded(encoded, rows, side: str = "right") -> Batch:
+    """The given rows as one Batch, padded to the longest of them."""
+    names, length = tuple(encoded[rows[0]].groups), max(len(encoded[r].ids) for r in rows)
+    long = {"dtype": torch.long, "device": "cpu"}
+    ids, mask, count = torch.zeros(3, len(rows), length, **long)  # [B, T] each
+    groups = torch.zeros(len(rows), len(names), length, **long)
+    for b, row in enumerate(rows):
+        one = encoded[row]
+        if tuple(one.groups) != names:
+            raise UserError(
+                f"sequence {row} has the position groups {list(one.groups)}, another one "
+                f"{list(names)}: encode them all in one way."
+            )
+        n = len(one.ids)
+        at = slice(0, n) if side == "right" else slice(length - n, length)
+        ids[b, at], mask[b, at] = torch.tensor(one.ids, **long), 1
+        count[b, at] = torch.tensor(one.counted, **long)
+        for p, name in enumerate(names):
+            groups[b, p, at] = torch.tensor(one.groups[name], **long)
+    return Batch(list(rows), ids, mask, count, groups if names else None, names)
