@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "data"
 MODELS = DATA / "models"
+CACHE = DATA / "cache" / "models"  # fetched and converted checkpoints; git-ignored
 HEXAINST = DATA / "hexainst"
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"

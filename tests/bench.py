@@ -98,7 +98,7 @@ def build(shape, device="cpu", dtype=torch.float32):
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(family, **settings), dtype=dtype
+            AutoConfig.for_model(family, **settings), dtype=dtype, trust_remote_code=False
         ).eval()
 
 
@@ -166,7 +166,7 @@ def lens_counting(model):
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
         zoo.tokenizer().save_pretrained(folder)
-        words = AutoTokenizer.from_pretrained(folder)
+        words = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         bridge = TransformerBridge.boot_transformers(
             folder, hf_model=model, tokenizer=words, device="cpu"
         )

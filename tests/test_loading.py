@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from helpers.capture import loading as checkpoints
+from helpers.capture import checkpoints
 from helpers.capture.loading import check_pair, fingerprint, load_model, locate, random_twin
 from helpers.capture.sites import UnreadableModel, find_sites
 from helpers.capture.tokens import Encoded, batches, check_tokenizer, encode
@@ -338,7 +338,7 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(ref, options, messa
 
 
 def test_locate_refuses_pickled_weights(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(DamagedFile, match="pickled weights are not loaded"):
         locate(str(tmp_path))

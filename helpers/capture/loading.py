@@ -1,138 +1,31 @@
-"""Checkpoints and the models in them: found, proven whole, loaded, compared as a pair, imitated at
-random.
-"""
+"""Models: loaded from proven checkpoints, compared as a pair, imitated at random."""
 
 import tempfile
-from functools import lru_cache
+import warnings
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from accelerate import dispatch_model
 from accelerate.utils import align_module_device
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..paths import ROOT, short
-from ..record import DamagedFile, UserError, digest, read_json, sha256
+from ..record import DamagedFile, UserError
+from .checkpoints import (
+    ADAPTER_WEIGHTS,
+    TOKENIZERS,
+    base_of,
+    fingerprint,
+    locate,
+    locate_base,
+    weight_files,
+)
+from .gguf_files import BAD, conversion, one_line, quiet, say
 from .sites import find_sites
 from .tokens import check_tokenizer
 
-WANTED = [
-    "*.json",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-]  # configuration, weights, tokenizer: no pickle
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of these must be there
-UNWANTED = ["consolidated*", "original/*"]  # the same weights in another layout
-
-
-def locate(ref: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The local folder of a checkpoint and the commit the hub resolved (None for a local folder).
-
-    `ref` is a folder (absolute, or relative to the repository) or a hub id, which is downloaded
-    once. Raises UserError when there is none to be had, DamagedFile when a file of it is missing
-    or truncated (only headers are read). (Ours.)
-    """
-    folder, commit = ROOT / ref, None
-    if not folder.is_dir():
-        if ref.startswith((".", "/", "~", "data/")) or ref.count("/") > 1:
-            raise UserError(
-                f"checkpoint {short(folder)} does not exist: expected a folder with config.json and "
-                "*.safetensors. Run `make models`, or correct the path in the profile."
-            )
-        folder = Path(_download(ref, revision))
-        commit = folder.name
-    for path in [folder / "config.json", *weight_files(folder)]:
-        if not path.is_file():
-            raise DamagedFile(
-                f"{short(path)} is missing. Expected config.json and safetensors weights (pickled "
-                f"weights are not loaded). Copy or download the checkpoint {ref!r} again."
-            )
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, "pt") as file:
-                    file.keys()
-            except SafetensorError as error:
-                raise DamagedFile(
-                    f"{short(path)} is truncated or not a safetensors file ({error}). Copy or download "
-                    f"the checkpoint {ref!r} again."
-                ) from error
-    if not any(
-        (folder / name).is_file() for name in TOKENIZERS
-    ):  # transformers may make up an empty one
-        raise DamagedFile(
-            f"{short(folder)} has no tokenizer: expected one of {', '.join(TOKENIZERS)}. Copy or "
-            f"download the checkpoint {ref!r} again, tokenizer included."
-        )
-    return folder, commit
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the folder's index names, or the single one it must have."""
-    index = folder / "model.safetensors.index.json"
-    names = (
-        set(read_json(index)["weight_map"].values()) if index.is_file() else ["model.safetensors"]
-    )
-    return [folder / name for name in sorted(names)]
-
-
-def fingerprint(folder: Path) -> str:
-    """One hex digest of everything in a checkpoint that can change a count: weights, config,
-    tokenizer.
-
-    Reads every byte (about a second per GB), once per process and version of the files.
-    """
-    small = [folder / name for name in ("config.json", "tokenizer_config.json", *TOKENIZERS)]
-    return digest(
-        {
-            path.name: _sha256(path, path.stat().st_mtime_ns, path.stat().st_size)
-            for path in weight_files(folder) + [path for path in small if path.is_file()]
-        }
-    )
-
-
-@lru_cache(maxsize=256)
-def _sha256(path, modified, size):
-    return sha256(path)
-
-
-def _download(ref, revision) -> str:
-    name = repr(ref) + (f" at revision {revision!r}" if revision else "")
-    try:
-        return huggingface_hub.snapshot_download(
-            ref, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
-        )
-    except GatedRepoError as error:
-        raise UserError(
-            f"{name} is gated: accept its licence on https://huggingface.co/{ref}, run `hf auth login` "
-            "(or set HF_TOKEN), then start again."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"{name} is neither a local folder nor a model that the hub shows you. Check the spelling in "
-            "the profile; for a private model run `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(
-            f"{name}: the hub has no such revision. Give a branch, tag or commit of {ref}."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}). "
-            "Connect, or download it elsewhere and name its folder in the profile."
-        ) from error
-
+__all__ = ["check_pair", "fingerprint", "load_model", "locate", "random_twin", "weight_files"]
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 MAY_DIFFER = {
@@ -154,45 +47,107 @@ MAY_DIFFER = {
 
 
 def load_model(ref: str, *, dtype: str = "float32", device_map=None, revision: str | None = None):
-    """(model, tokenizer) of a local folder or hub id, in evaluation mode; on the CPU unless
-    `device_map` says else.
+    """(model, tokenizer) of a checkpoint under any of the names that `locate` knows, in evaluation
+    mode; on the CPU unless `device_map` says else. An adapter is merged into its base.
 
-    `dtype` is a key of DTYPES; `model.source` keeps what was loaded. Raises UserError for whatever
-    would not be the model meant: see locate, find_sites, check_tokenizer, and weights that do not
-    fill the architecture. (Ours.)
+    `dtype` is a key of DTYPES. `model.source` keeps what was loaded: ref, commit, dtype and, for a
+    model that is not what its files say by themselves, a note, which is printed once as well.
+    Raises UserError for whatever would not be the model meant: see locate, find_sites,
+    check_tokenizer, and weights that do not fill the architecture, are left over, or are not
+    finite. (Ours.)
     """
     if dtype not in DTYPES:
         raise UserError(
-            f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}. Correct it in the profile's pair."
+            f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}. Correct it in the profile's "
+            "pair."
         )
     if "cuda" in str(device_map) and not torch.cuda.is_available():
         raise UserError(
-            f"device_map is {device_map!r}, but torch {torch.__version__} sees no GPU. Use null or auto."
+            f"device_map is {device_map!r}, but torch {torch.__version__} sees no GPU. Use null or "
+            "auto."
         )
     (folder, commit), spill = locate(ref, revision), tempfile.TemporaryDirectory(prefix="offload-")
+    whole = locate_base(folder) if base_of(folder) else folder
+    own = any((folder / name).is_file() for name in TOKENIZERS)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES[dtype],
-            device_map=device_map,
-            offload_folder=spill.name,
-            output_loading_info=True,
-        )
-    except (ValueError, OSError, KeyError) as error:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder if own else whole, trust_remote_code=False
+            )
+            model, info = AutoModelForCausalLM.from_pretrained(
+                whole,
+                dtype=DTYPES[dtype],
+                device_map=device_map,
+                offload_folder=spill.name,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them, see below
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    except BAD as error:
         raise UserError(
-            f"{ref!r} does not load as a causal language model with its tokenizer: {error}"
+            f"{ref!r} does not load as a causal language model with its tokenizer: "
+            f"{one_line(error)}"
         ) from error
-    if wrong := sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]):
-        raise DamagedFile(
-            f"{ref!r}: {len(wrong)} weights are missing or have another shape ({', '.join(wrong[:3])}); "
-            "they would be random. Check that config.json belongs to these weights."
-        )
+    _refuse_misfits(ref, model, info)
+    note = conversion(whole).get("note")
+    if whole != folder:
+        model, note = _merged(model, folder), f"adapter merged into {base_of(folder)[0]}"
     find_sites(model)
     check_tokenizer(tokenizer, model)
     model.source = {"ref": ref, "commit": commit, "dtype": dtype}
+    if note:
+        model.source["note"] = note
+        say(f"{ref}: {note}")
     model.spill = spill  # weights on disk live as long as the model
     return model.eval(), tokenizer
+
+
+def _refuse_misfits(ref, model, info) -> None:
+    """Raise DamagedFile unless every weight of the architecture came from the files, every weight
+    of the files went into it, and all are finite.
+    """
+    random = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if random:
+        raise DamagedFile(
+            f"{ref!r}: {len(random)} weights are missing or have another shape "
+            f"({', '.join(random[:3])}); they would be random. Check that config.json belongs to "
+            "these weights."
+        )
+    if left := sorted(info["unexpected_keys"]):
+        raise DamagedFile(
+            f"{ref!r}: {len(left)} weights are left over ({', '.join(left[:3])}): config.json "
+            "describes a smaller or another model. Check that it belongs to these weights."
+        )
+    for name, weight in model.named_parameters():
+        if weight.numel() and not weight.is_meta and not _finite(weight.detach()):
+            raise DamagedFile(
+                f"{ref!r}: {name} holds a NaN or an infinity in {weight.dtype}. Copy the "
+                "checkpoint again, or load it as float32."
+            )
+
+
+def _finite(weight) -> bool:
+    return all(bool(end.isfinite()) for end in torch.aminmax(weight))
+
+
+def _merged(model, folder: Path):
+    """A base with an adapter's weights added into its own. Raises DamagedFile unless the adapter's
+    file and the adapter's places in the base hold the same names.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of missing keys: compared below
+            adapted = PeftModel.from_pretrained(model, folder)
+        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+            differ = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+        if differ:
+            raise ValueError(f"weights without a counterpart: {', '.join(sorted(differ)[:3])}")
+        return adapted.merge_and_unload(safe_merge=True)
+    except BAD as error:
+        raise DamagedFile(
+            f"the adapter {folder} does not fit {base_of(folder)[0]!r}: {one_line(error)}"
+        ) from error
 
 
 def random_twin(model, seed: int = 0, free: bool = False):
@@ -208,7 +163,9 @@ def random_twin(model, seed: int = 0, free: bool = False):
             weight.data = weight.new_empty(0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        twin = AutoModelForCausalLM.from_config(model.config, dtype=dtype).eval()
+        twin = AutoModelForCausalLM.from_config(
+            model.config, dtype=dtype, trust_remote_code=False
+        ).eval()
     if len(set(places.values())) > 1 and "disk" not in places.values():
         return dispatch_model(twin, places)
     return twin if device.type == "meta" else twin.to(device)
@@ -239,8 +196,9 @@ def check_pair(base, tuned, lowest: float = 0.1) -> list[dict]:
     )
     if differ:
         raise UserError(
-            f"base and tuned model differ in {', '.join(differ)}: they are no pair, and no component of "
-            "one can be called the same in the other. Correct `base` and `tuned` in the profile."
+            f"base and tuned model differ in {', '.join(differ)}: they are no pair, and no "
+            "component of one can be called the same in the other. Correct `base` and `tuned` in "
+            "the profile."
         )
     for site, site2 in zip(find_sites(model), find_sites(other), strict=True):
         aa, bb, ab = _products(site.module, site2.module)
@@ -252,10 +210,11 @@ def check_pair(base, tuned, lowest: float = 0.1) -> list[dict]:
                 "cosine": ab / (aa * bb) ** 0.5,
             }
         )
-        if table[-1]["cosine"] < lowest:
+        if not table[-1]["cosine"] >= lowest:  # a NaN is no pair either
             raise UserError(
-                f"the weights of {site.name} have a cosine of {table[-1]['cosine']:.3f} between base and "
-                f"tuned, expected {lowest} or more: neither was tuned from the other. Correct the pair."
+                f"the weights of {site.name} have a cosine of {table[-1]['cosine']:.3f} between "
+                f"base and tuned, expected {lowest} or more: neither was tuned from the other. "
+                "Correct the pair."
             )
     return table
 

@@ -177,7 +177,7 @@ def load(folder):
     the fastest here.
     """
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager"
+        folder, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
     )
 
 
@@ -221,7 +221,10 @@ def prepare(pair: str, seed: int, recipe: Recipe):
     packed = pack(tokenizer, documents, recipe.context)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
-        configuration(pair, len(tokenizer)), dtype=torch.float32, experts_implementation="eager"
+        configuration(pair, len(tokenizer)),
+        dtype=torch.float32,
+        experts_implementation="eager",
+        trust_remote_code=False,
     )
     data = {
         "world_seed": 0,

