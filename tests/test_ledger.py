@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from helpers.study.ledger import judge, read_ledger, look_up, verdicts
+from helpers.study.ledger import judge, look_up, read_ledger, verdicts
 
 ROW = {
     "needs": "",

@@ -121,6 +121,16 @@ def run_refresh(options) -> int:
     return 0
 
 
+@command("publish", PROFILE)
+def run_publish(options) -> int:
+    """Copy a run's ledger and summary to data/published/PROFILE, and fill the README with them."""
+    from . import report
+
+    print(short(report.publish(options.profile)))
+    report.write_pages()
+    return 0
+
+
 @command("check", BOOKS, TOGETHER)
 def run_check(options) -> int:
     """Compare the committed notebooks' outputs with fresh ones (strict nbval)."""

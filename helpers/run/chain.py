@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from ..config import Profile, load_profile
 from ..paths import DATA, PROFILES, ROOT, figures_dir, results_dir, short
-from ..record import UserError, atomic, digest, read_json, versions, write_json
+from ..record import UserError, digest, read_json, versions, write_json
 from .notebook import Execution, canonical, environment, read, save
 from .progress import Progress
 from .stopping import Stopped, household, run_stoppable
@@ -253,12 +253,10 @@ def refresh(paths: list[Path], together=()) -> None:
 
     targets = run(load_profile("tiny"), paths, {}, together)
     fresh = [canonical(read(target)) for target in targets]
-    pages = report.pages(results_dir("tiny"))
+    report.publish("tiny")
     for path, book in zip(paths, fresh, strict=True):
         save(book, path)
-    for page, text in pages.items():
-        with atomic(page) as draft:
-            draft.write_text(text, "utf-8")
+    report.write_pages()
 
 
 def notebooks(paths) -> list[Path]:

@@ -6,8 +6,11 @@ from pathlib import Path
 import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
-from ..paths import CLAIMS, DATA, HEXAINST, ROOT, short
-from ..record import UserError, read_json
+from ..paths import DATA, HEXAINST, ROOT, checked, results_dir, short
+from ..record import UserError, atomic, read_json, write_json, write_table
+from ..study import ledger
+
+PUBLISHED = ("tests.csv", "verdicts.csv")
 
 
 def fill(path: Path, blocks: dict[str, str]) -> str:
@@ -66,40 +69,72 @@ def review_table() -> str:
     )
 
 
-def claims_table(verdicts: dict[str, str], tests: pd.DataFrame, source: str) -> str:
-    """A Markdown row per claim and unit of a source: claim, verdict, each pair's first test (all
-    data, or one half).
+def claims_table(folders) -> str:
+    """A Markdown row per headline claim and kind of component: for each published folder (see
+    `publish`) the verdict, and each pair's effect on all data.
     """
-    ledger = pd.read_csv(CLAIMS)
-    ledger, pairs = ledger[ledger["source"] == source], list(pd.unique(tests["pair"]))
-    first = tests.drop_duplicates(["id", "unit", "pair"]).set_index(["id", "unit", "pair"])
-    cells = {
-        key: f"{t.effect:.3f} [{t.low:.3f}, {t.high:.3f}] / {t.null:.3f}"
-        for key, t in first.iterrows()
-    }
-    lines = [
-        "| claim | unit | verdict | "
-        + " | ".join(f"{pair}: effect [95 % CI] / null" for pair in pairs)
-        + " |",
-        "|---|---|---|" + "---|" * len(pairs),
-    ]
-    for row in ledger.itertuples():
-        for n, unit in enumerate(row.units.split()):
-            found = " | ".join(cells.get((row.id, unit, pair), "-") for pair in pairs)
-            claim = "as above" if n else row.claim
-            lines.append(f"| {claim} | {unit} | **{verdicts[f'{row.id}.{unit}']}** | {found} |")
-    return "\n".join(lines)
+    claims = ledger.read_ledger()
+    claims = claims[claims["headline"] == "yes"]
+    parts = {Path(f).name: [pd.read_csv(Path(f) / name) for name in PUBLISHED] for f in folders}
+    head = ["claim", "components"]
+    for name, (tests, _) in parts.items():
+        head += [f"verdict, {name}", *pd.unique(tests["pair"])]
+    lines = [head, ["---"] * len(head)]
+    for claim in claims.to_dict("records"):
+        for n, component in enumerate(claim["components"].split()):
+            line = ["as above" if n else claim["claim"], component]
+            for tests, verdicts in parts.values():
+                line += _cells(tests, verdicts, claim["id"], component)
+            lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def pages(results: Path) -> dict[Path, str]:
-    """README and data sheet with their generated blocks made anew from a run's `results`: {path:
+def _cells(tests, verdicts, name, component) -> list[str]:
+    """A claim's verdict and, of each pair, its effect beside the null."""
+    mine = (verdicts["id"] == name) & (verdicts["components"] == component)
+    found = tests[(tests["id"] == name) & (tests["components"] == component)]
+    found = found[found["half"] == "all"]
+    cells = [f"**{verdict}**" for verdict in verdicts.loc[mine, "verdict"]] or ["-"]
+    return cells + [_effect(found[found["pair"] == pair]) for pair in pd.unique(tests["pair"])]
+
+
+def _effect(tests) -> str:
+    if not len(tests):
+        return "-"
+    if len(tests) > 1:
+        held, values = int(tests["supported"].sum()), tests["effect"]
+        return f"{held} of {len(tests)}: {values.min():.3f} to {values.max():.3f}"
+    one = tests.iloc[0]
+    return f"{one.effect:.3f} [{one.low:.3f}, {one.high:.3f}] / {one.null:.3f}"
+
+
+def publish(profile: str) -> Path:
+    """Copy a run's ledger and summary, which hold no text of others, to data/published/<profile>:
+    every test, every verdict, every headline number. The folder.
+    """
+    folder, results = DATA / "published" / checked(profile, "profile"), results_dir(profile)
+    tests, verdicts = (pd.read_csv(results / name) for name in ("claims.csv", "verdicts.csv"))
+    write_table(folder / PUBLISHED[0], tests)
+    write_table(folder / PUBLISHED[1], verdicts)
+    write_json(folder / "summary.json", read_json(results / "summary.json"))
+    return folder
+
+
+def pages() -> dict[Path, str]:
+    """README and data sheet with their generated blocks made anew from what is published: {path:
     text}. Nothing is written.
     """
-    summary, tests = read_json(results / "summary.json"), pd.read_csv(results / "claims.csv")
     readme, sheet = ROOT / "README.md", DATA / "README.md"
+    folders = sorted((DATA / "published").iterdir(), key=lambda folder: folder.name != "tiny")
     blocks = {
-        "cost": cost(summary),
-        "claims": claims_table(summary["claims"], tests, "paper"),
-        "claims-ours": claims_table(summary["claims"], tests, "ours"),
+        "cost": cost(read_json(DATA / "published" / "tiny" / "summary.json")),
+        "claims": claims_table(folders),
     }
     return {readme: fill(readme, blocks), sheet: fill(sheet, {"review": review_table()})}
+
+
+def write_pages() -> None:
+    """Write what `pages` gives, each page whole or not at all."""
+    for page, text in pages().items():
+        with atomic(page) as draft:
+            draft.write_text(text, "utf-8")

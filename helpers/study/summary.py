@@ -9,6 +9,15 @@ import numpy as np
 from ..paths import checked, results_dir, short
 from ..record import DamagedFile, read_record, verify, versions, write_json
 
+NOTEBOOKS = (
+    "00_start_here",
+    "03_neurons",
+    "04_experts",
+    "05_generality_uniqueness",
+    "06_ablation",
+    "07_alteration",
+)  # those that write a part
+
 
 def stamp(profile) -> dict:
     """What decides a profile's results: its name, its settings (as JSON has them) and the package
