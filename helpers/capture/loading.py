@@ -67,13 +67,9 @@ def load_model(ref: str, *, dtype: str = "float32", device_map=None, revision: s
             "auto."
         )
     (folder, commit), spill = locate(ref, revision), tempfile.TemporaryDirectory(prefix="offload-")
-    whole = locate_base(folder) if base_of(folder) else folder
-    own = any((folder / name).is_file() for name in TOKENIZERS)
+    whole, tokenizer = _whole(folder), load_tokenizer(ref, revision)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder if own else whole, trust_remote_code=False
-            )
             model, info = AutoModelForCausalLM.from_pretrained(
                 whole,
                 dtype=DTYPES[dtype],
@@ -86,8 +82,7 @@ def load_model(ref: str, *, dtype: str = "float32", device_map=None, revision: s
             )
     except BAD as error:
         raise UserError(
-            f"{ref!r} does not load as a causal language model with its tokenizer: "
-            f"{one_line(error)}"
+            f"{ref!r} does not load as a causal language model: {one_line(error)}"
         ) from error
     _refuse_misfits(ref, model, info)
     note = conversion(whole).get("note")
@@ -101,6 +96,24 @@ def load_model(ref: str, *, dtype: str = "float32", device_map=None, revision: s
         say(f"{ref}: {note}")
     model.spill = spill  # weights on disk live as long as the model
     return model.eval(), tokenizer
+
+
+def load_tokenizer(ref: str, revision: str | None = None):
+    """The tokenizer of a checkpoint; of an adapter that brings none, its base's."""
+    folder, _ = locate(ref, revision)
+    own = any((folder / name).is_file() for name in TOKENIZERS)
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(
+                folder if own else _whole(folder), trust_remote_code=False
+            )
+    except BAD as error:
+        raise UserError(f"{ref!r}: its tokenizer does not load: {one_line(error)}") from error
+
+
+def _whole(folder: Path) -> Path:
+    """The folder whose weights are whole: a checkpoint's own, an adapter's base's."""
+    return locate_base(folder) if base_of(folder) else folder
 
 
 def _refuse_misfits(ref, model, info) -> None:

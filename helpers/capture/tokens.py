@@ -119,6 +119,22 @@ def encode_groups(
     return encoded
 
 
+def chat_template(tokenizer) -> str:
+    """The model's chat format as a template: what it expects around one instruction, up to where
+    its answer begins. Raises UserError for a tokenizer without one, or one that changes the text.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"{type(tokenizer).__name__} has no chat template. Set `chat: false` and give a "
+            "`template` in the profile, or use the tokenizer of an instruction-tuned model."
+        )
+    turn = [{"role": "user", "content": "{instruction}"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    if text.count("{instruction}") != 1:
+        raise UserError(f"the chat template gives {text!r}: it must hold the text once, unchanged.")
+    return text
+
+
 def list_of(values, what: str) -> list:
     """The values of a list, a column, a generator as a list; UserError for what would be taken
     apart in silence (a string, a dict, a table, a set) and for what is no list at all.

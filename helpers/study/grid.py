@@ -67,7 +67,7 @@ def expected(study, score="any", size=None, half="any") -> dict:
         "measured": half,
         "operator": "zero",
         "seed": profile.seed,
-        "template": profile.template,
+        "template": study.template,
         "dtype": study.pair.dtype,
         "rows": profile.ablation_rows,
         "draws": profile.controls if head else profile.controls_elsewhere,

@@ -13,9 +13,10 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from ..capture.checkpoints import fingerprint, locate
 from ..capture.counts import Counts, Shards
-from ..capture.loading import fingerprint, load_model, locate, random_twin
-from ..capture.tokens import Encoded
+from ..capture.loading import load_model, load_tokenizer, random_twin
+from ..capture.tokens import Encoded, chat_template
 from ..config import Pair, Profile
 from ..hexainst.corpus import folds, text
 from ..hexainst.schema import load_hexainst
@@ -25,6 +26,17 @@ from . import counting
 from .answers import SHORT, answer_ids, greedy_answers, spoken
 from .counting import COUNTING, FORMAT, SHARD
 from .reading import encode_rows
+
+
+def rows_of(profile: Profile) -> pd.DataFrame:
+    """The rows that a profile asks for, with their column `fold`: its data set, whole or the
+    length-matched subset, and of each half and category the first `rows` (all if None).
+    """
+    rows = load_hexainst(dataset=profile.dataset, subset=profile.subset)
+    if profile.rows is not None:
+        first = rows.groupby(["half", "category"]).cumcount() < profile.rows
+        rows = rows[first].reset_index(drop=True)
+    return rows.assign(fold=folds(rows))
 
 
 def open_model(pair: Pair, variant: str, seed: int = 0):
@@ -78,7 +90,7 @@ class Study:
     @classmethod
     def of(cls, profile: Profile, pair: Pair, rows: pd.DataFrame | None = None) -> "Study":
         """The Study of a pair on the profile's data set, or on rows that were read before."""
-        rows = load_hexainst(dataset=profile.dataset) if rows is None else rows
+        rows = rows_of(profile) if rows is None else rows
         return cls(profile, pair, rows if "fold" in rows else rows.assign(fold=folds(rows)))
 
     # ---- what it is
@@ -119,6 +131,16 @@ class Study:
         counts = self.whole.counts()
         shared = ("shared",) if "shared" in counts.neurons else ()
         return ("neurons", *shared, *(() if counts.routed is None else ("experts",)))
+
+    @property
+    def template(self) -> str:
+        """What every model of the pair reads around an instruction: the profile's template or, if
+        it says `chat`, that of the tuned model's own chat format. Base and tuned read the same.
+        """
+        if not self.profile.chat:
+            return self.profile.template
+        ref, revision = _checkpoint(self.pair, "tuned")
+        return self.whole.once("template", lambda: chat_template(load_tokenizer(ref, revision)))
 
     # ---- fewer rows
 
@@ -211,7 +233,7 @@ class Study:
         """What `variant` reads of each row, and which tokens count; see `encode_rows`."""
         tokenizer = self._at_hand(variant)[1]
         answers = self.answer_ids(variant) if positions == "generated" else None
-        return encode_rows(tokenizer, self.rows, self.profile.template, positions, answers)
+        return encode_rows(tokenizer, self.rows, self.template, positions, answers)
 
     # ---- kept on disk
 
@@ -281,7 +303,7 @@ class Study:
             "seed": counting.twin_seed(variant, profile.seed),
             "dtype": pair.dtype,
             "device_map": pair.device_map,
-            "template": profile.template,
+            "template": self.template,
             "data": self.digest("response" if positions == "response" else "prompt"),
             "versions": {name: versions()[name] for name in COUNTING},
             "batch_size": profile.batch_size,
@@ -370,7 +392,7 @@ class Study:
         return greedy_answers(*self.model(variant), self.rows, *self._speech())
 
     def _speech(self):
-        return self.profile.template, self.profile.batch_size, self.profile.max_new_tokens
+        return self.template, self.profile.batch_size, self.profile.max_new_tokens
 
     # ---- other processes
 
@@ -397,5 +419,5 @@ class Study:
 
 def studies(profile: Profile, rows: pd.DataFrame | None = None) -> dict[str, Study]:
     """{pair's name: Study} of every pair of a profile, all on the same rows."""
-    rows = load_hexainst(dataset=profile.dataset) if rows is None else rows
+    rows = rows_of(profile) if rows is None else rows
     return {pair.name: Study.of(profile, pair, rows) for pair in profile.pairs}
