@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from helpers.capture import bank, counter
 from helpers.capture.bank import observed
-from helpers.capture.count import count_activations, count_encoded
+from helpers.capture.count import count_activations, count_encoded, count_groups
 from helpers.capture.counter import count_positive, watching
 from helpers.capture.counts import Counts
 from helpers.capture.selfcheck import self_check
@@ -18,7 +18,8 @@ from helpers.capture.sites import UnreadableModel, find_sites
 from helpers.capture.tokens import Encoded, batches
 from helpers.record import UserError
 
-FIRST = ("gate_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc1", "input_linear")
+FIRST = ("gate_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in", "input_linear")
+FIRST += ("up_proj",)  # where there is no gate
 LENGTHS = (5, 2, 9, 3, 12, 1, 7, 4, 6, 2, 8, 3) * 3  # 36 > the largest batch
 
 
@@ -126,14 +127,46 @@ def test_counts_equal_the_loop_for_any_batch_size_padding_and_order(family, sequ
     )
 
 
+@pytest.mark.parametrize("family", zoo.MORE)
+def test_every_other_family_that_is_listed_equals_the_loop(family, sequences):
+    model = zoo.build(family)
+    self_check(model)
+    assert differing(run(model, sequences[:5], 5), oracle(model, sequences[:5])) == 0
+    assert zoo.families()[family] in ("dense", "mixture of experts")
+
+
+@pytest.mark.parametrize("family", [*zoo.ZOO, *zoo.MORE_SPARSE])
+def test_every_position_group_of_one_pass_equals_a_pass_of_its_own(family, sequences):
+    model, draw = zoo.build(family), np.random.default_rng(2)
+    grouped = [with_groups(e, draw) for e in sequences[:8]]
+    found = count_groups(model, grouped, batch_tokens=30)
+    for name in NAMES:
+        alone = run(model, [Encoded(e.ids, e.groups[name]) for e in grouped], 3)
+        assert differing(found[name], alone) == 0
+
+
+NAMES = ("all", "none", "even", "drawn", "again")  # overlapping, empty, and the same twice
+
+
+def with_groups(e, draw):
+    size = len(e.ids)
+    drawn = tuple((draw.random(size) < 0.5).tolist())
+    masks = ((True,) * size, (False,) * size, tuple(t % 2 == 0 for t in range(size)), drawn, drawn)
+    return Encoded(e.ids, e.counted, dict(zip(NAMES, masks, strict=True)))
+
+
 @pytest.mark.parametrize("family", zoo.ZOO)
 def test_counting_leaves_no_trace(family):
     model, ids = zoo.build(family), torch.arange(3, 15).reshape(2, 6)
     before, state = model(ids).logits, model.state_dict()
     implementation = model.get_experts_implementation()
-    with pytest.raises(ZeroDivisionError), count_activations(model) as counter:
-        counter(ids)
-        raise ZeroDivisionError
+
+    def failing():
+        with count_activations(model) as counter:
+            counter(ids)
+            raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, failing)
     assert torch.equal(model(ids).logits, before)
     assert model.get_experts_implementation() == implementation
     assert all(torch.equal(state[k], v) for k, v in zoo.build(family).state_dict().items())
@@ -346,7 +379,7 @@ def test_the_self_check_passes_every_family(family, dtype):
 
 
 def swapped(model):
-    """Gate and up exchanged in the experts' forward pass: the counted half would be the wrong one."""
+    """Gate and up exchanged in the experts' forward pass: the counted half would be wrong."""
     bank = model.model.layers[0].mlp.experts
     bank._apply_gate = lambda h: bank.act_fn(h.chunk(2, -1)[1]) * h.chunk(2, -1)[0]
 

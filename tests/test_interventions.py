@@ -91,7 +91,7 @@ def silenced(model, mask):
 
 
 def without_experts(model, gone=GONE):
-    """A copy from which experts have been deleted: weights cut out, fewer experts to choose from."""
+    """A copy from which experts have been deleted: weights cut out, fewer to choose from."""
     twin = copy.deepcopy(model)
     for site in find_sites(twin):
         if site.family == "expert":
@@ -208,16 +208,19 @@ def test_everything_comes_back_bit_for_bit_after_an_exception(family):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     before, methods = logits(model), {name: set(vars(m)) for name, m in model.named_modules()}
     given = reference(constants(model))
-    with (
-        pytest.raises(KeyboardInterrupt),
-        ablate(model, neuron_mask(model), "zero"),
-        ablate(model, neuron_mask(model, seed=1), "zero"),
-        ablate(model, neuron_mask(model), "mean", reference=given),
-    ):
-        for operator in ("reroute", "drop") if family in SPARSE else ():
-            with ablate(model, expert_mask(model), operator):
-                assert_acted(before, logits(model))
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with (
+            ablate(model, neuron_mask(model), "zero"),
+            ablate(model, neuron_mask(model, seed=1), "zero"),
+            ablate(model, neuron_mask(model), "mean", reference=given),
+        ):
+            for operator in ("reroute", "drop") if family in SPARSE else ():
+                with ablate(model, expert_mask(model), operator):
+                    assert_acted(before, logits(model))
+            raise KeyboardInterrupt
+
+    pytest.raises(KeyboardInterrupt, interrupted)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert methods == {name: set(vars(m)) for name, m in model.named_modules()}
     assert hooks(model) == 0

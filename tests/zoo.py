@@ -39,6 +39,23 @@ MLA = {
     "num_experts_per_tok": 2,
 }
 ROUTED = {"num_local_experts": 6, "num_experts_per_tok": 2}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# as EXPERTS, for families that call it otherwise
+N_ROUTED = EXPERTS | {"n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1}
+BART = {
+    "d_model": D,
+    "decoder_layers": LAYERS,
+    "encoder_layers": LAYERS,
+    "decoder_ffn_dim": N,
+    "encoder_ffn_dim": N,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "hidden_size": None,
+    "intermediate_size": None,
+}
+GPT2 = {"n_embd": D, "n_layer": LAYERS, "n_head": 4, "n_positions": 256}
 DENSE = {
     "llama": {},
     "mistral": {},
@@ -49,21 +66,66 @@ DENSE = {
     "phi3": {},
     "gpt_neox": {},
     "opt": {"ffn_dim": N, "word_embed_proj_dim": D},
-    "gpt2": {"n_embd": D, "n_layer": LAYERS, "n_head": 4, "n_positions": 256},
+    "gpt2": GPT2,
     "falcon": {"ffn_hidden_size": N, "head_dim": None},
     "bloom": {"n_layer": LAYERS, "n_head": 4},
 }
+MORE_DENSE = {  # held to the oracle only
+    "apertus": {},
+    "arcee": {},
+    "bart": BART,
+    "biogpt": {},
+    "bitnet": {},
+    "codegen": GPT2 | {"rotary_dim": 8},
+    "cohere": {"tie_word_embeddings": True},
+    "cohere2": {"sliding_window": 8},
+    "cwm": {},
+    "diffllama": {},
+    "doge": {},
+    "ernie4_5": {},
+    "exaone4": {},
+    "glm": {},
+    "glm4": {},
+    "gpt_bigcode": GPT2,
+    "gpt_neo": {"num_layers": LAYERS, "num_heads": 4, "attention_types": [[["global"], LAYERS]]},
+    "gptj": GPT2 | {"rotary_dim": 8},
+    "granite": {"logits_scaling": 4.0},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "internlm3": {},
+    "jais2": {},
+    "marian": BART,
+    "minicpm3": {
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "dim_model_base": 16,
+    },
+    "ministral3": {},
+    "mpt": {"d_model": D, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": 256},
+    "nanochat": {},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {},
+    "persimmon": {},
+    "phi": {},
+    "seed_oss": {},
+    "smollm3": {},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "starcoder2": {},
+    "vaultgemma": {},
+    "xglm": {"d_model": D, "ffn_dim": N, "num_layers": LAYERS, "attention_heads": 4},
+}
 SPARSE = {
     "mixtral": ROUTED,
-    "qwen2_moe": {
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 56,
-        "mlp_only_layers": [1],
-    },
-    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 56, "mlp_only_layers": [1]},
+    "qwen3_moe": EXPERTS,
+    "olmoe": EXPERTS | {"intermediate_size": 32, "moe_intermediate_size": None},
     "deepseek_v2": MLA
     | {
         "n_routed_experts": 6,
@@ -83,7 +145,23 @@ SPARSE = {
     "granitemoeshared": ROUTED | {"shared_intermediate_size": 24},
     "phimoe": ROUTED,
 }
-ZOO = DENSE | SPARSE
+MORE_SPARSE = {  # held to the oracle and to the reroute only
+    "afmoe": EXPERTS | {"num_dense_layers": 1, "num_shared_experts": 1},
+    "aria_text": EXPERTS | {"moe_num_experts": 6, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "dots1": N_ROUTED | {"n_group": 1, "topk_group": 1},
+    "ernie4_5_moe": EXPERTS | {"moe_num_experts": 6, "moe_k": 2},
+    "exaone_moe": EXPERTS,
+    "flex_olmo": EXPERTS,
+    "glm4_moe": N_ROUTED,
+    "hunyuan_v1_moe": EXPERTS | {"moe_topk": 2},
+    "hy_v3": ROUTED | EXPERTS,
+    "lfm2_moe": EXPERTS
+    | {"layer_types": ["full_attention"] * LAYERS, "num_dense_layers": 0, "use_expert_bias": True},
+    "minimax": ROUTED,
+    "minimax_m2": ROUTED,
+    "solar_open": N_ROUTED,
+}
+ZOO, MORE = DENSE | SPARSE, MORE_DENSE | MORE_SPARSE
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:?"
 
 
@@ -91,7 +169,7 @@ def build(family: str, dtype=torch.float32, seed: int = 0, **changes):
     """A model in evaluation mode, all its weights visibly random (defaults leave some routers at
     zero).
     """
-    settings = {k: v for k, v in (COMMON | ZOO[family] | changes).items() if v is not None}
+    settings = {k: v for k, v in (COMMON | (ZOO | MORE)[family] | changes).items() if v is not None}
     config = AutoConfig.for_model(family, **settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -101,6 +179,12 @@ def build(family: str, dtype=torch.float32, seed: int = 0, **changes):
                 if p.dim() > 1 or "bias" in name:
                     p.copy_(torch.randn(p.shape) * (0.15 if p.dim() > 1 else 0.05))
     return model
+
+
+def families() -> dict[str, str]:
+    """Every family of the zoo and its kind, "dense" or "mixture of experts": what README lists."""
+    dense, sparse = DENSE | MORE_DENSE, SPARSE | MORE_SPARSE
+    return dict.fromkeys(dense, "dense") | dict.fromkeys(sparse, "mixture of experts")
 
 
 def tokenizer():

@@ -11,9 +11,15 @@ import torch
 from ..record import UserError
 from .bank import observed
 from .counts import Counts
-from .sites import Site, find_sites, input_device
+from .sites import Site, UnreadableModel, find_sites, input_device, returning_dicts
 
 BLOCK = {"cpu": 2**19}  # cells compared with 0 at a time: fits the cache, bounds the memory
+ROUNDING = {  # what two ways to one number may differ by, of the largest
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 4e-2,
+}
 LONGEST = 2**16 - 1  # tokens of one instruction that uint16 can count
 
 
@@ -70,7 +76,7 @@ class Counter:
         self.model, self.trunk, self.sites, self.forwards = model, model.base_model, sites, 0
         self.placed = "position_ids" in inspect.signature(self.trunk.forward).parameters
         self.moved: dict[str, torch.Tensor] = {}  # empty while no batch is being counted
-        self.hidden = None
+        self.hidden, self.left_tried = None, False
 
     @torch.no_grad()
     def __call__(self, input_ids, attention_mask=None, count_mask=None) -> Counts | list[Counts]:
@@ -87,11 +93,9 @@ class Counter:
         for fault in self._faults(ids, attended, counted):
             raise UserError(f"{type(self.model).__name__} cannot count this batch: {fault}.")
         masks = counted.reshape(len(ids), -1, ids.shape[1])  # [B, P, T]
-        self._start(ids, masks)
-        try:
-            self.hidden = self._forward(ids, attended)
-        finally:
-            self.moved = {}
+        if not self.left_tried and not attended[:, 0].all():
+            self._refuse_moved(ids, attended)
+        self.hidden = self._forward(ids, attended, masks)
         tokens = masks.sum(2)  # [B, P]
         self._verify(self.hidden[attended.to(self.hidden.device) == 1], ids.numel(), tokens)
         groups = [self._collect(tokens[:, p], p) for p in range(tokens.shape[1])]
@@ -106,14 +110,39 @@ class Counter:
         self.kept = torch.int16 if longest < 2**15 else torch.int32  # less to keep and to move
         self.moved = {"cpu": masks.to(torch.float32)}
 
-    def _forward(self, ids, attended):
+    def _refuse_moved(self, ids, attended):
+        """Raise UserError if a row that is padded on the left is read otherwise than alone."""
+        row = int((attended[:, 0] == 0).nonzero()[0])
+        one, seen = ids[row, None], attended[row, None]  # [1, T] each
+        n = int(seen.sum())
+        at = seen[0] == 1
+        beside = self._forward(one, seen, seen[:, None])[0].cpu()[at]
+        alone = self._forward(one[:, at], seen[:, at], seen[:, None, at])[0].cpu()  # [n, D]
+        gap = (beside - alone).abs().max() / alone.abs().max()
+        if gap > ROUNDING[alone.dtype]:
+            raise UserError(
+                f"{type(self.model).__name__} reads {n} tokens otherwise when they are padded on "
+                "the left than alone: its positions move. Pad on the right."
+            )
+        self.left_tried = True
+
+    def _forward(self, ids, attended, masks):
+        """The last hidden state [B, T, D] of one pass, in which the sites count."""
+        self._start(ids, masks)
+        try:
+            return self._read(ids, attended)
+        finally:
+            self.moved = {}
+
+    def _read(self, ids, attended):
         inputs = {"input_ids": ids, "attention_mask": attended}
         if self.placed and not attended[:, 0].all():
             # left padding must not move the tokens' positions
             inputs["position_ids"] = (attended.cumsum(1) - 1).clamp(min=0)
         device = input_device(self.model)
-        # whatever config.return_dict says, the last hidden state comes first
-        return self.trunk(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)[0]
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        with returning_dicts(self.model):
+            return self.trunk(**inputs, use_cache=False).last_hidden_state
 
     def _faults(self, ids, attended, counted):
         rows = self.model.get_input_embeddings().num_embeddings
@@ -158,6 +187,11 @@ class Counter:
         """Hook on an MLP's activation module."""
 
         def hook(module, args, out):
+            if out.shape[-1] != site.width:
+                raise UnreadableModel(
+                    f"{type(self.model).__name__} is not read exactly: the activation of "
+                    f"{site.name} gives {out.shape[-1]} numbers, not its {site.width} neurons'."
+                )
             x, masks = out.reshape(-1, site.width), self._masks(out.device)
             self.rows[site.name] += len(x)
             if len(x) == self.size * self.length:  # else _verify says so
@@ -289,11 +323,11 @@ def ready_sites(model) -> list[Site]:
             is_compiled,
             "it is compiled, so hooks may not run: use the model as it was before compiling",
         ),
+        (is_quantised, "it is quantised, where exactness is not proven: load float weights"),
         (
             lambda m: any(part.training for part in m.modules()),
             "it is in training mode, where dropout changes counts: call model.eval()",
         ),
-        (is_quantised, "it is quantised, where exactness is not proven: load float weights"),
         (is_split, "it is split by tensor parallelism: spread it by device_map instead"),
         (lacks_weights, "it has no weights (meta device): load its checkpoint"),
         (

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from ..record import UserError
-from .selfcheck import ROUNDING
-from .sites import UnreadableModel, input_device
+from .counter import ROUNDING
+from .sites import UnreadableModel, input_device, returning_dicts
 
 CELLS = 2**22  # logits made at a time (16 MiB): as many tokens as that allows, one at least
 MULTIPLY, DIVIDE, CAP = (
@@ -96,8 +96,9 @@ def _shape_of(model) -> tuple[float, float]:
         raise UnreadableModel(f"{type(model).__name__} has no language-model head: no losses.")
     rows = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(8, device="cpu") * 7 + 5).remainder(rows)[None].to(input_device(model))
-    own = model(input_ids=ids, use_cache=False)[0][0]  # [8, V]
-    states = model.base_model(input_ids=ids, use_cache=False)[0][0]
+    with returning_dicts(model):
+        own = model(input_ids=ids, use_cache=False).logits[0]  # [8, V]
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     text, scale = model.config.get_text_config(decoder=True), 1.0
     for name in MULTIPLY:
         scale *= getattr(text, name, None) or 1

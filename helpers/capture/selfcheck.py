@@ -8,16 +8,10 @@ import torch
 from transformers import GenerationConfig
 
 from .bank import activated, gate_part, observed, pre_activations
-from .counter import ready_sites, watching
-from .sites import UnreadableModel, input_device
+from .counter import ROUNDING, ready_sites, watching
+from .sites import UnreadableModel, input_device, returning_dicts
 from .tokens import Encoded, padded
 
-ROUNDING = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 4e-2,
-}  # of the largest
 _neutral: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether left padding changes nothing
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device="cpu")  # eight tokens
 
@@ -39,7 +33,8 @@ def self_check(model) -> None:
         [s for s in sites if s.family != "expert"],
         [s for s in sites if s.family == "expert"],
     )
-    faults = [*_layout(model, mlps, ids), *_experts(model, banks, ids), *_loops(model, sites, ids)]
+    faults = [*_layout(model, mlps, ids), *_experts(model, banks, ids)]
+    faults = faults or [*_loops(model, sites, ids)]
     if faults:
         raise UnreadableModel(
             f"{type(model).__name__} is not read exactly: {'; '.join(faults[:3])}. This "
@@ -49,7 +44,9 @@ def self_check(model) -> None:
 
 def _run(model, ids):
     device = input_device(model)
-    model.base_model(input_ids=ids.to(device), attention_mask=MASK.to(device), use_cache=False)
+    inputs = {"input_ids": ids.to(device), "attention_mask": MASK.to(device), "use_cache": False}
+    with returning_dicts(model):
+        model.base_model(**inputs)
 
 
 def _layout(model, mlps, ids):

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -197,3 +198,19 @@ def input_device(model):
         getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
         or embedding.weight.device
     )
+
+
+@contextmanager
+def returning_dicts(model):
+    """While open, the model's parts give one another what they expect, whatever its configuration's
+    `return_dict` says.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    plain = [c for c in configs.values() if getattr(c, "return_dict", True) is False]
+    for config in plain:
+        config.return_dict = True
+    try:
+        yield
+    finally:
+        for config in plain:
+            config.return_dict = False

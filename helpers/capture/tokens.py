@@ -9,6 +9,7 @@ import torch
 from ..record import UserError
 from .sites import refuse_wrapped
 
+PADDING, SMALL = 0.05, 0.1  # share of a batch that may be padding; of the budget that is small
 MARKER = "▁"  # SentencePiece's: stands for the white space before a word
 
 
@@ -233,20 +234,24 @@ def token_batches(encoded: list[Encoded], batch_tokens: int = 8192, side: str = 
     """Yield Batches of at most `batch_tokens` tokens, padding included, longest sequences first;
     one longer than that is alone. (Ours.)
 
-    Sequences of like length stand together, so little is padding, and a batch takes the same memory
-    whatever the lengths.
+    A batch takes the same memory whatever the lengths, and at most a twentieth of it is padding
+    (but for one that is small anyway).
     """
     _refuse_size(batch_tokens, "batch_tokens")
     return (padded(encoded, rows, side) for rows in _within(encoded, batch_tokens))
 
 
 def _within(encoded, budget):
-    rows = []
+    rows, tokens = [], 0
     for row in _longest_first(encoded):
-        if rows and (len(rows) + 1) * len(encoded[rows[0]].ids) > budget:
+        length = len(encoded[row].ids)
+        size = (len(rows) + 1) * len(encoded[rows[0]].ids) if rows else 0  # with this row
+        wasteful = size - tokens - length > PADDING * size and size > budget * SMALL
+        if size > budget or wasteful:
             yield rows
-            rows = []
+            rows, tokens = [], 0
         rows.append(row)
+        tokens += length
     if rows:
         yield rows
 
