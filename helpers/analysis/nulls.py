@@ -157,8 +157,9 @@ def _included(q, length, theta, members, size, rule):
 
 
 def expected_jaccard(null) -> np.ndarray:
-    """Expected pairwise Jaccard under a null, float32 [I, I]: expected shared / expected union
-    (their ratio's bias is of the order of 1 / set size). No draws: the mean of infinitely many.
+    """Expected pairwise Jaccard under a null, float32 [I, I]: expected shared / expected union. No
+    draws: the mean of infinitely many. The ratio, and rates fitted to the same counts, expect
+    slightly too little, by about 0.2 / set size: .0008 at 230 members, .0035 at 67.
 
     Sets drawn by a null's rates, of sizes that vary. For uniform random sets of given sizes per
     layer, see `chance_jaccard`.
@@ -195,7 +196,7 @@ def chance_jaccard(first, second, pool) -> float:
     for a, b, n in zip(first, second, pool, strict=True):
         common = np.convolve(common, hypergeom.pmf(np.arange(min(a, b) + 1), n, a, b))
     shared = np.arange(len(common))
-    return float((common * jaccard(shared, first.sum(), second.sum())).sum())
+    return float((common * shared / (first.sum() + second.sum() - shared)).sum())
 
 
 def membership_test(sets, null, labels, tau=0.5, resamples=2000, seed=0) -> dict:

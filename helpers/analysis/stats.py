@@ -122,8 +122,8 @@ def cluster_codes(clusters, *values) -> tuple:
         if differs.any():
             row = np.flatnonzero(differs)[0]
             raise UserError(
-                f"cluster {np.asarray(clusters)[row]!r} holds both {given[first][code][row]!r} and "
-                f"{given[row]!r}; expected one label, group and stratum for a whole cluster."
+                f"cluster {np.asarray(clusters)[row]} holds both {given[first][code][row]} and "
+                f"{given[row]}; expected one label, group and stratum for a whole cluster."
             )
     return code, *(np.asarray(given)[first] for given in values)
 
