@@ -127,6 +127,8 @@ def critical_by_category(
             }
         )
     tested = [row for row in rows if "p" in row]
+    if not tested:
+        raise NotTestable(f"no category has rows enough: {rows[0]['note'] if rows else 'no rows'}.")
     for row, holm in zip(tested, adjust([row["p"] for row in tested], "holm"), strict=True):
         row["holm"] = float(holm)
     supported = sum(row["low"] > 0 and row["holm"] < 0.05 for row in tested)

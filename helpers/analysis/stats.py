@@ -5,14 +5,14 @@ A `statistic` is a function of resampling weights [R, I] (bootstrap) or of shuff
 (permutation) that returns one value, or one array, per resample: [R, ...]. `clusters` [I] says
 which instructions are not independent of one another (those of one wording): whole clusters are
 drawn, or change their label; each has one label. Results are never NaN: what cannot be tested is
-an error. Intervals are percentile intervals, expanded where few clusters are drawn; all p-values
-count the observed arrangement itself, (1 + hits) / (1 + R).
+an error. Intervals are percentile intervals, and Student's where clusters, which are few, are
+drawn; all p-values count the observed arrangement itself, (1 + hits) / (1 + R).
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.stats import t
 from statsmodels.stats.multitest import multipletests
 
 from ..record import NotTestable, UserError
@@ -156,22 +156,24 @@ def resample_weights(groups, resamples, seed=0, clusters=None) -> np.ndarray:
 
 
 def interval(replicates, tails=(0.025, 0.975), sizes=None) -> np.ndarray:
-    """Percentile interval [2, ...] of bootstrap replicates [R, ...].
+    """Interval [2, ...] from bootstrap replicates [R, ...]: percentiles.
 
-    sizes: how many clusters each group had. A bootstrap of few units is too narrow; then the
-    quantiles are moved outward, as far as Student's t asks of so many (the expanded percentile
-    interval of Hesterberg 2015, "What teachers should know about the bootstrap").
+    sizes [G]: how many clusters each group had. Percentiles of few units are too narrow; then it
+    is Student's t interval about the replicates' mean, with their SD as standard error, both
+    corrected for so few (degrees of freedom by Welch and Satterthwaite, groups weighing the same).
     """
-    if sizes is not None:
-        sizes = np.asarray(sizes, float)
-        wider = np.sqrt((sizes / (sizes - 1)).mean())
-        tails = norm.cdf(wider * t.ppf(tails, (sizes - 1).sum()))
-    return np.quantile(replicates, tails, axis=0)
+    if sizes is None:
+        return np.quantile(replicates, tails, axis=0)
+    sizes = np.asarray(sizes, float)
+    part = 1 / sizes  # a group's share of the variance, up to a factor
+    freedom = part.sum() ** 2 / (part**2 / (sizes - 1)).sum()
+    error = np.std(replicates, 0) * np.sqrt((part * sizes / (sizes - 1)).sum() / part.sum())
+    return np.mean(replicates, 0) + np.multiply.outer(t.ppf(tails, freedom), error)
 
 
 def bootstrap(statistic, groups, resamples=2000, level=0.95, seed=0, clusters=None) -> Interval:
     """Percentile interval of statistic(weights), instructions (never pairs) drawn with replacement
-    within groups; with clusters, whole clusters, and the interval is expanded.
+    within groups; with clusters, whole clusters, and Student's interval (see `interval`).
 
     groups: [I], e.g. the categories; all the same for one sample. The same seed draws the same
     resamples, so differences of two statistics stay paired.
@@ -226,7 +228,8 @@ def permutation_test(
     statistic: labels [R, I] -> [R, ...]. strata: int [I], e.g. length_strata; where no stratum
     holds two labels there is nothing to shuffle, an error. Strata control length only down to
     their width. What is the same in a cluster (its wording) makes rows alike without any label:
-    shuffled row by row, that alone would be found.
+    shuffled row by row, that alone would be found. Where categories differ in the size of their
+    clusters, hand over a studentised statistic, or use wordings.wording_overlap.
     """
     labels = np.asarray(labels)
     strata = (

@@ -76,7 +76,7 @@ def wording_overlap(
     cluster (stats.length_strata with clusters). Returns
       same_wording (None if no wording has two rows), other_wording, other_category: means;
       step: same_wording minus other_wording, what a wording adds;
-      gap, gap_ci (expanded bootstrap of wordings), p (labels permuted over wordings, one-sided,
+      gap, gap_ci (bootstrap of wordings), p (labels permuted over wordings, one-sided,
       gaps in `standard_errors`), detectable (a gap found with power 0.8);
       category_gap, category_ci [C, 2], category_p: the same for each category alone;
       wordings [C]: how many each category has.
@@ -129,7 +129,7 @@ def within_excess(
     independent redraws of mean rates, category or not; so rate_null with dependence=True asks about
     categories, without it about everything that makes instructions differ. With clusters a wording
     is the unit, and pairs of one wording do not count. Returns arrays [C]: within, null, excess,
-    low, high (bootstrap over rows or wordings, expanded), p (one-sided, Student's t of the
+    low, high (bootstrap over rows or wordings), p (one-sided, Student's t of the
     excess over its bootstrap standard error), detectable (by the one-sided test, power 0.8).
     """
     clusters = np.arange(len(codes(labels))) if clusters is None else clusters
