@@ -5,7 +5,6 @@ import pytest
 from scipy.stats import spearmanr
 
 from helpers.analysis.alteration import (
-    chance_jaccard,
     change_correlation,
     changes,
     common_gain,
@@ -16,6 +15,7 @@ from helpers.analysis.alteration import (
     lead,
     shares,
 )
+from helpers.analysis.nulls import chance_jaccard
 from helpers.record import UserError
 
 
@@ -95,7 +95,7 @@ def test_change_correlation_finds_a_planted_one_and_no_other():
 
 
 def test_lead_by_hand():
-    """Components 0, .8, 1 of the way, ability 0, .2, 1: mean of .6 and 0. Reversed, the sign turns."""
+    """Components 0, .8, 1 of the way, ability 0, .2, 1: mean of .6 and 0; back: minus."""
     components = np.array([[1.0] * 10, [0.6] * 10, [0.5] * 10])  # similarity falls from 1 to .5
     ability = np.array([[0.0] * 10, [0.2] * 10, [1.0] * 10])
     assert shares(components)[0].tolist() == pytest.approx([0, 0.8, 1])

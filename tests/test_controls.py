@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from helpers.analysis.controls import layer_matched, rate_gap, rate_matched
+from helpers.analysis.controls import (
+    expected_at_usage,
+    layer_matched,
+    rate_gap,
+    rate_matched,
+    singles,
+    usage_matched,
+)
 from helpers.record import UserError
 
 RNG = np.random.default_rng(7)
@@ -140,3 +147,39 @@ def test_ties_are_broken_at_random():
 def test_impossible_controls_are_refused(call, told):
     with pytest.raises(UserError, match=told):
         call()
+
+
+def test_experts_are_matched_in_usage_where_random_ones_are_not():
+    rng = np.random.default_rng(0)
+    usage = {"experts": np.sort(rng.dirichlet(np.full(32, 0.5), 4) * 4)}
+    mask = {"experts": np.zeros((4, 32), bool)}
+    mask["experts"][:, [20, 24, 28]] = True  # much used, and not the very most
+    draws = [usage_matched(mask, usage, np.random.default_rng(seed)) for seed in range(20)]
+    plain = [layer_matched(mask, np.random.default_rng(seed)) for seed in range(20)]
+    assert all((d["experts"].sum(1) == 3).all() for d in draws)
+    assert not any((d["experts"] & mask["experts"]).any() for d in draws)
+    gaps = [np.mean([abs(rate_gap(mask, d, usage)) for d in kind]) for kind in (draws, plain)]
+    assert gaps[0] < 0.35 * gaps[1]
+    assert len({d["experts"].tobytes() for d in draws}) > 5
+
+
+def test_singles_are_each_component_once():
+    found = list(singles((2, 3)))
+    assert [index for index, _ in found] == list(np.ndindex(2, 3))
+    assert (sum(mask["experts"].astype(int) for _, mask in found) == 1).all()
+    assert all(mask["experts"][index] for index, mask in found)
+
+
+def test_what_usage_explains_is_taken_off_a_single_experts_effect():
+    rng = np.random.default_rng(0)
+    usage = rng.random((6, 16))
+    effects = 3 * usage + rng.normal(0, 0.01, usage.shape)
+    rest = effects - expected_at_usage(effects, usage)
+    assert abs(rest).max() < 0.1
+    effects[2, 5] += 1
+    rest = effects - expected_at_usage(effects, usage)
+    assert rest[2, 5] > 0.9
+    assert rest[2, 5] == rest.max()
+    assert np.allclose(expected_at_usage(np.ones((1, 6)), np.ones((1, 6))), 1)
+    with pytest.raises(UserError, match="more components in a layer"):
+        expected_at_usage(effects[:, :4], usage[:, :4])

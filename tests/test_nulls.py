@@ -1,11 +1,12 @@
 """Matched nulls and thinned counts, against brute-force redraws and hand-worked cases."""
 
 import numpy as np
+import planted_counts
 import pytest
 from scipy.stats import betabinom
 
 from helpers.analysis import nulls
-from helpers.analysis.sets import nominal_size, top_sets
+from helpers.analysis.sets import consensus, nominal_size, pack, top_sets
 from helpers.analysis.similarity import gap, jaccard_matrix
 from helpers.record import NotTestable, UserError
 
@@ -169,3 +170,36 @@ def test_redrawn_routing_keeps_rates_lengths_and_k(rng):
 def test_bad_input_is_said_clearly(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_membership_of_the_null_is_that_of_brute_force_redraws(rng):
+    """Inclusion given: consensus sets of sets drawn from it, counted."""
+    inclusion, group = rng.random((30, 6)).astype(np.float32), np.repeat(np.arange(6), 20)
+    null, labels = nulls.Null(inclusion, group, np.zeros(6)), np.repeat([0, 1, 2], [8, 10, 12])
+    found = nulls.membership_test(np.ones((30, 120), bool), null, labels, 0.6, 500)
+    numbers, unique = np.zeros(4), np.zeros(3)
+    for _ in range(400):
+        member = consensus(rng.random((30, 120)) < inclusion[:, group], labels, 0.6)
+        numbers += np.bincount(member.sum(0), minlength=4) / 400
+        unique += (member & (member.sum(0) == 1)).sum(1) / 400
+    assert np.allclose(found["expected"], numbers[1:], atol=1.0)
+    assert np.allclose(found["unique"]["expected"], unique, atol=1.0)
+    assert found["observed"].tolist() == [0, 0, 120]
+    assert found["p"].tolist() == [1, 1, pytest.approx(1 / 501)]
+
+
+def test_membership_is_level_under_rates_and_finds_unique_components():
+    rng, p = np.random.default_rng(5), []
+    for seed in range(40):
+        world = planted_counts.counts(rng, planted_counts.even(3, 12, 1), 400, row=0.0)
+        sets, _ = top_sets(world.counts, 0.1)
+        null = nulls.rate_null(world.counts, world.tokens, nominal_size(400, 0.1))
+        found = nulls.membership_test(sets, null, world.labels, 0.5, 99, seed)
+        p.append([*found["p"], *found["unique"]["p"]])
+    assert np.mean(np.array(p) <= 0.05) <= 0.08
+    world = planted_counts.counts(rng, planted_counts.even(3, 12, 1), 400, serving=(6, 3.0))
+    sets, _ = top_sets(world.counts, 0.1)
+    null = nulls.rate_null(world.counts, world.tokens, nominal_size(400, 0.1))
+    unique = nulls.membership_test(pack(sets), null, world.labels, 0.5, 99)["unique"]
+    assert (unique["p"] <= 0.03).all()
+    assert (unique["observed"] >= unique["expected"] + 2).all()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from helpers.analysis.regression import excess, same
+from helpers.analysis.regression import excess, excess_of_wordings, same
+from helpers.analysis.similarity import wording_matrix
 from helpers.analysis.stats import length_strata, resample_weights
 from helpers.record import NotTestable
 
@@ -147,3 +148,54 @@ def test_a_constant_covariate_changes_nothing():
     plain = excess(similarity, labels, covariates, strata, 50)
     more = excess(similarity, labels, (*covariates, np.full(similarity.shape, 7.0)), strata, 50)
     assert np.allclose(plain, more, atol=1e-4)
+
+
+def worded(seed, effect=0.0):
+    """Four categories in ten wordings of one to six rows: the wording makes rows alike."""
+    rng = np.random.default_rng(seed)
+    clusters = np.repeat(np.arange(40), rng.integers(1, 7, 40))
+    labels = np.arange(40)[clusters] // 10
+    tokens = rng.poisson(18 + 3 * labels)
+    own = rng.normal(size=(40, 8))[clusters] + 0.3 * rng.normal(size=(len(labels), 8))
+    noise = rng.normal(0, 0.005, (len(labels),) * 2)
+    apart = np.abs(np.subtract.outer(tokens, tokens)).astype(float)
+    similarity = 0.3 + 0.02 * own @ own.T / 8 - 0.004 * apart + noise + noise.T
+    return similarity + effect * same(labels), labels, clusters, [apart]
+
+
+def test_wordings_are_the_units_of_the_regression():
+    similarity, labels, clusters, covariates = worded(0, 0.01)
+    found = excess_of_wordings(similarity, labels, clusters, covariates, resamples=40)
+    of = np.arange(40) // 10
+    means, apart = (wording_matrix(m, clusters) for m in (similarity, covariates[0]))
+    assert np.isclose(found.estimate, by_hand(means, of, [apart], np.ones(40)), atol=1e-5)
+    spoilt = np.where(clusters[:, None] == clusters, 9.0, similarity)  # never looked at
+    again = excess_of_wordings(spoilt, labels, clusters, covariates, resamples=40)
+    assert np.allclose(found, again, atol=1e-5)
+    both = excess_of_wordings(
+        np.stack([similarity, spoilt]), labels, clusters, covariates, None, 40
+    )
+    assert np.allclose(both.estimate, found.estimate, atol=1e-5)
+
+
+def test_wording_alone_leaves_nothing_where_rows_would_find_it():
+    p, inside, rows = [], [], []
+    for seed in range(160):
+        similarity, labels, clusters, covariates = worded(seed)
+        found = excess_of_wordings(similarity, labels, clusters, covariates, None, 99, seed)
+        p.append(found.p)
+        inside.append(found.low <= 0 <= found.high)
+        if seed < 8:
+            rows.append(excess(similarity, labels, covariates, None, 99, seed).p)
+    assert kstest(p, "uniform").pvalue > 0.01
+    assert np.mean(np.array(p) <= 0.05) <= 0.09
+    assert np.mean(inside) >= 0.93
+    assert np.mean(np.array(rows) <= 0.05) > 0.7
+    assert excess_of_wordings(*worded(0, 0.02), None, 99).p == 0.01
+
+
+def test_too_few_wordings_are_not_testable():
+    similarity, labels, clusters, covariates = worded(0)
+    few = np.flatnonzero(clusters % 10 < 4)
+    with pytest.raises(NotTestable, match="4 clusters"):
+        excess_of_wordings(similarity[np.ix_(few, few)], labels[few], clusters[few], resamples=9)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from helpers.analysis import sets as co
-from helpers.hexainst.schema import CATEGORIES
-from helpers.record import UserError
+from helpers.record import NotTestable, UserError
 
 
 @pytest.fixture
@@ -171,11 +170,16 @@ def test_membership_by_hand():
     assert co.membership(consensus).tolist() == [3, 1, 0, 2]
 
 
-def test_names_follow_the_fixed_order_of_categories():
-    labels = list(reversed(CATEGORIES))
-    assert co.codes(labels).tolist() == [5, 4, 3, 2, 1, 0]
-    assert (co.indicator(labels) == np.eye(6)[::-1]).all()
-    assert co.category_means(np.arange(6.0)[:, None], labels)[:, 0].tolist() == [5, 4, 3, 2, 1, 0]
+def test_names_are_coded_as_they_first_appear_or_as_a_list_says():
+    labels, order = ["SUM", "QA", "SUM", "CLS"], ["CLS", "QA", "SUM"]
+    assert co.codes(labels).tolist() == [0, 1, 0, 2]
+    assert co.codes(labels, order).tolist() == [2, 1, 2, 0]
+    assert co.codes([30, 10, 30], [10, 30]).tolist() == [1, 0, 1]
+    assert co.codes(np.array([2, 0, 1, 1], np.uint8)).tolist() == [2, 0, 1, 1]
+    assert co.codes([True, False]).tolist() == [0, 1]
+    assert co.codes([f"kind {n % 50}" for n in range(120)]).max() == 49
+    assert (co.indicator(labels) == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).all()
+    assert co.category_means(np.arange(4.0)[:, None], labels)[:, 0].tolist() == [1, 1, 3]
 
 
 def test_lape_by_hand_and_by_loop(rng):
@@ -217,6 +221,50 @@ def test_category_sets_are_equal_in_size_and_best(rng):
     assert abs(tied - 100).max() < 5 * 8.7
 
 
+def test_an_empty_category_is_not_testable():
+    for labels, names in (([0, 2], None), ([1, 2], None), (["a", "c"], ["a", "b", "c"]), ([], [])):
+        with pytest.raises(NotTestable, match="no instruction in category"):
+            co.codes(labels, names)
+
+
+@pytest.mark.parametrize("rule", ["quantile", "exact"])
+def test_top_k_by_sorting(rng, rule):
+    for values in (rng.integers(0, 6, (9, 4, 30)), rng.normal(size=(9, 4, 30)), np.zeros((2, 5))):
+        for k in (1, 4, values.shape[-1]):
+            got = co.top_k(values, k, rule, 3)
+            cut = np.sort(values, axis=-1)[..., -k, None]
+            if rule == "quantile":
+                assert (got == (values >= cut)).all()
+            else:
+                assert (got.sum(-1) == k).all()
+                assert (got >= (values > cut)).all()
+                assert (got <= (values >= cut)).all()
+                assert (got == co.top_k(values, k, rule, 3)).all()
+
+
+def test_top_k_and_top_sets_cut_alike(rng):
+    counts = rng.binomial(9, 0.4, (20, 300))
+    k = co.nominal_size(300, 0.1)
+    assert (co.top_k(counts, k, "quantile") == co.top_sets(counts, 0.1)[0]).all()
+
+
+def test_one_rule_for_sizes():
+    for width in (1, 7, 100, 2048, 16384):
+        for share in (0.005, 0.05, 0.07, 0.29, 1.0):
+            whole = round(share * 1000) * width // 1000  # in whole thousandths: no rounding error
+            assert co.set_size(width, share) == max(1, whole)
+    assert co.nominal_size(2048, 0.05) == co.set_size(2048, 0.05) + 1
+
+
+def test_recovery_by_hand():
+    found, planted = (
+        np.array([[1, 1, 0, 0], [0, 0, 0, 0]], bool),
+        np.array([[1, 0, 1, 1]] * 2, bool),
+    )
+    assert co.recovery(found, planted)["precision"].tolist() == [0.5, 0.0]
+    assert co.recovery(found, planted)["recall"].tolist() == [pytest.approx(1 / 3), 0.0]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -232,8 +280,14 @@ def test_category_sets_are_equal_in_size_and_best(rng):
         (lambda: co.share_experts(np.zeros((1, 1, 4))), "1 layers without tokens"),
         (lambda: co.consensus(np.ones((2, 3), bool), [0, 1], tau=0), "tau is 0"),
         (lambda: co.consensus(np.ones((2, 3), bool), [0, 2]), r"category \[1\]"),
-        (lambda: co.codes(["CLS", "POETRY"]), "POETRY"),
-        (lambda: co.codes(["CLS", "CODE"]), "QA"),
+        (lambda: co.codes(["CLS", "POETRY"], ["CLS", "QA"]), "POETRY"),
+        (lambda: co.codes(["CLS", None]), "1 missing"),
+        (lambda: co.codes([0.0, np.nan]), "1 missing"),
+        (lambda: co.set_size(10, 0), "share 0"),
+        (lambda: co.set_size(0, 0.5), "of 0"),
+        (lambda: co.top_k([[1, 2]], 3), "set size 3"),
+        (lambda: co.top_k([1, np.inf], 1), "1 scores not finite"),
+        (lambda: co.top_k([1, 2], 1, "first"), "tie rule 'first'"),
         (lambda: co.codes(np.array([], int)), "no instruction"),
         (lambda: co.codes([0, 1, -1]), r"\[-1\]"),
         (lambda: co.contrast(np.ones((3, 2)), [0, 0, 0]), "at least two"),

@@ -9,7 +9,7 @@ from scipy import stats as scipy_stats
 from helpers.analysis import stats
 from helpers.analysis.sets import top_sets
 from helpers.analysis.similarity import gap, jaccard_matrix
-from helpers.record import UserError
+from helpers.record import NotTestable, UserError
 
 WIDTH = 250
 BASE = np.random.default_rng(7).normal(-1, 1.5, WIDTH)
@@ -288,3 +288,101 @@ def test_shared_profile_finds_nothing_in_unrelated_profiles():
 def test_bad_input_is_said_clearly(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_whole_clusters_are_drawn_and_shuffled():
+    clusters = np.repeat(list("fabcdehgij"), [1, 2, 3, 4, 5, 1, 1, 2, 3, 7])
+    labels = np.repeat([0, 1], [15, 14])
+    weights = stats.resample_weights(labels, 500, clusters=clusters)
+    for name in set(clusters):
+        assert (np.ptp(weights[:, clusters == name], axis=1) == 0).all()
+    first = [np.flatnonzero(clusters == name)[0] for name in sorted(set(clusters))]
+    of = labels[first]
+    assert (weights[:, first][:, of == 0].sum(1) == 5).all()
+    seen = []
+    stats.permutation_test(
+        lambda y: seen.extend(y) or np.zeros(len(y)), labels, None, 200, clusters=clusters
+    )
+    seen = np.array(seen)
+    assert all((np.ptp(seen[:, clusters == name], axis=1) == 0).all() for name in set(clusters))
+    assert (seen[:, first].sum(1) == of.sum()).all()
+    assert len(np.unique(seen, axis=0)) > 50
+
+
+def test_clusters_of_one_row_change_nothing_but_the_width():
+    x, groups = np.random.default_rng(0).normal(size=40), np.repeat([0, 1], 20)
+    plain, alone = (
+        stats.bootstrap(lambda w: w @ x / w.sum(1), groups, 400, clusters=c)
+        for c in (None, np.arange(40))
+    )
+    assert (plain.replicates == alone.replicates).all()
+    assert alone.low < plain.low < plain.high < alone.high
+    one, other = (
+        stats.permutation_test(lambda y: y @ x, groups, None, 300, clusters=c)
+        for c in (None, np.arange(40))
+    )
+    assert one.p == other.p
+
+
+def test_an_interval_of_few_clusters_is_students():
+    """Of means of normal data: the t interval; and it covers with five clusters, where a
+    percentile interval does not.
+    """
+    rng, inside = np.random.default_rng(0), []
+    draws = rng.normal(3, np.sqrt(11 / 12), 400_000)
+    expected = 3 + scipy_stats.t.ppf([0.025, 0.975], 11)
+    assert np.allclose(stats.interval(draws, sizes=[12]), expected, atol=0.01)
+    assert stats.interval(draws[:, None] + [0, 1], sizes=[12, 12]).shape == (2, 2)
+    low, high = stats.interval(draws, sizes=[5, 40])  # as uncertain as its small group
+    assert (high - low) / 2 == pytest.approx(2.5657 * 1.107 * np.sqrt(11 / 12), rel=0.01)
+    assert np.allclose(stats.interval(draws), np.quantile(draws, [0.025, 0.975]))
+    clusters = np.repeat(np.arange(5), 4)
+    for seed in range(400):
+        x = rng.normal(size=5)[clusters] + rng.normal(0, 0.3, 20)
+        found = stats.bootstrap(
+            lambda w, x=x: w @ x / w.sum(1), np.zeros(20), 400, seed=seed, clusters=clusters
+        )
+        plain = stats.interval(found.replicates)
+        inside.append([plain[0] <= 0 <= plain[1], found.low <= 0 <= found.high])
+    plain, students = np.mean(inside, 0)
+    assert plain < 0.9
+    assert 0.93 <= students <= 0.97
+
+
+def test_paired_effects_of_clusters_are_level():
+    rng, p, clusters = np.random.default_rng(3), [], np.repeat(np.arange(20), 4)
+    for seed in range(200):
+        x = rng.normal(size=20)[clusters] + rng.normal(0, 0.3, 80)
+        found = (
+            stats.paired_effect(x, 0 * x, 199, seed=seed, clusters=c) for c in (None, clusters)
+        )
+        p.append([f.p for f in found])
+    rows, whole = np.mean(np.array(p) <= 0.05, 0)
+    assert whole <= 0.08
+    assert rows > 0.2
+
+
+def test_detectable_effects_are_found_four_times_in_five():
+    rng, found = np.random.default_rng(4), []
+    noise = rng.normal(size=(40, 300))
+    least = stats.paired_effect(noise, 0 * noise, 499).detectable.mean()
+    found = stats.paired_effect(noise + least, 0 * noise, 499).p <= 0.05
+    assert 0.72 <= found.mean() <= 0.88
+    labels = np.repeat([0, 1], 30)
+    p = []
+    for seed in range(100):
+        x = rng.normal(size=60)
+        test = stats.permutation_test(lambda y, x=x: (2 * y - 1) @ x / 30, labels, None, 199, seed)
+        x = x + test.detectable * labels
+        p.append(stats.permutation_test(lambda y, x=x: (2 * y - 1) @ x / 30, labels, None, 199).p)
+    assert 0.68 <= np.mean(np.array(p) <= 0.05) <= 0.92
+
+
+def test_the_headline_is_the_smallest_in_size():
+    found = stats.headline({"plain": 0.062, "alone": -0.041, "regressed": 0.047})
+    assert (found.name, found.value, found.agree) == ("alone", -0.041, False)
+    assert found.others == {"plain": 0.062, "regressed": 0.047}
+    assert stats.headline({"a": 0.1, "b": 0.1}) == ("a", 0.1, {"b": 0.1}, True)
+    for bad in ({}, {"a": np.nan}):
+        with pytest.raises(NotTestable, match="estimates is empty or holds NaN"):
+            stats.headline(bad)

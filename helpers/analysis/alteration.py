@@ -5,42 +5,24 @@ Arrays in, arrays out. I instructions, L layers, S checkpoints (the first is the
 """
 
 import numpy as np
-from scipy.stats import hypergeom, rankdata
+from scipy.stats import rankdata
 
 from ..record import UserError
+from .nulls import chance_jaccard
+from .similarity import jaccard
 from .stats import Interval, bootstrap, plus_one
 
 
 def changes(base, tuned) -> dict[str, np.ndarray]:
     """gained (tuned only), kept (both) and lost (base only) of two bool arrays of one shape.
 
-    >>> {k: v.astype(int) for k, v in changes(np.array([1, 1, 0], bool), np.array([0, 1, 1], bool)).items()}
-    {'gained': array([0, 0, 1]), 'kept': array([0, 1, 0]), 'lost': array([1, 0, 0])}
+    >>> found = changes(np.array([True, True, False]), np.array([False, True, True]))
+    >>> {k: v.astype(int).tolist() for k, v in found.items()}
+    {'gained': [0, 0, 1], 'kept': [0, 1, 0], 'lost': [1, 0, 0]}
     """
     if base.shape != tuned.shape:
         raise UserError(f"base sets {base.shape}, tuned sets {tuned.shape}; expected one shape.")
     return {"gained": tuned & ~base, "kept": base & tuned, "lost": base & ~tuned}
-
-
-def chance_jaccard(first, second, pool) -> float:
-    """Expected Jaccard of two random sets of `first` [L] and `second` [L] members per layer, each
-    drawn from the same `pool` [L] components of its layer: exact, by the distribution of their
-    common members (sum of hypergeometrics).
-
-    >>> round(chance_jaccard([1], [1], [4]), 3)
-    0.25
-    """
-    first, second, pool = (np.asarray(x, int) for x in (first, second, pool))
-    if (np.maximum(first, second) > pool).any() or not (first.sum() + second.sum()):
-        raise UserError(
-            f"sets of {first.tolist()} and {second.tolist()} from pools of {pool.tolist()}; expected sets "
-            "that fit into their pools, and one member at least."
-        )
-    common = np.ones(1)
-    for a, b, n in zip(first, second, pool, strict=True):
-        common = np.convolve(common, hypergeom.pmf(np.arange(min(a, b) + 1), n, a, b))
-    shared = np.arange(len(common))
-    return float((common * shared / (first.sum() + second.sum() - shared)).sum())
 
 
 def common_gain(base, one, two, layers: int) -> np.ndarray:
@@ -54,7 +36,8 @@ def common_gain(base, one, two, layers: int) -> np.ndarray:
     for old, a, b in zip(base, one & ~base, two & ~base, strict=True):
         if (a | b).any():
             sizes = [x.reshape(layers, -1).sum(1) for x in (a, b, ~old)]
-            found.append([(a & b).sum() / (a | b).sum(), chance_jaccard(*sizes)])
+            overlap = jaccard((a & b).sum(), a.sum(), b.sum())
+            found.append([overlap, chance_jaccard(*sizes)])
     return np.array(found).reshape(-1, 2)
 
 
@@ -70,14 +53,16 @@ def layer_rank_correlation(first, second) -> np.ndarray:
     """Spearman correlation with ranks taken within layers: first [L, M], second [..., L, M] ->
     [...].
 
-    >>> float(layer_rank_correlation(np.array([[1, 2, 3], [7, 8, 9]]), np.array([[4, 5, 6], [1, 2, 3]])))
+    >>> first, second = np.array([[1, 2, 3], [7, 8, 9]]), np.array([[4, 5, 6], [1, 2, 3]])
+    >>> float(layer_rank_correlation(first, second))
     1.0
     """
     a, b = _centred_ranks(np.asarray(first)), _centred_ranks(np.asarray(second))
     scale = np.sqrt((a**2).sum((-2, -1)) * (b**2).sum((-2, -1)))
     if not np.all(scale > 0):
         raise UserError(
-            "one of the two does not vary within any layer; expected values that differ. Not testable."
+            "one of the two does not vary within any layer; expected values that differ. Not "
+            "testable."
         )
     return (a * b).sum((-2, -1)) / scale
 
@@ -120,7 +105,8 @@ def shares(values, weights=None) -> np.ndarray:
     change = means - means[:, :1]
     if not change[:, -1].all():
         raise UserError(
-            "a curve ends where it began: the share of its final change is not defined. Not testable."
+            "a curve ends where it began: the share of its final change is not defined. Not "
+            "testable."
         )
     return change / change[:, -1:]
 
@@ -175,35 +161,36 @@ def crossings(steps, values, groups, resamples=2000, seed=0) -> Interval:
     return bootstrap(statistic, groups, resamples, seed=seed)
 
 
-def cross_correlation(
-    steps, components, ability, groups, grid=100, most=4, resamples=500, seed=0
-) -> Interval:
-    """Correlation of the two curves' rates of change at lags -most..most (x `grid` steps), with
-    CI: [2 most + 1].
+def cross_correlation(steps, components, ability, groups, lags=(100, 4), resamples=500, seed=0):
+    """Correlation of the two curves' rates of change, an Interval over [2 most + 1] lags; lags =
+    (grid, most): -most..most times `grid` steps.
 
     Curves are read off at equal steps (linear in between) and differenced. At a positive lag,
     components are compared with the ability that much *later*: a peak there says that components
     move first.
     """
+    grid, most = lags
     at = np.arange(steps[0], steps[-1] + 1, grid)
     if len(at) < 2 * most + 4:
         raise UserError(
-            f"{len(at)} grid points for lags up to {most}; expected {2 * most + 4}. Use a finer grid."
+            f"{len(at)} grid points for lags up to {most}; expected {2 * most + 4}. Use a finer "
+            "grid."
         )
 
     def rates(values, weights):
-        return np.diff(
-            [np.interp(at, steps, row) for row in shares(values, weights)], axis=-1
-        )  # [R, G]
+        curves = [np.interp(at, steps, row) for row in shares(values, weights)]
+        return np.diff(curves, axis=-1)  # [R, G]
 
     def statistic(weights):
         x, y = rates(components, weights), rates(ability, weights)
-        found = []
-        for lag in range(-most, most + 1):
-            a, b = (x[:, : x.shape[1] - lag], y[:, lag:]) if lag >= 0 else (x[:, -lag:], y[:, :lag])
-            a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
-            norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-            found.append(np.where(norm > 0, (a * b).sum(1) / np.where(norm > 0, norm, 1), 0.0))
-        return np.stack(found, -1)
+        return np.stack([_lagged(x, y, lag) for lag in range(-most, most + 1)], -1)
 
     return bootstrap(statistic, groups, resamples, seed=seed)
+
+
+def _lagged(x, y, lag):
+    """Correlation [R] of x [R, G] with y that many grid points later; 0 where one does not move."""
+    a, b = (x[:, : x.shape[1] - lag], y[:, lag:]) if lag >= 0 else (x[:, -lag:], y[:, :lag])
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    norm = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    return np.where(norm > 0, (a * b).sum(1) / np.where(norm > 0, norm, 1), 0.0)

@@ -1,7 +1,7 @@
 """Random sets to hold an ablated set against: as many components in the same layers, at will with
 matched rates.
 
-Masks as in ablation.py: {family: bool [L, ...]}, layers first; what follows the layer (neurons,
+Masks: {family: bool [L, ...]}, layers first; what follows the layer (neurons,
 experts, or neurons of experts) is one pool. A seeded numpy Generator makes every draw repeatable.
 """
 
@@ -41,7 +41,8 @@ def rate_matched(mask, rate, rng, exclude=None, nearest: int = 10) -> dict[str, 
 
     >>> rate = {"dense": np.array([[0.9, 0.1, 0.85, 0.2, 0.15, 0.88]])}
     >>> mask = {"dense": np.array([[True, False, False, False, False, False]])}
-    >>> np.flatnonzero(rate_matched(mask, rate, np.random.default_rng(0), nearest=2)["dense"]).tolist()[0] in (2, 5)
+    >>> drawn = rate_matched(mask, rate, np.random.default_rng(0), nearest=2)["dense"]
+    >>> np.flatnonzero(drawn).tolist()[0] in (2, 5)
     True
     """
 
@@ -76,11 +77,71 @@ def rate_matched(mask, rate, rng, exclude=None, nearest: int = 10) -> dict[str, 
     return _per_layer(mask, exclude or {}, rate, draw)
 
 
+def usage_matched(mask, usage, rng, exclude=None) -> dict[str, np.ndarray]:
+    """rate_matched for few and large components, above all experts: against the most used third of
+    them, a random third proves nothing.
+
+    mask, usage: {family: [L, E]}, usage = routing frequency f. A layer's experts are few, so a
+    member's control is one of its two nearest free ones, not of ten. The most used experts have no
+    equal: say `rate_gap` beside the result, and hold single experts against `expected_at_usage`.
+
+    >>> usage = {"experts": np.array([[0.9, 0.8, 0.7, 0.1]])}
+    >>> mask = {"experts": np.array([[False, True, False, False]])}
+    >>> usage_matched(mask, usage, np.random.default_rng(0))["experts"][0, [1, 3]].tolist()
+    [False, False]
+    """
+    return rate_matched(mask, usage, rng, exclude, nearest=2)
+
+
+def singles(shape, family: str = "experts"):
+    """Yield (index, mask) for each single component of a family of the shape [L, ...]: the sets of
+    an ablation of one expert at a time.
+
+    >>> [index for index, _ in singles((1, 2))]
+    [(0, 0), (0, 1)]
+    """
+    for index in np.ndindex(*shape):
+        mask = np.zeros(shape, bool)
+        mask[index] = True
+        yield index, {family: mask}
+
+
+def expected_at_usage(effects, usage, neighbours: int = 4) -> np.ndarray:
+    """What an ablation of each component costs others of like usage: [L, E], from the effects and
+    usage [L, E] of single ablations. The component's effect minus this is what it does beyond
+    being used.
+
+    Within a layer, the mean over the `neighbours` others of nearest usage, moved to the
+    component's own usage along their least-squares line (so the most used ones are not held
+    against less used ones alone).
+
+    >>> expected_at_usage([[1.0, 2.0, 3.0, 9.0]], [[0.1, 0.2, 0.3, 0.4]], 3)[0, 3].round(6)
+    np.float64(4.0)
+    """
+    effects, usage = np.asarray(effects, float), np.asarray(usage, float)
+    if effects.shape != usage.shape or effects.ndim != 2 or effects.shape[1] <= neighbours:
+        raise UserError(
+            f"effects {effects.shape}, usage {usage.shape}, {neighbours} neighbours; expected two "
+            "arrays [L, E] with more components in a layer than neighbours."
+        )
+    found = np.empty(effects.shape)
+    for layer, own in np.ndindex(*effects.shape):
+        apart = np.abs(usage[layer] - usage[layer, own])
+        apart[own] = np.inf
+        near = np.argsort(apart, kind="stable")[:neighbours]
+        x, y = usage[layer, near] - usage[layer, near].mean(), effects[layer, near]
+        spread = (x**2).sum()
+        slope = x @ y / spread if spread > 0 else 0.0
+        found[layer, own] = y.mean() + slope * (usage[layer, own] - usage[layer, near].mean())
+    return found
+
+
 def rate_gap(mask, control, rate) -> float:
     """Mean rate of a control minus that of the set, over all families: 0 = matched, < 0 = the
     control is less active.
 
-    >>> rate_gap({"dense": np.array([[True, False]])}, {"dense": np.array([[False, True]])}, {"dense": [[0.5, 0.25]]})
+    >>> mask = {"dense": np.array([[True, False]])}
+    >>> rate_gap(mask, {"dense": ~mask["dense"]}, {"dense": [[0.5, 0.25]]})
     -0.25
     """
     of = [
@@ -112,7 +173,8 @@ def _per_layer(mask, exclude, rate, draw) -> dict[str, np.ndarray]:
         ):
             raise UserError(
                 f"random control, family {family!r}: mask {values.dtype} {values.shape}, beside it "
-                f"{[e.shape for e in extra]}. Expected bool, and `exclude` and `rate` of the same shape."
+                f"{[e.shape for e in extra]}. Expected bool, and `exclude` and `rate` of the same "
+                "shape."
             )
         flat = values.reshape(len(values), -1)  # [L, M]
         barred = np.asarray(exclude.get(family, np.zeros_like(values)), bool).reshape(flat.shape)

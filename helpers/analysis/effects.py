@@ -4,16 +4,24 @@ noises, and tests.
 n rows (instructions), C categories, D control draws, R resamples. A value is an increase of loss,
 nats per token. A row has draws of its own category's set; `groups` [n] says which rows share a set
 (category, within the half measured on). An interval draws rows within groups with replacement and,
-independently, the group's control draws. (All ours.)
+independently, the group's control draws. Rows that share a wording are not independent: with
+`clusters` [n], wordings are drawn, and their signs flipped, as wholes. (All ours.)
 """
 
 import numpy as np
 
-from ..record import UserError
+from ..record import NotTestable, UserError
 from .similarity import within_between
-from .stats import paired_effect, permutation_test, plus_one, resample_weights
-
-POWER = 2.8  # a true effect of 2.8 standard errors is found (two-sided 5 %) in 4 of 5 repetitions
+from .stats import (
+    SEEN_TWO_SIDED,
+    adjust,
+    cluster_sizes,
+    interval,
+    paired_effect,
+    permutation_test,
+    plus_one,
+    resample_weights,
+)
 
 
 def drawn_means(values, groups, weights, rng) -> np.ndarray:
@@ -36,14 +44,16 @@ def group_mean(values, groups) -> float:
     return float(np.mean([np.mean(values[groups == group]) for group in np.unique(groups)]))
 
 
-def critical(own, controls, groups, resamples=2000, seed=0) -> dict:
-    """Own effect [n] minus the largest of the controls' means; controls: {kind: [n, D]}.
+def critical(own, controls, groups, resamples=2000, seed=0, clusters=None) -> dict:
+    """Own effect [n] minus the largest of the controls' means; controls: {kind: [n, D]}; clusters
+    [n], within groups.
 
     Returns own, own_ci, each kind's mean, `hardest` (the kind with the largest), critical,
     critical_ci (the largest is chosen anew in each resample), p_critical (signs of own minus mean
     of the hardest control flipped over rows, two-sided: are these rows hurt more?), p_sets (own
     set and the hardest control's draws exchanged within groups, one-sided: is this set worse than
-    such draws are?) and critical_sees, the smallest effect found with power 0.8.
+    such draws are? these rows being given, clusters do not matter) and critical_sees, the smallest
+    effect found with power 0.8.
 
     >>> noise = np.random.default_rng(0).normal(0, 0.1, (40, 21))
     >>> found = critical(noise[:, 0] + 1, {"random": noise[:, 1:]}, np.repeat([0, 1], 20))
@@ -53,26 +63,80 @@ def critical(own, controls, groups, resamples=2000, seed=0) -> dict:
     own, groups = np.asarray(own, float), np.asarray(groups)
     if not controls or any(values.shape[0] != len(own) for values in controls.values()):
         raise UserError(
-            f"critical: controls { {k: v.shape for k, v in controls.items()} } beside {len(own)} rows. "
+            f"critical: controls { {k: v.shape for k, v in controls.items()} } beside {len(own)} "
+            "rows. "
             "Give one control at least, with the rows of the own effect."
         )
-    rng, weights = np.random.default_rng([seed, 7]), resample_weights(groups, resamples, seed)
+    rng = np.random.default_rng([seed, 7])
+    weights = resample_weights(groups, resamples, seed, clusters)
+    sizes = cluster_sizes(clusters, groups)
     means = {kind: group_mean(values, groups) for kind, values in controls.items()}
     hardest = max(means, key=means.get)
     mine = drawn_means(own[:, None], groups, weights, rng)
     worst = np.max([drawn_means(values, groups, weights, rng) for values in controls.values()], 0)
     estimate = group_mean(own, groups)
-    flips = paired_effect(own, controls[hardest].mean(1), resamples, seed=seed)
+    flips = paired_effect(own, controls[hardest].mean(1), resamples, seed=seed, clusters=clusters)
     return {
         "own": estimate,
-        "own_ci": interval(mine),
+        "own_ci": interval(mine, sizes=sizes).tolist(),
         **means,
         "hardest": hardest,
         "critical": estimate - means[hardest],
-        "critical_ci": interval(mine - worst),
+        "critical_ci": interval(mine - worst, sizes=sizes).tolist(),
         "p_critical": float(flips.p),
         "p_sets": exchange(own, controls[hardest], groups, resamples, seed),
-        "critical_sees": POWER * float(np.std(mine - worst)),
+        "critical_sees": SEEN_TWO_SIDED * float(np.std(mine - worst)),
+    }
+
+
+def critical_by_category(
+    own, controls, labels, halves=None, resamples=2000, seed=0, clusters=None
+) -> dict:
+    """`critical` for each category alone: is *its* set critical? A mean would hide a sign.
+
+    labels [n]: each row's category; halves [n]: rows of one category and half share a set.
+    Returns `categories`, a list of rows {category, own, hardest, control, effect, low, high, p
+    (rows), holm (over categories), p_sets, sees}, or {category, note} where one is not testable;
+    `supported`, in how many the interval lies above 0 and holm is below .05; `testable`; `verdict`,
+    in words.
+    """
+    own, labels = np.asarray(own, float), np.asarray(labels)
+    halves = np.zeros(len(labels), int) if halves is None else np.asarray(halves)
+    rows = []
+    for category in dict.fromkeys(labels.tolist()):
+        at = labels == category
+        part = {kind: np.asarray(values)[at] for kind, values in controls.items()}
+        inside = None if clusters is None else np.asarray(clusters)[at]
+        try:
+            found = critical(own[at], part, halves[at], resamples, seed, inside)
+        except NotTestable as reason:
+            rows.append({"category": category, "note": f"not testable: {reason}"})
+            continue
+        rows.append(
+            {
+                "category": category,
+                "own": found["own"],
+                "hardest": found["hardest"],
+                "control": found[found["hardest"]],
+                "effect": found["critical"],
+                "low": found["critical_ci"][0],
+                "high": found["critical_ci"][1],
+                "p": found["p_critical"],
+                "p_sets": found["p_sets"],
+                "sees": found["critical_sees"],
+            }
+        )
+    tested = [row for row in rows if "p" in row]
+    if not tested:
+        raise NotTestable(f"no category has rows enough: {rows[0]['note'] if rows else 'no rows'}.")
+    for row, holm in zip(tested, adjust([row["p"] for row in tested], "holm"), strict=True):
+        row["holm"] = float(holm)
+    supported = sum(row["low"] > 0 and row["holm"] < 0.05 for row in tested)
+    return {
+        "categories": rows,
+        "supported": supported,
+        "testable": len(tested),
+        "verdict": f"in {supported} of {len(rows)} categories",
     }
 
 
@@ -89,7 +153,7 @@ def exchange(own, control, groups, resamples=2000, seed=0) -> float:
     )  # values [G, D + 1]
 
 
-def slope_of(parts, groups, coefficients, resamples=2000, seed=0) -> dict:
+def slope_of(parts, groups, coefficients, resamples=2000, seed=0, clusters=None) -> dict:
     """Sum over parts (own, control) of coefficient x (own - mean control), per row, then the mean
     over groups.
 
@@ -97,7 +161,7 @@ def slope_of(parts, groups, coefficients, resamples=2000, seed=0) -> dict:
     (signs flipped over rows, two-sided), sees.
     """
     groups, rng = np.asarray(groups), np.random.default_rng([seed, 7])
-    weights = resample_weights(groups, resamples, seed)
+    weights = resample_weights(groups, resamples, seed, clusters)
     rows = sum(
         a * (own - control.mean(1)) for a, (own, control) in zip(coefficients, parts, strict=True)
     )
@@ -109,12 +173,12 @@ def slope_of(parts, groups, coefficients, resamples=2000, seed=0) -> dict:
         )
         for a, (own, control) in zip(coefficients, parts, strict=True)
     )
-    flips = paired_effect(rows, np.zeros(len(rows)), resamples, seed=seed)
+    flips = paired_effect(rows, np.zeros(len(rows)), resamples, seed=seed, clusters=clusters)
     return {
         "estimate": group_mean(rows, groups),
-        "ci": interval(drawn),
+        "ci": interval(drawn, sizes=cluster_sizes(clusters, groups)).tolist(),
         "p": float(flips.p),
-        "sees": POWER * float(np.std(drawn)),
+        "sees": SEEN_TWO_SIDED * float(np.std(drawn)),
     }
 
 
@@ -128,43 +192,55 @@ def slopes(x) -> np.ndarray:
     return centred / (centred**2).sum()
 
 
-def specificity(own, everywhere, labels, halves, resamples=2000, seed=0) -> dict:
+def specificity(own, everywhere, labels, halves, resamples=2000, seed=0, clusters=None) -> dict:
     """Diagonal minus off-diagonal mean of (effect - control): own [n, C] of all sets, everywhere
     [n, e, C] of e draws.
 
     labels, halves [n]: codes of the category and of the half measured on, whose sets and draws are
-    its own. Returns specificity, specificity_ci (rows and draws resampled), p (labels of the rows
-    permuted: are these rows told apart?), p_sets_specificity (the sets permuted over the
-    categories, half by half: is it these sets?), specificity_sees.
+    its own; clusters [n], within categories. Returns specificity, specificity_ci (rows, or
+    clusters, and draws resampled), p (labels of the rows, or clusters, permuted: are these rows
+    told apart?), p_sets_specificity (the sets permuted over the categories, half by half: is it
+    these sets?), specificity_sees.
     """
     labels, halves = np.asarray(labels), np.asarray(halves)
-    size, draws = own.shape[1], everywhere.shape[1]
+    groups = labels + own.shape[1] * halves if clusters is None else labels
+    weights = resample_weights(groups, resamples, seed, clusters)
     difference = own - everywhere.mean(1)
-    weights, rng = (
-        resample_weights(labels + size * halves, resamples, seed),
-        np.random.default_rng([seed, 7]),
+    replicates = within_between(_drawn_matrices(own, everywhere, labels, halves, weights, seed))
+    test = permutation_test(
+        lambda shuffled: label_statistic(difference, shuffled),
+        labels,
+        None,
+        resamples,
+        seed,
+        clusters,
     )
+    sizes = cluster_sizes(clusters, labels)
+    return {
+        "specificity": float(label_statistic(difference, labels[None])[0]),
+        "specificity_ci": interval(replicates["gap"], sizes=sizes).tolist(),
+        "p": float(test.p),
+        "p_sets_specificity": swapped(difference, labels, halves, resamples, seed),
+        "specificity_sees": SEEN_TWO_SIDED * float(np.std(replicates["gap"])),
+    }
+
+
+def _drawn_matrices(own, everywhere, labels, halves, weights, seed) -> np.ndarray:
+    """Matrices of (effect - control), rows as in `weights` [R, n], draws resampled apart for each
+    half and set: [R, C ablated, C measured].
+    """
+    size, draws, rng = own.shape[1], everywhere.shape[1], np.random.default_rng([seed, 7])
     member = (labels == np.arange(size)[:, None]).astype(float)  # [C, n]
     total = weights @ member.T  # [R, C measured]
     means = np.stack([weights * row @ own for row in member], 1)  # [R, C, C ablated]
     for half in np.unique(halves):
         picked = (
-            rng.multinomial(draws, np.full(draws, 1 / draws), (resamples, size)) / draws
+            rng.multinomial(draws, np.full(draws, 1 / draws), (len(weights), size)) / draws
         )  # [R, C ablated, e]
         for c, row in enumerate(member * (halves == half)):
             x = np.einsum("rn,nes->rse", weights * row, everywhere, optimize=True)
             means[:, c] -= (x * picked).sum(-1)
-    replicates = within_between(means / total[..., None])["gap"]
-    test = permutation_test(
-        lambda shuffled: label_statistic(difference, shuffled), labels, None, resamples, seed
-    )
-    return {
-        "specificity": float(label_statistic(difference, labels[None])[0]),
-        "specificity_ci": interval(replicates),
-        "p": float(test.p),
-        "p_sets_specificity": swapped(difference, labels, halves, resamples, seed),
-        "specificity_sees": POWER * float(np.std(replicates)),
-    }
+    return means / total[..., None]
 
 
 def swapped(difference, labels, halves, resamples=2000, seed=0) -> float:
@@ -184,11 +260,7 @@ def swapped(difference, labels, halves, resamples=2000, seed=0) -> float:
 
 
 def label_statistic(difference, labels) -> np.ndarray:
-    """Diagonal minus off-diagonal mean under labels [R, n] of the rows of difference [n, C]: [R]."""
+    """Diagonal minus off-diagonal mean under labels [R, n] of the rows of difference [n, C]: "
+    "[R]."""
     member = (np.asarray(labels)[:, None] == np.arange(difference.shape[1])[:, None]).astype(float)
     return within_between(member @ difference / member.sum(-1, keepdims=True))["gap"]
-
-
-def interval(replicates) -> list[float]:
-    """The 95 % percentile interval."""
-    return [float(q) for q in np.quantile(replicates, [0.025, 0.975])]

@@ -14,7 +14,7 @@ from .stats import Permutation, permutation_test, plus_one
 
 def own_gaps(matrices) -> np.ndarray:
     """Each category's mean similarity within itself minus that with the others, [..., C] of
-    matrices [..., C, C].
+    matrices [..., C, C]; their mean is `gap`.
     """
     matrices = np.asarray(matrices, float)
     inside, others = np.diagonal(matrices, axis1=-2, axis2=-1), matrices.shape[-1] - 1
@@ -58,14 +58,15 @@ def share_test(
 
 
 def nearest_profile(routing, labels, folds) -> dict:
-    """overlap.nearest_consensus for uncut routing [I, L, E]: each instruction is given the
+    """similarity.nearest_consensus for uncut routing [I, L, E]: each instruction is given the
     category whose mean profile, over the other folds' instructions, is nearest (Jensen-Shannon,
     mean over layers). `correct` [I], `accuracy`.
     """
     labels, folds, routing = codes(labels), np.asarray(folds), np.asarray(routing)
     if len(np.unique(folds)) < 2:
         raise NotTestable(
-            "one fold only; expected two: no instruction may be judged by a profile it helped to make."
+            "one fold only; expected two: no instruction may be judged by a profile it helped to "
+            "make."
         )
     f, correct = routing / routing.sum(-1, keepdims=True), np.zeros(len(labels))
     for fold in np.unique(folds):
@@ -124,14 +125,9 @@ def stability(
             for v, y in parts
         ]
 
-    def similarity(pair):
-        J = jaccard_matrix(*pair)
-        inside = np.eye(len(J), dtype=bool)
-        return J[inside].mean(), J[~inside].mean()
-
     chosen = sets_of(False)
-    within, between = similarity(chosen)
-    null = np.array([np.subtract(*similarity(sets_of(True))) for _ in range(resamples)])
+    within, between = _same_other(*chosen)
+    null = np.array([np.subtract(*_same_other(*sets_of(True))) for _ in range(resamples)])
     return {
         "within": within,
         "between": between,
@@ -142,9 +138,16 @@ def stability(
     }
 
 
+def _same_other(first, second):
+    """Mean Jaccard of sets of the same category, and of different ones, [C, M] each; float32."""
+    J = jaccard_matrix(first, second)
+    inside = np.eye(len(J), dtype=bool)
+    return J[inside].mean(), J[~inside].mean()
+
+
 def overlap_of(first, second=None) -> float:
     """Mean Jaccard of sets [C, M] of different categories; with `second`, of the same category in
     both.
     """
-    J = jaccard_matrix(first, second)
-    return float(J[np.eye(len(J), dtype=bool) == (second is not None)].mean())
+    same, other = _same_other(first, second)
+    return float(other if second is None else same)

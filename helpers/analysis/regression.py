@@ -1,8 +1,8 @@
 """Regression on pairs of instructions: what still goes with one category once other causes are out.
 
 Pairs of I instructions stand in symmetric matrices [I, I], self-pairs left out. Intervals resample
-instructions, never pairs; p-values shuffle labels. General-purpose, ours; least squares as in MRQAP
-(Krackhardt 1988; Dekker 2007).
+instructions (or wordings), never pairs; p-values shuffle labels. General-purpose, ours; least
+squares as in MRQAP (Krackhardt 1988; Dekker 2007).
 """
 
 from typing import NamedTuple
@@ -10,18 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from ..record import NotTestable
-from .stats import bootstrap, permutation_test
-
-POWER = (
-    1.645 + 0.842
-)  # standard errors at which a one-sided 5 % test finds an effect in 80 % of experiments
+from .similarity import wording_matrix
+from .stats import SEEN_ONE_SIDED, bootstrap, cluster_codes, permutation_test
 
 
 class Excess(NamedTuple):
     """Per similarity: the coefficient of `same category`, percentile interval, one-sided p;
     `null`, its mean over shuffles; d = estimate / SD over pairs of what the covariates leave;
-    `detectable`, the smallest coefficient that the test would find: POWER SDs of the shuffled
-    ones, above their mean or above 0.
+    `detectable`, the smallest coefficient that the test would find: SEEN_ONE_SIDED SDs of the
+    shuffled ones, above their mean or above 0.
     """
 
     estimate: np.ndarray
@@ -53,17 +50,74 @@ def excess(
     than real ones (double semi-partialing); compared in standard errors. About 3 ms per shuffle at
     I = 1,000. Raises NotTestable if nothing varies or the covariates explain it wholly.
     """
-    values, labels = np.asarray(similarity, float), np.unique(labels, return_inverse=True)[1]
-    stack, size = values.reshape(-1, *values.shape[-2:]), len(labels)
-    counted = ~np.eye(size, dtype=bool)
-    strata = np.zeros(size, int) if strata is None else strata
+    labels = np.unique(labels, return_inverse=True)[1]
+    counted = ~np.eye(len(labels), dtype=bool)
+    strata = np.zeros(len(labels), int) if strata is None else strata
     if across is not None:
         halves = np.unique(across, return_inverse=True)[1]
         counted &= halves[:, None] != halves
         strata = strata * (halves.max() + 1) + halves
+    how = {"resamples": resamples, "seed": seed}
+    return _excess(similarity, labels, covariates, (counted, strata), how)
+
+
+def excess_of_wordings(
+    similarity, labels, clusters, covariates=(), strata=None, resamples=2000, seed=0
+) -> Excess:
+    """`excess` where instructions share wordings, clusters [I]: a wording is the unit, so rows of
+    one wording never count as two, and only pairs of two different wordings are compared.
+
+    Similarities and covariates are averaged over the pairs of each two wordings; wordings are
+    drawn, and change their category, as wholes. strata [I]: one for a whole wording. (Ours.)
+    """
+    labels = np.unique(labels, return_inverse=True)[1]
+    strata = np.zeros(len(labels), int) if strata is None else strata
+    _, labels, strata = cluster_codes(clusters, labels, strata)
+    values = np.asarray(similarity, float)
+    means = [wording_matrix(s, clusters) for s in values.reshape(-1, *values.shape[-2:])]
+    covariates = [wording_matrix(c, clusters) for c in covariates]
+    how = {"resamples": resamples, "seed": seed, "clusters": np.arange(len(labels))}
+    units = (~np.eye(len(labels), dtype=bool), strata)
+    means = np.reshape(means, (*values.shape[:-2], len(labels), len(labels)))
+    return _excess(means, labels, covariates, units, how)
+
+
+def _excess(similarity, labels, covariates, units, how) -> Excess:
+    """The test itself; units: (pairs that count [I, I], strata [I]); how: what bootstrap and
+    permutation_test take.
+    """
+    values, (counted, strata) = np.asarray(similarity, float), units
+    stack = values.reshape(-1, *values.shape[-2:])
+    left, right, basis = _left_over(stack, labels, covariates, counted)
+    spread = np.sqrt((left**2).sum((1, 2)))
+    correlations = _correlations(left, right, basis)
+    test = permutation_test(
+        correlations, np.arange(len(labels)), strata, how["resamples"], how["seed"]
+    )
+    fit = _weighted(stack, same(labels), covariates, counted)
+    found = bootstrap(fit, labels, **how)
+    scale = spread / np.sqrt((right.astype(float) ** 2).sum())
+    expected = test.null.mean(0) * scale  # scale: from correlation to coefficient
+    parts = (
+        test.estimate * scale,
+        found.low,
+        found.high,
+        test.p,
+        expected,
+        test.estimate * scale / (spread / np.sqrt(counted.sum())),
+        np.maximum(expected, 0) + SEEN_ONE_SIDED * test.null.std(0) * scale,
+    )
+    return Excess(*(np.reshape(part, values.shape[:-2])[()] for part in parts))
+
+
+def _left_over(stack, labels, covariates, counted):
+    """What the covariates leave of each similarity [U, I, I] and of `same category` [I, I], and an
+    orthonormal basis of the covariates. Raises NotTestable where nothing is left.
+    """
     if counted.sum() < 2 * (3 + len(covariates)) or labels.max() < 1:
         raise NotTestable(
-            f"{counted.sum() // 2} pairs of instructions, {labels.max() + 1} categories; expected two "
+            f"{counted.sum() // 2} pairs of instructions, {labels.max() + 1} categories; expected "
+            "two "
             "categories (and two halves, if across), with more pairs than covariates."
         )
     basis = _orthonormal(counted, covariates)
@@ -78,37 +132,28 @@ def excess(
         raise NotTestable(
             "`same category` follows from the covariates; expected categories not told by them."
         )
-    fixed = (
-        np.concatenate([left, basis]).reshape(len(left) + len(basis), -1).astype(np.float32).T
-    )  # [I * I, U + K]
+    return left, right, basis
 
-    def correlations(orders):  # [R, I] -> [R, U]
+
+def _correlations(left, right, basis):
+    """orders [R, I] -> partial correlations [R, U] of `left` with `right`, its rows and columns
+    reordered.
+    """
+    kinds, spread = len(left), np.sqrt((left**2).sum((1, 2)))
+    fixed = np.concatenate([left, basis]).reshape(kinds + len(basis), -1).astype(np.float32).T
+
+    def correlations(orders):
         found = []
-        for start in range(0, len(orders), 16):  # read `fixed` once for many
+        for start in range(0, len(orders), 16):  # read `fixed` [I * I, U + K] once for many
             shuffled = np.stack(
                 [right.take(o, 0).take(o, 1).ravel() for o in orders[start : start + 16]]
             )
             products, squares = shuffled @ fixed, np.einsum("ri,ri->r", shuffled, shuffled)
-            varies = squares - (products[:, len(stack) :] ** 2).sum(1)
-            found.append(products[:, : len(stack)] / np.sqrt(varies)[:, None] / spread)
+            varies = squares - (products[:, kinds:] ** 2).sum(1)
+            found.append(products[:, :kinds] / np.sqrt(varies)[:, None] / spread)
         return np.concatenate(found)
 
-    test = permutation_test(correlations, np.arange(size), strata, resamples, seed)
-    interval = bootstrap(
-        _weighted(stack, same(labels), covariates, counted), labels, resamples, seed=seed
-    )
-    scale = spread / np.sqrt((right.astype(float) ** 2).sum())  # from correlation to coefficient
-    expected = test.null.mean(0) * scale
-    found = (
-        test.estimate * scale,
-        interval.low,
-        interval.high,
-        test.p,
-        expected,
-        test.estimate * scale / (spread / np.sqrt(counted.sum())),
-        np.maximum(expected, 0) + POWER * test.null.std(0) * scale,
-    )
-    return Excess(*(np.reshape(part, values.shape[:-2])[()] for part in found))
+    return correlations
 
 
 def _orthonormal(counted, covariates):

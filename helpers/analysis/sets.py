@@ -3,7 +3,7 @@ in, arrays out.
 
 I instructions, L layers, N neurons of a layer, E experts, C categories, M components (what is
 compared, flattened). `sets` are a bool array [I, M] or its bit-packed twin `PackedSets`, wherever
-they are asked for.
+they are asked for. `labels` are names of any kind, or codes 0..C-1; see `codes`.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import entr
 
-from ..hexainst.schema import CATEGORIES
 from ..record import NotTestable, UserError
 
 BLOCK = 16_384  # columns unpacked at a time: 79 MB of float32 at 1,200 instructions
@@ -52,28 +51,40 @@ def column_blocks(sets, columns=BLOCK):
         yield part, block.astype(np.float32)
 
 
-def codes(labels) -> np.ndarray:
-    """Codes 0..C-1 [I] from names (in the order of CATEGORIES) or codes; an empty category is an
-    error.
+def codes(labels, names=None) -> np.ndarray:
+    """Category codes 0..C-1, int [I].
+
+    labels: [I]. Whole numbers are codes already; anything else is a name, coded in order of first
+    appearance, or by its place in `names` where these are given (whole numbers, too). What has a
+    place for each category takes the codes of one call: those of a part of the rows may differ.
+    Raises UserError for missing or unknown names, NotTestable if a category has no instruction.
+
+    >>> codes(["b", "a", "b"]), codes(["b", "a", "b"], names=["a", "b"])
+    (array([0, 1, 0]), array([1, 0, 1]))
     """
     labels = np.asarray(labels)
-    if not np.issubdtype(labels.dtype, np.integer):
-        unknown = sorted(set(labels.tolist()) - set(CATEGORIES))
-        if unknown:
-            raise UserError(
-                f"labels hold {unknown}; expected {CATEGORIES}. Correct the category column."
-            )
-        labels = np.array([CATEGORIES.index(name) for name in labels.tolist()], dtype=int)
-        empty = [name for code, name in enumerate(CATEGORIES) if code not in labels]
+    if names is None and np.issubdtype(labels.dtype, np.integer):
+        found, expected = labels.astype(int), range(max(labels, default=0) + 1)
+        empty = sorted(set(expected) ^ set(labels.tolist()))  # negative codes, too
     else:
-        empty = sorted(
-            set(range(max(labels, default=0) + 1)) ^ set(labels.tolist())
-        )  # negative codes, too
-    if empty:
+        listed = labels.tolist()
+        missing = sum(name is None or name != name for name in listed)
+        expected = list(dict.fromkeys(listed) if names is None else names)
+        unknown = sorted(map(str, set(listed) - set(expected)))
+        if missing or unknown:
+            raise UserError(
+                f"labels hold {unknown} and {missing} missing values; expected names of "
+                f"{expected[:10]} only. Correct the category column."
+            )
+        places = {name: code for code, name in enumerate(expected)}
+        found = np.array([places[name] for name in listed], dtype=int)
+        empty = [name for name in expected if places[name] not in found]
+    if len(empty) or not len(found):
         raise NotTestable(
-            f"no instruction in category {empty}; expected at least one. Add rows, or pass codes 0, 1"
+            f"no instruction in category {empty[:10]}; expected at least one in each. Add rows; "
+            "whole numbers must be codes 0, 1, .. without a gap (others: hand over their names)."
         )
-    return labels
+    return found
 
 
 def indicator(labels) -> np.ndarray:
@@ -98,12 +109,14 @@ def frequency(counts, tokens) -> np.ndarray:
     whole = tokens.reshape(-1, *[1] * (counts.ndim - 1))
     if len(counts) != len(tokens) or (tokens < 1).any():
         raise UserError(
-            f"{len(counts)} rows, {len(tokens)} token numbers, {(tokens < 1).sum()} below 1; expected one "
+            f"{len(counts)} rows, {len(tokens)} token numbers, {(tokens < 1).sum()} below 1; "
+            "expected one "
             "positive number per row. Drop instructions without a counted token."
         )
     if (counts > whole).any():
         raise UserError(
-            "some counts exceed their tokens; expected counts <= tokens. Take both from the same capture."
+            "some counts exceed their tokens; expected counts <= tokens. Take both from the same "
+            "capture."
         )
     return np.divide(counts, whole, dtype=np.float32)
 
@@ -118,20 +131,60 @@ def conditional_frequency(counts, routed) -> np.ndarray:
     counts, routed = np.asarray(counts), np.asarray(routed)[..., None]
     if (counts > routed).any():
         raise UserError(
-            "a neuron fires more often than its expert is chosen; expected p <= f. Take one capture."
+            "a neuron fires more often than its expert is chosen; expected p <= f. Take one "
+            "capture."
         )
     return np.divide(counts, np.maximum(routed, 1), dtype=np.float32)
 
 
+def set_size(width: int, share: float) -> int:
+    """How many of `width` components are a share of them: rounded down, at least 1. The one rule
+    for sizes that are chosen freely (scores, ablation); `nominal_size` is what a quantile keeps.
+
+    >>> set_size(2048, 0.05), set_size(100, 0.29), set_size(8, 0.05)
+    (102, 29, 1)
+    """
+    if not 0 < share <= 1 or width < 1:
+        raise UserError(f"share {share} of {width}; expected 0 < share <= 1 of one or more.")
+    return max(1, int(width * share + 1e-9))
+
+
 def nominal_size(width: int, epsilon: float) -> int:
     """k: how many of `width` untied values are >= their (1 - epsilon) quantile, floor(1 + (M - 1)
-    epsilon).
+    epsilon): `set_size`, or one more.
     """
     if not 0 < epsilon < 1:
         raise UserError(
             f"epsilon is {epsilon}; expected a share strictly between 0 and 1, e.g. 0.05."
         )
     return int(1 + (width - 1) * epsilon + 1e-9)
+
+
+def _known_rule(rule):
+    if rule not in ("quantile", "exact"):
+        raise UserError(f"tie rule {rule!r}; expected 'quantile' or 'exact'.")
+
+
+def top_k(values, k: int, rule: str = "exact", seed=0) -> np.ndarray:
+    """The k largest along the last axis, bool of the values' shape: numbers of any kind, finite.
+
+    rule: `exact` draws among those tied at the cut (seeded; by index, early ones would win),
+    `quantile` keeps them all.
+
+    >>> top_k([3, 1, 3, 0], 1, "quantile").astype(int), top_k([3, 1, 3, 0], 1).sum()
+    (array([1, 0, 1, 0]), np.int64(1))
+    """
+    values = np.asarray(values)
+    _known_rule(rule)
+    width = values.shape[-1] if values.ndim else 0
+    if not 0 < k <= width or not np.isfinite(values).all():
+        raise UserError(
+            f"set size {k} of {width}, {(~np.isfinite(values)).sum()} scores not finite; "
+            "expected 1 <= size <= components and finite scores."
+        )
+    if rule == "quantile":
+        return values >= np.partition(values, -k, axis=-1)[..., -k, None]
+    return _ranks(values, seed) < k
 
 
 def top_sets(counts, epsilon, rule="quantile", seed=0, packed=False):
@@ -150,8 +203,7 @@ def top_sets(counts, epsilon, rule="quantile", seed=0, packed=False):
     >>> sets.astype(int), report["size"], report["tied"]
     (array([[1, 0, 1, 1, 0]]), array([3]), array([2]))
     """
-    if rule not in ("quantile", "exact"):
-        raise UserError(f"tie rule {rule!r}; expected 'quantile' or 'exact'.")
+    _known_rule(rule)
     parts = counts if isinstance(counts, (list, tuple)) else [counts]
     rows, width = parts[0].shape[0], sum(int(np.prod(part.shape[1:])) for part in parts)
     k = nominal_size(width, epsilon)
@@ -196,7 +248,7 @@ def top_experts(routing, k, seed=0) -> np.ndarray:
     """
     if not 0 < k <= routing.shape[-1]:
         raise UserError(f"k is {k} with {routing.shape[-1]} experts; expected 1 <= k <= experts.")
-    return _ranks(routing, seed) < k
+    return top_k(routing, k, seed=seed)
 
 
 def share_experts(routing, share=0.5, seed=0) -> np.ndarray:
@@ -206,7 +258,8 @@ def share_experts(routing, share=0.5, seed=0) -> np.ndarray:
     total = routing.sum(-1, keepdims=True)
     if not 0 < share <= 1 or (total <= 0).any():
         raise UserError(
-            f"share {share}, {(total <= 0).sum()} layers without tokens; expected 0 < share <= 1 and none."
+            f"share {share}, {(total <= 0).sum()} layers without tokens; expected 0 < share <= 1 "
+            "and none."
         )
     ranks, ordered = _ranks(routing, seed), np.empty(routing.shape)
     np.put_along_axis(ordered, ranks, routing / total, axis=-1)
@@ -296,10 +349,16 @@ def category_sets(scores, size, seed=0) -> np.ndarray:
     """Sets of equal size: the `size` best components of each category by a score [C, M], ties
     drawn. bool.
     """
-    scores = np.asarray(scores, float)
-    if not 0 < size <= scores.shape[1] or not np.isfinite(scores).all():
-        raise UserError(
-            f"set size {size} of {scores.shape[1]}, {(~np.isfinite(scores)).sum()} scores not finite; "
-            "expected 1 <= size <= components and finite scores."
-        )
-    return _ranks(scores, seed) < size
+    return top_k(np.asarray(scores, float), size, seed=seed)
+
+
+def recovery(found, planted) -> dict:
+    """How well sets found [.., M] recover those planted [.., M]: precision (share of the found
+    that were planted) and recall (of the planted that were found), arrays [..]; 0 where none are.
+    """
+    found, planted = np.asarray(found, bool), np.asarray(planted, bool)
+    hits = (found & planted).sum(-1)
+    return {
+        "precision": hits / np.maximum(found.sum(-1), 1),
+        "recall": hits / np.maximum(planted.sum(-1), 1),
+    }

@@ -2,7 +2,7 @@
 and tuned.
 
 I instructions, L layers, E experts, C categories, M components. `sets`: bool [I, M] or
-components.PackedSets. Pairs are never a component's or an instruction's with itself. No overlap is
+sets.PackedSets. Pairs are never a component's or an instruction's with itself. No overlap is
 ever NaN: empty sets are an error.
 """
 
@@ -11,15 +11,28 @@ from scipy.special import entr
 
 from ..record import NotTestable, UserError
 from .sets import codes, column_blocks, consensus, membership, top_sets
+from .stats import cluster_codes
 
 
 def _no_empty(sizes, what):
     empty = np.flatnonzero(np.asarray(sizes) == 0)
     if len(empty):
         raise NotTestable(
-            f"{len(empty)} empty {what}, first at row {empty[0]}; expected at least one component in "
+            f"{len(empty)} empty {what}, first at row {empty[0]}; expected at least one component "
+            "in "
             "each. Their overlap is not testable: drop these rows (see top_sets' report)."
         )
+
+
+def jaccard(shared, first, second) -> np.ndarray:
+    """Jaccard similarity |A & B| / |A | B| from |A & B|, |A| and |B|, arrays of any shapes that
+    broadcast; 0 where both are empty. The one place where it is divided out.
+
+    >>> float(jaccard(1, 2, 2))
+    0.3333333333333333
+    """
+    union = np.asarray(first + second - shared)
+    return shared / np.where(union > 0, union, 1)
 
 
 def jaccard_matrix(sets, others=None) -> np.ndarray:
@@ -49,7 +62,7 @@ def jaccard_matrix(sets, others=None) -> np.ndarray:
         second += against.sum(1)
     _no_empty(first, "sets")
     _no_empty(second, "sets")
-    return (shared / (first[:, None] + second - shared)).astype(np.float32)
+    return jaccard(shared, first[:, None], second).astype(np.float32)
 
 
 def category_matrix(similarity, labels, weights=None) -> np.ndarray:
@@ -76,27 +89,29 @@ def category_matrix(similarity, labels, weights=None) -> np.ndarray:
     for start in range(0, len(matrices), 64):  # bounds the memory
         chunk = weights[start : start + 64] if len(weights) > 1 else weights
         rows = labels[start : start + 64] if len(labels) > 1 else labels
-        groups = ((rows[:, None] == np.arange(count)[:, None]) * chunk[:, None]).astype(
-            np.float32
-        )  # [r, C, I]
-        if len(labels) > 1:
-            sums = (groups.reshape(-1, groups.shape[2]) @ similarity).reshape(groups.shape)
-        else:  # a group's rows are the same in all versions: only these are multiplied
-            sums = np.stack(
-                [chunk[:, labels[0] == c] @ similarity[labels[0] == c] for c in range(count)],
-                axis=1,
-            )
-        sums = sums @ groups.transpose(0, 2, 1)
-        sizes = groups.sum(2, dtype=float)
-        pairs = sizes[:, :, None] * sizes[:, None]
-        pairs -= (groups.astype(float) ** 2).sum(2)[:, :, None] * np.eye(count)
-        if (pairs <= 0).any():
-            raise NotTestable(
-                "a category has no pair of different instructions; expected at least 2 (better 10) in "
-                "each. Add rows: within-category overlap is not testable here."
-            )
-        matrices[start : start + 64] = sums / pairs
+        matrices[start : start + 64] = _mean_pairs(similarity, rows, chunk, count)
     return matrices[0] if single else matrices
+
+
+def _mean_pairs(similarity, labels, weights, count) -> np.ndarray:
+    """category_matrix of a few versions: labels and weights [r, I], or [1, I] for all alike."""
+    groups = (labels[:, None] == np.arange(count)[:, None]) * weights[:, None]
+    groups = groups.astype(np.float32)  # [r, C, I]
+    if len(labels) > 1:
+        sums = (groups.reshape(-1, groups.shape[2]) @ similarity).reshape(groups.shape)
+    else:  # a group's rows are the same in all versions: only these are multiplied
+        chosen = [labels[0] == c for c in range(count)]
+        sums = np.stack([weights[:, rows] @ similarity[rows] for rows in chosen], axis=1)
+    sums = sums @ groups.transpose(0, 2, 1)
+    sizes = groups.sum(2, dtype=float)
+    pairs = sizes[:, :, None] * sizes[:, None]
+    pairs -= (groups.astype(float) ** 2).sum(2)[:, :, None] * np.eye(count)
+    if (pairs <= 0).any():
+        raise NotTestable(
+            "a category has no pair of different instructions; expected at least 2 (better 10) in "
+            "each. Add rows: within-category overlap is not testable here."
+        )
+    return sums / pairs
 
 
 def within_between(matrices) -> dict:
@@ -119,6 +134,28 @@ def gap(similarity, labels, weights=None) -> np.ndarray:
     stats.permutation_test.
     """
     return within_between(category_matrix(similarity, labels, weights))["gap"]
+
+
+def wording_matrix(similarity, clusters) -> np.ndarray:
+    """Mean similarity over the pairs of each two clusters (wordings), float [K, K], in the order
+    of stats.cluster_codes; on the diagonal over pairs of two rows of one, 0 where it has one row.
+
+    >>> wording_matrix([[1, 0.5, 0.2], [0.5, 1, 0.4], [0.2, 0.4, 1]], ["a", "a", "b"]).round(3)
+    array([[0.5, 0.3],
+           [0.3, 0. ]])
+    """
+    similarity, code = np.array(similarity, float), cluster_codes(clusters)[0]
+    if similarity.shape != (len(code), len(code)) or not np.isfinite(similarity).all():
+        raise UserError(
+            f"similarity {similarity.shape} beside {len(code)} clusters, or not finite; expected "
+            "one "
+            "row and column an instruction."
+        )
+    np.fill_diagonal(similarity, 0)
+    member = (code == np.arange(code.max() + 1)[:, None]).astype(float)  # [K, I]
+    size = member.sum(1)
+    pairs = np.outer(size, size) - np.diag(size)
+    return member @ similarity @ member.T / np.maximum(pairs, 1)
 
 
 def gap_across(similarity, labels, halves, weights=None) -> np.ndarray:
@@ -144,7 +181,8 @@ def gap_across(similarity, labels, halves, weights=None) -> np.ndarray:
     )
     if (alike <= 0).any() or (pairs <= alike).any():
         raise NotTestable(
-            "no pair of one category, or of two, stands across the halves; expected both. Not testable."
+            "no pair of one category, or of two, stands across the halves; expected both. Not "
+            "testable."
         )
     return own / alike - (everyone - own) / (pairs - alike)
 
@@ -155,7 +193,8 @@ def _profiles(routing) -> np.ndarray:
     total = routing.sum(-1, keepdims=True)
     if (total <= 0).any():
         raise NotTestable(
-            f"{(total <= 0).sum()} routing profiles are empty; expected routed tokens in every layer. "
+            f"{(total <= 0).sum()} routing profiles are empty; expected routed tokens in every "
+            "layer. "
             "Drop instructions without a counted token."
         )
     return routing / total
@@ -209,7 +248,8 @@ def nearest_consensus(sets, labels, folds, tau=0.5) -> dict:
     labels, folds = codes(labels), np.asarray(folds)
     if len(np.unique(folds)) < 2:
         raise NotTestable(
-            "one fold only; expected at least two (e.g. both halves), so that no instruction is judged "
+            "one fold only; expected at least two (e.g. both halves), so that no instruction is "
+            "judged "
             "by a set it helped to define. One half is missing?"
         )
     correct, guess = np.zeros(len(labels)), np.full(len(labels), -1)
@@ -222,7 +262,8 @@ def nearest_consensus(sets, labels, folds, tau=0.5) -> dict:
         centres = consensus(_rows(sets, ~held), labels[~held], tau)  # [C, M]
         if not centres.any():
             raise NotTestable(
-                f"all consensus sets are empty at tau {tau}; expected one component at least. Lower tau."
+                f"all consensus sets are empty at tau {tau}; expected one component at least. "
+                "Lower tau."
             )
         shared, sizes = 0, 0
         for part, block in column_blocks(_rows(sets, held)):
@@ -230,7 +271,7 @@ def nearest_consensus(sets, labels, folds, tau=0.5) -> dict:
                 shared + block @ centres[:, part].T.astype(np.float32),
                 sizes + block.sum(1),
             )
-        overlap = shared / np.maximum(sizes[:, None] + centres.sum(1) - shared, 1)  # [held, C]
+        overlap = jaccard(shared, sizes[:, None], centres.sum(1))  # [held, C]
         best = overlap >= overlap.max(1, keepdims=True)
         correct[held] = best[np.arange(held.sum()), labels[held]] / best.sum(1)
         guess[held] = np.where(best.sum(1) == 1, best.argmax(1), -1)
@@ -264,9 +305,9 @@ def churn(base, tuned, layers=1) -> dict:
         old, new = base[i].reshape(layers, -1), tuned[i].reshape(layers, -1)
         for name, members in (("kept", old & new), ("gained", new & ~old), ("lost", old & ~new)):
             result[name][i] = np.count_nonzero(members, axis=1)
-    union = sum(result.values()).sum(1)
-    _no_empty(union, "unions of a base and a tuned set")
-    return result | {"jaccard": result["kept"].sum(1) / union}
+    kept, gained, lost = (result[name].sum(1) for name in ("kept", "gained", "lost"))
+    _no_empty(kept + gained + lost, "unions of a base and a tuned set")
+    return result | {"jaccard": jaccard(kept, kept + lost, kept + gained)}
 
 
 def noise_floor(base_halves, tuned_halves, epsilon, layers=1, rule="quantile", seed=0) -> dict:
@@ -299,7 +340,8 @@ def agreement(base, tuned) -> np.ndarray:
     size = base.sum(-1)
     if (size != tuned.sum(-1)).any() or (size == 0).any():
         raise UserError(
-            "expert sets of base and tuned differ in size or are empty; expected K experts in each. "
+            "expert sets of base and tuned differ in size or are empty; expected K experts in "
+            "each. "
             "Use top_experts with the same k for both."
         )
     return (base & tuned).sum(-1) / size

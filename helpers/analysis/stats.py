@@ -2,20 +2,26 @@
 what a neuron is.
 
 A `statistic` is a function of resampling weights [R, I] (bootstrap) or of shuffled labels [R, I]
-(permutation) that returns one value, or one array, per resample: [R, ...]. Results are never NaN:
-what cannot be tested is an error. All intervals are percentile intervals; all p-values count the
-observed arrangement itself, (1 + hits) / (1 + R).
+(permutation) that returns one value, or one array, per resample: [R, ...]. `clusters` [I] says
+which instructions are not independent of one another (those of one wording): whole clusters are
+drawn, or change their label; each has one label. Results are never NaN: what cannot be tested is
+an error. Intervals are percentile intervals, and Student's where clusters, which are few, are
+drawn; all p-values count the observed arrangement itself, (1 + hits) / (1 + R).
 """
 
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t
 from statsmodels.stats.multitest import multipletests
 
 from ..record import NotTestable, UserError
 
 BLOCK = 256  # resamples worked on at a time
-SMALLEST = 5  # instructions of a group that a bootstrap may rest on
+SMALLEST = 5  # instructions (or clusters) of a group that a bootstrap may rest on
+# How many standard errors an effect must have for a 5 % test to find it in 4 of 5 experiments:
+SEEN_ONE_SIDED = 1.645 + 0.842
+SEEN_TWO_SIDED = 2.8
 
 
 class Interval(NamedTuple):
@@ -25,6 +31,11 @@ class Interval(NamedTuple):
     low: np.ndarray
     high: np.ndarray
     replicates: np.ndarray
+
+    @property
+    def detectable(self):
+        """The smallest true value that a two-sided 5 % test would tell from 0, with power 0.8."""
+        return SEEN_TWO_SIDED * self.replicates.std(0)
 
 
 class Permutation(NamedTuple):
@@ -36,10 +47,15 @@ class Permutation(NamedTuple):
     p: np.ndarray
     null: np.ndarray
 
+    @property
+    def detectable(self):
+        """The smallest statistic that this one-sided 5 % test would find, with power 0.8."""
+        return self.null.mean(0) + SEEN_ONE_SIDED * self.null.std(0)
+
 
 class Effect(NamedTuple):
-    """A mean difference with percentile interval, standardised effect `d` (0 where nothing varies)
-    and p.
+    """A mean difference with percentile interval, standardised effect `d` (0 where nothing varies),
+    p, and `detectable`: the smallest difference that would be found, with power 0.8.
     """
 
     difference: np.ndarray
@@ -47,6 +63,33 @@ class Effect(NamedTuple):
     high: np.ndarray
     d: np.ndarray
     p: np.ndarray
+    detectable: np.ndarray
+
+
+class Headline(NamedTuple):
+    """The estimate to quote: its name and value; `others` {name: value} stand beside it; `agree`
+    says whether all have one sign.
+    """
+
+    name: str
+    value: float
+    others: dict
+    agree: bool
+
+
+def headline(estimates) -> Headline:
+    """Of several estimates {name: number} of one quantity, the smallest in size (the first, if
+    two are equal).
+
+    >>> headline({"plain": 0.062, "alone": 0.041, "regressed": 0.047}).name
+    'alone'
+    """
+    values = {name: float(value) for name, value in estimates.items()}
+    _finite(estimates=list(values.values()))
+    name = min(values, key=lambda n: abs(values[n]))
+    signs = {np.sign(value) for value in values.values()}
+    others = {n: value for n, value in values.items() if n != name}
+    return Headline(name, values[name], others, len(signs) == 1)
 
 
 def _finite(**arrays):
@@ -67,33 +110,70 @@ def attempt(compute) -> dict:
         return {"note": f"not testable: {reason}"}
 
 
-def resample_weights(groups, resamples, seed=0) -> np.ndarray:
+def cluster_codes(clusters, *values) -> tuple:
+    """Codes of the clusters, int [I], and, of values [I] that are the same throughout a cluster
+    (its label, its stratum), one array [K] each. Raises UserError where they are not.
+    """
+    _, first, code = np.unique(clusters, return_index=True, return_inverse=True)
+    for given in map(np.asarray, values):
+        if len(given) != len(code):
+            raise UserError(f"{len(code)} clusters beside {len(given)} rows; expected one a row.")
+        differs = given[first][code] != given
+        if differs.any():
+            row = np.flatnonzero(differs)[0]
+            raise UserError(
+                f"cluster {np.asarray(clusters)[row]} holds both {given[first][code][row]} and "
+                f"{given[row]}; expected one label, group and stratum for a whole cluster."
+            )
+    return code, *(np.asarray(given)[first] for given in values)
+
+
+def resample_weights(groups, resamples, seed=0, clusters=None) -> np.ndarray:
     """How often each instruction is drawn in each bootstrap resample, group sizes kept: float32
-    [R, I].
+    [R, I]. With clusters, how often its cluster is: their number is kept in each group.
 
     A resample of a group that is one instruction throughout (1 in 625 at 5) has no pair in it and
     is drawn again.
     """
     groups, rng = np.asarray(groups), np.random.default_rng(seed)
+    code, what = slice(None), "instructions"
+    if clusters is not None:
+        (code, groups), what = cluster_codes(clusters, groups), "clusters"
     weights = np.empty((resamples, len(groups)), np.float32)
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
         size = len(members)
         if size < SMALLEST:
             raise NotTestable(
-                f"group {group} has {size} instructions; expected at least {SMALLEST} (better 20) for an "
+                f"group {group} has {size} {what}; expected at least {SMALLEST} (better 20) for an "
                 "interval. Not testable: add rows."
             )
         drawn = rng.multinomial(size, np.full(size, 1 / size), resamples)
         while (single := drawn.max(1) == size).any():
             drawn[single] = rng.multinomial(size, np.full(size, 1 / size), single.sum())
         weights[:, members] = drawn
-    return weights
+    return weights[:, code]
 
 
-def bootstrap(statistic, groups, resamples=2000, level=0.95, seed=0) -> Interval:
+def interval(replicates, tails=(0.025, 0.975), sizes=None) -> np.ndarray:
+    """Interval [2, ...] from bootstrap replicates [R, ...]: percentiles.
+
+    sizes [G]: how many clusters each group had. Percentiles of few units are too narrow; then it
+    is Student's t interval about the replicates' mean, with their SD as standard error, both
+    corrected for so few (degrees of freedom by Welch and Satterthwaite, groups weighing the same).
+    """
+    if sizes is None:
+        return np.quantile(replicates, tails, axis=0)
+    sizes = np.asarray(sizes, float)
+    part = 1 / sizes  # a group's share of the variance, up to a factor
+    freedom = part.sum() ** 2 / (part**2 / (sizes - 1)).sum()
+    error = np.std(replicates, 0) * np.sqrt((part * sizes / (sizes - 1)).sum() / part.sum())
+    return np.mean(replicates, 0) + np.multiply.outer(t.ppf(tails, freedom), error)
+
+
+def bootstrap(statistic, groups, resamples=2000, level=0.95, seed=0, clusters=None) -> Interval:
     """Percentile interval of statistic(weights), instructions (never pairs) drawn with replacement
-    within groups.
+    within groups; with clusters, whole clusters, and Student's interval (see `interval`).
 
     groups: [I], e.g. the categories; all the same for one sample. The same seed draws the same
     resamples, so differences of two statistics stay paired.
@@ -102,7 +182,7 @@ def bootstrap(statistic, groups, resamples=2000, level=0.95, seed=0) -> Interval
     >>> bootstrap(lambda w: w @ x / w.sum(1), np.zeros(10)).estimate
     np.float64(4.5)
     """
-    weights = resample_weights(groups, resamples, seed)
+    weights = resample_weights(groups, resamples, seed, clusters)
     estimate = np.asarray(statistic(np.ones((1, weights.shape[1]), np.float32)))[0]
     replicates = np.concatenate(
         [
@@ -111,48 +191,69 @@ def bootstrap(statistic, groups, resamples=2000, level=0.95, seed=0) -> Interval
         ]
     )
     _finite(replicates=replicates)
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = interval(
+        replicates, [(1 - level) / 2, (1 + level) / 2], cluster_sizes(clusters, groups)
+    )
     return Interval(estimate, low, high, replicates)
 
 
-def length_strata(tokens, count=5) -> np.ndarray:
+def cluster_sizes(clusters, groups):
+    """How many clusters each group has, int [G]; None without clusters."""
+    if clusters is None:
+        return None
+    return np.unique(cluster_codes(clusters, groups)[1], return_counts=True)[1]
+
+
+def length_strata(tokens, count=5, clusters=None) -> np.ndarray:
     """Stratum of each instruction by its tokens, int [I]: `count` quantile bins; equal lengths
-    stay together.
+    stay together. With clusters, by the mean length of its cluster, which stays in one stratum.
     """
     tokens = np.asarray(tokens)
     _finite(tokens=tokens)
+    if clusters is not None:
+        code = cluster_codes(clusters, np.zeros(len(tokens)))[0]
+        means = np.bincount(code, tokens) / np.bincount(code)
+        return length_strata(means, count)[code]
     return np.searchsorted(
         np.unique(np.quantile(tokens, np.arange(1, count) / count)), tokens, side="left"
     )
 
 
-def permutation_test(statistic, labels, strata=None, resamples=2000, seed=0) -> Permutation:
+def permutation_test(
+    statistic, labels, strata=None, resamples=2000, seed=0, clusters=None
+) -> Permutation:
     """One-sided p that statistic(labels) is this large when labels are shuffled over instructions,
-    within strata.
+    within strata; with clusters, when they are shuffled over whole clusters.
 
     statistic: labels [R, I] -> [R, ...]. strata: int [I], e.g. length_strata; where no stratum
     holds two labels there is nothing to shuffle, an error. Strata control length only down to
-    their width.
+    their width. What is the same in a cluster (its wording) makes rows alike without any label:
+    shuffled row by row, that alone would be found. Where categories differ in the size of their
+    clusters, hand over a studentised statistic, or use wordings.wording_overlap.
     """
     labels = np.asarray(labels)
     strata = (
         np.zeros(len(labels), int) if strata is None else np.unique(strata, return_inverse=True)[1]
     )
-    if all(len(np.unique(labels[strata == s])) < 2 for s in range(strata.max() + 1)):
+    code, units = slice(None), labels
+    if clusters is not None:
+        code, units, strata = cluster_codes(clusters, labels, strata)
+    if all(len(np.unique(units[strata == s])) < 2 for s in range(strata.max() + 1)):
         raise NotTestable(
-            "no stratum holds two different labels; expected labels that can be shuffled. Not testable: "
+            "no stratum holds two different labels; expected labels that can be shuffled. Not "
+            "testable: "
             "use fewer strata, or add rows."
         )
     observed = np.asarray(statistic(labels[None]))[0]
     rng, places = np.random.default_rng(seed), np.argsort(strata, kind="stable")
     null = []
     for start in range(0, resamples, BLOCK):
-        noise = rng.random((min(BLOCK, resamples - start), len(labels)))
+        noise = rng.random((min(BLOCK, resamples - start), len(units)))
         shuffled = np.empty(noise.shape, labels.dtype)
-        shuffled[:, places] = labels[
+        shuffled[:, places] = units[
             np.argsort(strata + noise, axis=1)
         ]  # both sides in order of strata
-        null.append(np.asarray(statistic(shuffled)))
+        null.append(np.asarray(statistic(shuffled[:, code])))
     null = np.concatenate(null)
     _finite(null=null, observed=observed)
     return Permutation(observed, plus_one(observed, null), null)
@@ -174,28 +275,34 @@ def adjust(p, method) -> np.ndarray:
     _finite(p=p)
     if method not in names or np.min(p) < 0 or np.max(p) > 1:
         raise UserError(
-            f"method {method!r}, p from {np.min(p)} to {np.max(p)}; expected 'holm' or 'bh', 0 <= p <= 1."
+            f"method {method!r}, p from {np.min(p)} to {np.max(p)}; expected 'holm' or 'bh', 0 <= "
+            "p <= 1."
         )
     return multipletests(np.ravel(p), method=names[method])[1].reshape(np.shape(p))
 
 
-def paired_effect(first, second, resamples=2000, level=0.95, seed=0) -> Effect:
+def paired_effect(first, second, resamples=2000, level=0.95, seed=0, clusters=None) -> Effect:
     """Mean of first - second over rows [n, ...], bootstrap interval, d = mean / SD, two-sided
-    sign-flip p. Vectorised over trailing axes, e.g. layers; all R x trailing values stand in
-    memory.
+    sign-flip p (signs of whole clusters, where given). Vectorised over trailing axes, e.g. layers;
+    all R x trailing values stand in memory.
     """
     difference = np.asarray(first, float) - np.asarray(second, float)
     _finite(difference=difference)
     n = len(difference)
-    interval = bootstrap(
-        lambda w: np.tensordot(w, difference, 1) / n, np.zeros(n), resamples, level, seed
-    )
-    signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], (resamples, n))
+
+    def mean(w):
+        return np.tensordot(w, difference, 1) / w.sum(1).reshape(-1, *[1] * (difference.ndim - 1))
+
+    found = bootstrap(mean, np.zeros(n), resamples, level, seed, clusters)
+    code = slice(None) if clusters is None else cluster_codes(clusters)[0]
+    units = n if clusters is None else code.max() + 1
+    signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], (resamples, units))[:, code]
     null = np.abs(np.tensordot(signs, difference, 1)) / n
     return Effect(
-        *interval[:3],
-        _standardised(interval.estimate, difference.var(0, ddof=1)),
-        plus_one(np.abs(interval.estimate), null),
+        *found[:3],
+        _standardised(found.estimate, difference.var(0, ddof=1)),
+        plus_one(np.abs(found.estimate), null),
+        found.detectable,
     )
 
 
@@ -235,7 +342,8 @@ def partial_mantel(first, second, *controls, resamples=999, seed=0) -> Permutati
     scale = [np.std(np.asarray(m, float)[off]) * np.sqrt(off.sum()) for m in (first, second)]
     if min(norms[0] - 1e-6 * scale[0], norms[1] - 1e-6 * scale[1]) <= 0:
         raise NotTestable(
-            "a matrix does not vary, or the controls explain it wholly; expected pairs that differ. "
+            "a matrix does not vary, or the controls explain it wholly; expected pairs that "
+            "differ. "
             "Not testable."
         )
     left, right = (left / norms[0]).astype(np.float32), (right / norms[1]).astype(np.float32)
@@ -272,13 +380,11 @@ def shared_profile(values, groups, resamples=2000, seed=0) -> dict:
         drawn = weights[:, None] * member
         return drawn @ values / drawn.sum(-1, keepdims=True)  # [R, C, L]
 
-    interval = bootstrap(
-        lambda weights: stability(profiles_of(weights)), groups, resamples, seed=seed
-    )
+    found = bootstrap(lambda weights: stability(profiles_of(weights)), groups, resamples, seed=seed)
     profiles = np.repeat(profiles_of(np.ones((1, len(values)))), resamples, axis=0)
     null = stability(np.random.default_rng(seed).permuted(profiles, axis=-1))
     return {
-        "stability": interval.estimate,
-        "stability_ci": [interval.low, interval.high],
-        "p": plus_one(interval.estimate, null),
+        "stability": found.estimate,
+        "stability_ci": [found.low, found.high],
+        "p": plus_one(found.estimate, null),
     }
