@@ -117,8 +117,14 @@ def run_trajectory(options) -> int:
 
 def run_human(options) -> int:
     """Fetch the human half's sources and build data/hexainst/human.jsonl."""
-    path = human.build(local=options.local, run_code=options.run_code)
-    print(f"{short(path)}: {len(path.read_text('utf-8').splitlines())} rows, sha256 {sha256(path)}")
+    path, counts, notes = human.build(
+        local=options.local, run_code=options.run_code, record=options.record
+    )
+    for name, count in counts.items():
+        print(f"{name}: {count['taken']} of {count['offered']} rows")
+    print(*notes, sep="\n")
+    rows = len(path.read_text("utf-8").splitlines())
+    print(f"{short(path)}: {rows} rows, sha256 {sha256(path)}")
     return 0
 
 
@@ -199,6 +205,11 @@ def command_line() -> argparse.ArgumentParser:
         "--run-code",
         action="store_true",
         help="execute the CODE references in the sandbox as a check",
+    )
+    option(
+        "--record",
+        action="store_true",
+        help="for maintainers: write the committed list of chosen rows and their counts anew",
     )
     option = command("validate", run_validate)
     option("file")

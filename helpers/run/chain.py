@@ -18,6 +18,7 @@ from nbval.plugin import coalesce_streams
 from traitlets.config import Config
 
 from ..config import Profile, load_profile
+from ..hexainst import human
 from ..paths import DATA, NOTEBOOKS, ROOT, figures_dir, results_dir, short
 from ..record import UserError, read_json, write_json
 from .report import claims_table, cost, fill, review_table
@@ -157,7 +158,7 @@ def refresh(paths: list[Path], together=()) -> None:
         for block, source in (("claims", "paper"), ("claims-ours", "ours"))
     }
     readme.write_text(fill(readme, {"cost": cost(summary)} | tables))
-    sheet.write_text(fill(sheet, {"review": review_table()}))
+    sheet.write_text(fill(sheet, {"review": review_table(), "human": human.table()}))
 
 
 def notebooks(paths) -> list[Path]:
