@@ -86,8 +86,8 @@ bench-analysis: $(READY) ## analysis at the paper's scale: 1,200 instructions, u
 plan: $(READY) ## what PROFILE will cost: neurons, passes, disk
 	$(PY) -m helpers.run plan --profile $(PROFILE)
 
-hexainst-human: $(READY) ## fetch the human half's sources and build data/hexainst/human.jsonl
-	$(PY) -m helpers.run human
+hexainst-human: $(READY) ## fetch the human half's sources, or take them from LOCAL=FOLDER, and build data/hexainst/human.jsonl
+	$(PY) -m helpers.run human $(if $(LOCAL),--local $(LOCAL))
 
 clean: ## delete PROFILE's results (asks first)
 	@printf 'Delete data/results/$(PROFILE)? Counts may take long to compute again. [y/N] '; read answer; \
