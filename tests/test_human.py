@@ -124,6 +124,8 @@ def test_short_answers_and_their_aliases():
     row = made("reading", {"query": query, "answers_text": ["1852", "in 1852"]})
     assert row["input"] == f"{passage}\nQuestion: When did it begin?"
     assert row["tags"]["domain"] == "The Game"
+    row = made("web_question", {"question": "whose theory is it", "answers": ["Einstein's"]})
+    assert (check(row, "Albert Einstein"), check(row, "Bohr")) == (1.0, 0.0)
 
 
 def test_headlines_of_papers_and_of_steps():
@@ -255,11 +257,21 @@ STEP = "[header] How to fold [title] {} [step] {}"
     [
         ("program", {"code": "x = 1", "test_list": ["assert x"], "test_setup_code": ""}, "no func"),
         ("program", {"code": "", "test_list": ["assert f()"], "test_setup_code": "y = 1"}, "defin"),
+        (
+            "program",
+            {
+                "code": "def f(x):\n    return 'odd' if x % 2 else 'even'",
+                "test_list": ["assert f(1) == 'odd'", "assert f(2) == 'even'"],
+                "test_setup_code": "",
+            },
+            "would not see",
+        ),
         ("competition_problem", {"answer": "\\frac{1}{2}"}, "no plain number"),
         ("competition_problem", {"answer": "5", "problem": "[asy]", "solution": "5"}, "drawing"),
         ("competition_problem", {"answer": "5", "problem": "?", "solution": "5 m, not 6"}, "end"),
         ("web_question", {"question": "who is president now", "answers": ["X"]}, "date"),
         ("web_question", {"question": "why", "answers": ["a b c d e f g"]}, "six words"),
+        ("web_question", {"question": "which", "answers": ["red", "green"]}, "parts"),
         ("trivia", {"question": '"A ""B"""', "answer": {"value": "x", "aliases": []}}, "doubled"),
         ("paper_title", {"title": "Shanties at Sea", "abstract": "Songs."}, "no word"),
         ("writing_task", task("Write.", "", "a b c"), "five words"),
@@ -279,8 +291,8 @@ def test_rows_no_fair_row_can_be_made_of(rule, row, reason):
     [
         ("Press hard.", "Press it hard. Press it more until it stays as it is", "cut off"),
         ("Press. [title] Turn.", "Press it, and then turn it round once more.", "cut off"),
-        ("Iron every seam", "Fold it over once, and once more until it is small.", "follow"),
-        ("Fold the sheet over once.", "Fold the sheet over.", "follow"),
+        ("Iron every seam", "Fold it over once, and once more until it is small.", "step has not"),
+        ("Fold the sheet over once.", "Fold the sheet over.", "not twice as long"),
     ],
 )
 def test_steps_without_a_headline_that_follows(title, step, reason):
