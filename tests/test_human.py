@@ -482,6 +482,20 @@ def test_a_missing_name_of_a_row_is_one_line(tmp_path, key):
         human.upstream(source, {"a": tmp_path / "a.jsonl"})
 
 
+def test_the_same_paper_counts_once_and_only_rows_of_a_kind(tmp_path):
+    rows = [{"title": t, "category": c} for t, c in ("Ax", "By", "Ay", "Cx")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"a": tmp_path / "a.jsonl"}
+    found = human.upstream({"files": ["a"], "once": "title"}, files)
+    assert [(key, row["title"], row["category"]) for key, row in found] == [
+        ("1", "A", "x"),
+        ("2", "B", "y"),
+        ("3", "C", "x"),
+    ]
+    found = human.upstream({"files": ["a"], "kind": ["y"]}, files)
+    assert [row["title"] for _, row in found] == ["B", "A"]
+
+
 # ---- fetching ----
 
 
