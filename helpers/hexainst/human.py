@@ -50,7 +50,10 @@ def upstream(source: dict, files: dict[str, Path]) -> list[tuple[str, dict]]:
     """
     rows = [row for name in source["files"] for row in read(files[name], source.get("member"))]
     if key := source.get("once"):
-        rows = list({_field(row, key): row for row in reversed(rows)}.values())[::-1]
+        first = {}
+        for row in rows:
+            first.setdefault(_field(row, key), row)
+        rows = list(first.values())
     if kinds := source.get("kind"):
         rows = [row for row in rows if _field(row, "category") in kinds]
     return [
