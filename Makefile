@@ -100,6 +100,9 @@ bench-chain: $(READY) ## the chain's own cost
 plan: $(READY) ## what PROFILE will cost: neurons, passes, disk
 	$(PY) -m helpers.run plan --profile $(PROFILE)
 
+hexainst-human: $(READY) ## fetch the human half's sources, or take them from LOCAL=FOLDER, and build data/hexainst/human.jsonl
+	$(PY) -m helpers.run human $(if $(LOCAL),--local $(LOCAL))
+
 clean: ## delete PROFILE's results, no other's (asks first)
 	@printf 'Delete data/results/$(PROFILE)? Counts may take long to compute again. [y/N] '; read answer; \
 	  if [ "$$answer" = y ]; then rm -rf 'data/results/$(PROFILE)' && echo deleted; else echo kept; fi
