@@ -66,7 +66,7 @@ def setting(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path.joinpath(*names))
     monkeypatch.setattr(room, "SHARD", 3)
     pair = Pair("pair", str(checkpoint), str(checkpoint))
-    return Profile("test", "none", (pair,), batch_size=2, max_new_tokens=5), pair
+    return Profile("test", "none", (pair,), batch_size=2, batch_tokens=64, max_new_tokens=5), pair
 
 
 def capture(profile, pair, variant, positions, rows):
@@ -261,7 +261,10 @@ def test_twins_are_numbered_from_the_profiles_seed_on(setting):
             lambda p, pair, rows: (dataclasses.replace(p, template="{instruction}"), pair, rows),
             "template",
         ),
-        (lambda p, pair, rows: (dataclasses.replace(p, batch_size=3), pair, rows), "batch_size"),
+        (
+            lambda p, pair, rows: (dataclasses.replace(p, batch_tokens=99), pair, rows),
+            "batch_tokens",
+        ),
         (lambda p, pair, rows: (dataclasses.replace(p, name="other"), pair, rows), "profile"),
         (lambda p, pair, rows: (p, dataclasses.replace(pair, dtype="bfloat16"), rows), "dtype"),
         (lambda p, pair, rows: (p, pair, rows[::-1]), "data"),
@@ -270,7 +273,7 @@ def test_twins_are_numbered_from_the_profiles_seed_on(setting):
 )
 def test_counts_made_under_other_settings_are_refused(setting, tmp_path, monkeypatch, change, key):
     profile, pair = setting
-    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one")
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one" / names[-1])
     capture(profile, pair, "base", "response", ROWS)
     profile, pair, rows = change(profile, pair, ROWS)
     with pytest.raises(RecordMismatch, match=f"was made with {key} ="):
@@ -396,9 +399,9 @@ def test_two_processes_leave_the_same_bytes_as_one(profile_of_two, tmp_path, mon
     two = {
         p.name: p.read_bytes() for p in (results_dir(profile.name) / "pair/base/prompt").iterdir()
     }
-    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one")
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one" / names[-1])
     capture(dataclasses.replace(profile, processes=1), pair, "base", "prompt", rows)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()} == two
+    assert {p.name: p.read_bytes() for p in (tmp_path / "one" / names[-1]).iterdir()} == two
     assert len(two) == 5
 
 
@@ -422,7 +425,10 @@ def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
     )
     assert command.main(["count", "--profile", "mine", "--variants", "tuned"]) == 0
     assert sorted(p.name for p in (tmp_path / "mine/pair/tuned").iterdir()) == [
+        "drawn-16",
         "prompt",
+        "prompt-even",
+        "prompt-odd",
         "response",
     ]
     assert "pair tuned response: 10 instructions" in capsys.readouterr().out

@@ -397,12 +397,12 @@ def test_leftovers_of_a_killed_run_are_gone_after_the_next(shards):
 
 def run(checkpoint, folder, pause=0.0, patch=setattr):
     """Capture twelve instructions, three to a shard; `pause` seconds before each shard."""
-    encode = room.encode_rows
+    encode = room.encode_once
     patch(room, "counts_dir", lambda *names: Path(folder))
     patch(room, "SHARD", 3)
     patch(
         room,
-        "encode_rows",
+        "encode_once",
         lambda *args, **options: (time.sleep(float(pause)), encode(*args, **options))[1],
     )
     rows = pd.DataFrame(

@@ -131,7 +131,10 @@ def pages() -> dict[Path, str]:
         "cost": cost(read_json(DATA / "published" / "tiny" / "summary.json")),
         "claims": claims_table(folders),
     }
-    return {readme: fill(readme, blocks), sheet: fill(sheet, {"review": review_table(), "human": human.table()})}
+    return {
+        readme: fill(readme, blocks),
+        sheet: fill(sheet, {"review": review_table(), "human": human.table()}),
+    }
 
 
 def write_pages() -> None:
