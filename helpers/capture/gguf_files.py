@@ -188,7 +188,8 @@ def header(file: Path) -> dict:
         blocks = int(reader.fields[f"{architecture}.block_count"].contents())
     except (*BAD, MemoryError) as error:
         raise DamagedFile(
-            f"{paths.short(file)} is truncated or no GGUF file ({one_line(error)}). Copy or fetch it again."
+            f"{paths.short(file)} is truncated or no GGUF file ({one_line(error)}). Copy or fetch "
+            "it again."
         ) from error
     if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
         raise UserError(
@@ -203,8 +204,8 @@ def header(file: Path) -> dict:
     named = {int(n[1]) for t in reader.tensors if (n := re.match(r"blk\.(\d+)\.", t.name))}
     if named != set(range(blocks)):  # what is too many would be dropped without a word
         raise DamagedFile(
-            f"{paths.short(file)} has the weights of {len(named)} layers, its header says {blocks}. "
-            "Copy or fetch it again."
+            f"{paths.short(file)} has the weights of {len(named)} layers, its header says "
+            f"{blocks}. Copy or fetch it again."
         )
     kinds = [t.tensor_type.name for t in reader.tensors if "Q" in t.tensor_type.name]
     return {
