@@ -15,7 +15,7 @@ import zoo
 from test_counter import differing
 
 from helpers import record
-from helpers.capture.count import count, count_activations, flips
+from helpers.capture.count import count, count_activations, count_encoded, flips
 from helpers.capture.counter import watching
 from helpers.capture.interventions import ablate
 from helpers.capture.loading import load_model
@@ -355,7 +355,7 @@ def test_a_generation_that_ends_at_once_has_no_tokens(setting, monkeypatch):
 def test_flips_counts_the_cells_that_batching_moved():
     model = zoo.build("llama")
     encoded = encode(zoo.tokenizer(), TEXTS)
-    counts = counting.count_encoded(model, encoded)
+    counts = count_encoded(model, encoded)
     assert flips(model, encoded[:2], counts) == {
         "cells": 2 * (3 * zoo.N + 1),
         "differ": 0,
@@ -401,7 +401,7 @@ def test_two_processes_leave_the_same_bytes_as_one(profile_of_two, tmp_path, mon
     }
     monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one" / names[-1])
     capture(dataclasses.replace(profile, processes=1), pair, "base", "prompt", rows)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "one" / names[-1]).iterdir()} == two
+    assert {p.name: p.read_bytes() for p in (tmp_path / "one" / "prompt").iterdir()} == two
     assert len(two) == 5
 
 
@@ -510,7 +510,7 @@ def test_nothing_of_an_ablated_model_is_kept(setting, tmp_path):
     mask = {family: np.ones_like(study.counts().neurons[family][0], bool)}
     with ablate(model, mask, "zero"):
         assert study.generate() != intact
-        for ask in (study.answers, lambda: study.counts("tuned", "response")):
+        for ask in (study.answers, lambda: study.counts("tuned", "generated")):
             with pytest.raises(UserError, match="an intervention is open"):
                 ask()
     assert not list(tmp_path.glob("test/pair/tuned/answers/*"))

@@ -60,7 +60,7 @@ def encode_once(tokenizer, rows, template: str, wanted: str = "prompt") -> list[
     for prompt, full in zip(prompts, whole, strict=True):
         counted = (*prompt.counted, *[False] * len(full.ids))[: len(full.ids)]
         groups = {"prompt": counted, "response": full.counted}
-        for name, first in (("prompt-odd", 0), ("prompt-even", 1)):
+        for name, first in (("prompt-even", 0), ("prompt-odd", 1)):
             if halved:
                 groups[name] = _every_other(Encoded(full.ids, counted), first).counted
         found.append(Encoded(full.ids, counted, groups))
