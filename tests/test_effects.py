@@ -16,6 +16,7 @@ from helpers.analysis.effects import (
     label_statistic,
     slope_of,
     slopes,
+    specific_by_category,
     specificity,
     swapped,
 )
@@ -253,3 +254,29 @@ def test_each_category_has_its_own_verdict_and_a_mean_hides_no_sign():
     assert rows["up"]["holm"] == min(1, 3 * alone["p_critical"])
     with pytest.raises(NotTestable, match="no category"):
         critical_by_category(own[-4:], {"r": controls["rate"][-4:]}, labels[-4:])
+
+
+def test_specific_by_category_finds_the_set_that_hurts_its_own_rows_alone():
+    rng, labels = np.random.default_rng(0), np.tile(np.repeat([0, 1, 2], 8), 2)
+    halves = np.repeat([0, 1], 24)
+    own = rng.normal(0, 0.1, (48, 3))
+    own[labels == 0, 0] += 1.0  # specific
+    own[:, 1] += 1.0  # hurts everyone
+    everywhere = rng.normal(0, 0.1, (48, 4, 3))
+    first, second, third = specific_by_category(own, everywhere, labels, halves, 499)
+    by_hand = own[:, 0] - everywhere[:, :, 0].mean(1)
+    parts = [
+        by_hand[(labels == 0) & (halves == h)].mean()
+        - np.mean([by_hand[(labels == c) & (halves == h)].mean() for c in (1, 2)])
+        for h in (0, 1)
+    ]
+    assert first["specific"] == pytest.approx(np.mean(parts))
+    assert first["low"] > 0.8
+    assert first["p"] < 0.01
+    assert second["low"] < 0 < second["high"]
+    assert min(second["p"], third["p"]) > 0.01
+
+
+def test_specific_by_category_without_rows_enough_says_so():
+    found = specific_by_category(np.ones((6, 2)), np.zeros((6, 2, 2)), [0, 1] * 3, [0] * 6, 99)
+    assert all("not testable" in row["note"] for row in found)

@@ -8,6 +8,8 @@ independently, the group's control draws. Rows that share a wording are not inde
 `clusters` [n], wordings are drawn, and their signs flipped, as wholes. (All ours.)
 """
 
+from functools import partial
+
 import numpy as np
 
 from ..record import NotTestable, UserError
@@ -15,6 +17,7 @@ from .similarity import within_between
 from .stats import (
     SEEN_TWO_SIDED,
     adjust,
+    bootstrap,
     cluster_sizes,
     interval,
     paired_effect,
@@ -138,6 +141,56 @@ def critical_by_category(
         "testable": len(tested),
         "verdict": f"in {supported} of {len(rows)} categories",
     }
+
+
+def specific_by_category(
+    own, everywhere, labels, halves, resamples=2000, seed=0, clusters=None
+) -> list[dict]:
+    """What each category's set does to its own category beyond the others: a row per category
+    {category, specific, low, high, p, sees}, or {category, note} where it is not testable.
+
+    own [n, C]: every set's effect on every row; everywhere [n, e, C]: that of e random draws of
+    each set; labels, halves int [n]. specific: effect minus mean of the draws, mean over the
+    category's rows minus the mean of the other categories' means, halves weighing the same.
+    Interval: rows (clusters) drawn within category and half; the draws are taken as they are. p:
+    labels shuffled within halves: are these rows told apart by this set?
+    """
+    beyond = np.asarray(own, float) - np.asarray(everywhere, float).mean(1)  # [n, C]
+    labels, halves = np.asarray(labels), np.asarray(halves)
+    count, rows = beyond.shape[1], []
+    for category in range(count):
+        apart = partial(_apart, beyond[:, category], category, count, halves)
+        try:
+            found = bootstrap(
+                lambda w, apart=apart: apart(labels[None], w),
+                labels + count * halves,
+                resamples,
+                seed=seed,
+                clusters=clusters,
+            )
+            test = permutation_test(apart, labels, halves, resamples, seed, clusters)
+        except NotTestable as reason:
+            rows.append({"category": category, "note": f"not testable: {reason}"})
+            continue
+        numbers = {"specific": found.estimate, "low": found.low, "high": found.high, "p": test.p}
+        numbers |= {"sees": found.detectable}
+        rows.append({"category": category} | {k: float(v) for k, v in numbers.items()})
+    return rows
+
+
+def _apart(effect, category, count, halves, labels, weights=None) -> np.ndarray:
+    """Mean of `effect` [n] in the category minus the mean of the other categories' means, [R], of
+    labels [R, n] (or [1, n]) and weights [R, n], halves weighing the same.
+    """
+    weights = np.ones(labels.shape) if weights is None else weights
+    means = []
+    for half in np.unique(halves):
+        here = halves == half
+        member = labels[:, None] == np.arange(count)[:, None]  # [R, C, n]
+        drawn = (member * weights[:, None])[..., here]
+        means.append((drawn @ effect[here]) / drawn.sum(-1))  # [R, C]
+    mean = np.mean(means, 0)
+    return mean[:, category] - np.delete(mean, category, axis=1).mean(1)
 
 
 def exchange(own, control, groups, resamples=2000, seed=0) -> float:

@@ -14,10 +14,13 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ..analysis.effects import critical_by_category, specific_by_category
 from ..analysis.sets import category_means
+from ..hexainst.corpus import wordings
 from ..paths import DATA, results_dir
 from ..record import (
     DamagedFile,
+    NotTestable,
     cached,
     read_json,
     sha256,
@@ -29,7 +32,7 @@ from ..record import (
 from .ablation import KINDS, draws_of, measure, own_effect, pooled
 from .scores import SEES_REFERENCE, sets_of, standing
 
-GRID = DATA / "grid"
+GRID, TABLES = DATA / "grid", ("", "-matrices", "-categories")
 KEPT = ("weights", "data", "seed", "template", "dtype", "rows", "draws", "everywhere", "operator")
 
 
@@ -164,6 +167,56 @@ def table_of(found: dict, resamples: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def category_rows(parts: dict, clusters: dict, resamples: int, seed: int) -> list[dict]:
+    """Per category what one cell {half: (arrays, record)} says, or several pooled: critical (own
+    effect minus the hardest control) with its interval, p_sets and what the test could have seen;
+    specific (own category minus the others) with its interval and p. clusters {half: [n]}, the
+    wordings of the rows measured.
+    """
+    arrays, half = pooled([arrays for arrays, _ in parts.values()])
+    labels, kinds = arrays["labels"], [kind for kind in KINDS if kind in arrays]
+    own = arrays["own"][np.arange(len(labels)), labels]
+    wording = np.concatenate([[f"{h}: {name}" for name in clusters[h]] for h in parts])
+    settings = resamples, seed
+    controls = {kind: arrays[kind] for kind in kinds}
+    try:
+        found = critical_by_category(own, controls, labels, half, *settings, wording)["categories"]
+    except NotTestable:
+        found = []  # no category has wordings enough: the table says so by its empty cells
+    critical = {row["category"]: row for row in found}
+    apart = specific_by_category(
+        arrays["own"], arrays["everywhere"], labels, half, *settings, wording
+    )
+    rows = []
+    for two in apart:
+        one = critical.get(two["category"], {})
+        row = {"own": one.get("own"), "hardest": one.get("hardest"), "control": one.get("control")}
+        row |= {"critical": one.get("effect"), "critical_low": one.get("low")}
+        row |= {"critical_high": one.get("high"), "p_sets": one.get("p_sets")}
+        row |= {"critical_sees": one.get("sees"), "specific": two.get("specific")}
+        row |= {"specific_low": two.get("low"), "specific_high": two.get("high")}
+        row |= {"p_specific": two.get("p"), "specific_sees": two.get("sees")}
+        rows.append({"code": two["category"]} | row)
+    return rows
+
+
+def category_table(studies: dict, found: dict) -> pd.DataFrame:
+    """A row per pair, score, size, half (and the halves pooled) and category; see `category_rows`."""
+    rows = []
+    for pair, score, size in dict.fromkeys(key[:3] for key in found):
+        study, profile = studies[pair], studies[pair].profile
+        parts = {k[3]: cell for k, cell in found.items() if k[:3] == (pair, score, size)}
+        clusters = {half: wordings(study.half(half).measured().rows) for half in parts}
+        some = [parts, *({half: cell} for half, cell in parts.items() if len(parts) > 1)]
+        for where in some:
+            head = {"pair": pair, "score": score, "size": size}
+            head |= {"half": "all" if len(where) > 1 else next(iter(where))}
+            for row in category_rows(where, clusters, profile.resamples, profile.seed):
+                name = study.categories[row.pop("code")]
+                rows.append(head | {"category": name} | row)
+    return pd.DataFrame(rows)
+
+
 def matrix_of(found: dict, pair: str, score: str, size: float) -> dict[str, np.ndarray]:
     """[C ablated, C measured], mean over the halves: `own` effects and those of `random` sets."""
     parts = [arrays for key, (arrays, _) in found.items() if key[:3] == (pair, score, size)]
@@ -196,8 +249,8 @@ def kept(studies: dict) -> dict:
     return {name: {key: want[key] for key in KEPT} for name, want in made.items()}
 
 
-def committed(studies: dict) -> tuple[pd.DataFrame, pd.DataFrame, dict] | None:
-    """(table, matrices, record) of the grid that the studies' profile names (`grid: tiny-full`), or
+def committed(studies: dict) -> tuple | None:
+    """(table, matrices, categories, record) of the grid that the studies' profile names (`grid: tiny-full`), or
     of its own. None: it has none, or one of another seed or epsilon than this run's.
 
     Raises RecordMismatch if the models, rows or settings are no longer those it was made with,
@@ -207,7 +260,7 @@ def committed(studies: dict) -> tuple[pd.DataFrame, pd.DataFrame, dict] | None:
     name = profile.grid or profile.name
     if profile.grid is None and not (GRID / f"{name}.json").exists():
         return None
-    paths = [GRID / f"{name}{end}" for end in (".csv", "-matrices.csv")]
+    paths = [GRID / f"{name}{end}.csv" for end in TABLES]
     record = read_json(GRID / f"{name}.json")
     if (record["seed"], record["epsilon"]) != (profile.seed, profile.epsilon):
         return None
@@ -226,12 +279,12 @@ def _tables_of(studies, found):
     study = next(iter(studies.values()))
     profile = study.profile
     table = table_of(found, profile.resamples, profile.seed)
-    return table, matrix_table(found, study.categories)
+    return table, matrix_table(found, study.categories), category_table(studies, found)
 
 
-def tables(studies: dict) -> tuple[pd.DataFrame, pd.DataFrame, dict | None]:
-    """The grid that is `committed`, else the headline size computed here (or kept from before) and
-    no record. studies {pair: Study}, of one profile.
+def tables(studies: dict) -> tuple:
+    """(table, matrices, categories, record): the grid that is `committed`, else the headline size
+    computed here (or kept from before) and no record. studies {pair: Study}, of one profile.
     """
     if (found := committed(studies)) is not None:
         return found
@@ -243,11 +296,11 @@ def tables(studies: dict) -> tuple[pd.DataFrame, pd.DataFrame, dict | None]:
 
 
 def write(studies: dict, found: dict) -> list[Path]:
-    """Write data/grid/<profile>.csv, -matrices.csv and their record .json, which says how many
+    """Write data/grid/<profile>.csv, -matrices.csv, -categories.csv and their record .json, which says how many
     cells they hold.
     """
     profile = next(iter(studies.values())).profile
-    paths = [GRID / f"{profile.name}{end}.csv" for end in ("", "-matrices")]
+    paths = [GRID / f"{profile.name}{end}.csv" for end in TABLES]
     for path, table in zip(paths, _tables_of(studies, found), strict=True):
         write_table(path, table)
     write_json(
