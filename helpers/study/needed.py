@@ -1,0 +1,424 @@
+"""Is a category's set needed? One pair's ablations: sets chosen on one half of the rows, losses
+measured on the other, both ways; tables for the page, numbers for the summary.
+
+C categories, M neurons. A *level* is one half, or both pooled ("all"). Effects are increases of the
+loss of references, nats per token, beyond controls of equal size per layer.
+"""
+
+import numpy as np
+import pandas as pd
+
+from ..analysis.controls import layer_matched, usage_matched
+from ..analysis.effects import critical, slope_of, slopes
+from ..analysis.sets import category_means, category_sets, consensus, top_experts, top_sets
+from ..capture.interventions import ablate
+from ..hexainst.corpus import texts
+from .ablation import measure, own_effect, pooled, spared
+from .evaluate import ablation_matrix, accuracy, plain_text_nll, scored
+from .scores import reference_activations, sets_of, standing
+
+TESTED = ("frequency", "contribution")  # the paper's score, and ours: scores of the headline
+PASSAGES = 40  # plain texts whose loss says if language broke
+
+
+class Needed:
+    """The ablations of one study. Each method measures one thing, returns its tidy table and adds
+    its headline numbers to `numbers` {key: value}, as data/claims.csv names them. (Ours.)
+    """
+
+    def __init__(self, study):
+        self.study, self.profile, self.numbers = study, study.profile, {}
+        self.halves, self.means = study.halves, {}
+
+    # ---- sets, rows, controls
+
+    def ranked(self, half: str):
+        """The standing of all scores on `half` (see scores.standing)."""
+        return standing(self.study.half(half), self.profile.scores)
+
+    def sets(self, score: str, measured_on: str, size=None) -> np.ndarray:
+        """bool [C, M]: the share `size` that a score ranks first on the half *not* measured on."""
+        ranked = self.ranked(self.study.other(measured_on))
+        return sets_of(ranked, score, size or self.profile.epsilon, self.profile.seed)
+
+    def here(self, half: str):
+        """The rows that are measured of a half."""
+        return self.study.half(half).measured()
+
+    def controls(self, own: dict, number: int, draw=layer_matched) -> dict[str, list]:
+        """`number` random sets of the same layers for each category's mask."""
+        rng = np.random.default_rng(self.profile.seed)
+        return {c: [draw(mask, rng) for _ in range(number)] for c, mask in own.items()}
+
+    def levels(self, parts: dict):
+        """Yield ("all" or a half, arrays, group of each row) of {half: what `measure` gives}."""
+        count = len(self.study.categories)
+        for some in (self.halves, *([half] for half in self.halves)):
+            arrays, half = pooled([parts[h] for h in some])
+            name = some[0] if len(some) == 1 else "all"
+            yield name, arrays, arrays["labels"] + count * half, half
+
+    def _against(self, own, half, number=None, operator="zero", variant="tuned", **options):
+        """Own sets and random ones, each on its own category's rows alone."""
+        number = number or self.profile.controls_elsewhere
+        sets = {"own": {c: [mask] for c, mask in own.items()}}
+        sets["random"] = self.controls(own, number)
+        return measure(self.here(half), {}, sets, operator, variant=variant, **options)
+
+    def _critical(self, arrays, groups, kinds=("random",)) -> dict:
+        controls = {kind: arrays[kind] for kind in kinds}
+        settings = self.profile.resamples, self.profile.seed
+        return critical(arrays["own"][:, 0], controls, groups, *settings)
+
+    def _keep(self, prefix: str, found: dict, names) -> None:
+        self.numbers |= {f"{prefix}.{name}": found[name] for name in names}
+
+    # ---- consensus sets, as the paper has them
+
+    def consensus_sets(self) -> dict:
+        """{(kind, half chosen on): bool [C, M]}: `neurons`, the consensus of the top sets;
+        `contribution`, as many by that score; in a sparse model `experts`, of the top-K sets.
+        """
+        counts, profile, found = self.study.counts(), self.profile, {}
+        neurons = top_sets(counts.unit("neurons"), profile.epsilon)[0]
+        for half in self.halves:
+            part = self.study.half(half)
+            own = consensus(neurons[part.places], part.labels, profile.tau)
+            scores = self.ranked(half).scores["contribution"]
+            sized = [category_sets(scores, n, profile.seed)[c] for c, n in enumerate(own.sum(1))]
+            found["neurons", half], found["contribution", half] = own, np.stack(sized)
+            if counts.routed is not None:
+                k = int(counts.routed[0, 0].sum() // counts.tokens[0])
+                top = top_experts(counts.routed, k, profile.seed).reshape(len(neurons), -1)
+                found["experts", half] = consensus(top[part.places], part.labels, profile.tau)
+        return found
+
+    def by_consensus(self) -> pd.DataFrame:
+        """Critical and specific? A row per kind of set and level, against random sets alone."""
+        rows, sets = [], self.consensus_sets()
+        for kind in dict.fromkeys(kind for kind, _ in sets):
+            unit, operator = ("experts", "reroute") if kind == "experts" else ("neurons", "zero")
+            parts = {}
+            for half in self.halves:
+                own = self.study.masks(sets[kind, self.study.other(half)], unit)
+                drawn = {"random": self.controls(own, self.profile.controls)}
+                everywhere = self.profile.controls_all_rows
+                parts[half] = measure(self.here(half), own, drawn, operator, everywhere)
+            for level, arrays, _, half in self.levels(parts):
+                found = own_effect(arrays, half, self.profile.resamples, self.profile.seed)
+                self._keep(f"ablation.{kind}.{level}", found, found)
+                rows.append({"pair": self.study.name, "sets": kind, "measured on": level} | found)
+            for key in ("specificity", "specificity_ci", "p"):
+                self.numbers[f"ablation.{kind}.{key}"] = self.numbers[f"ablation.{kind}.all.{key}"]
+            self._matrices(kind, parts)
+        return pd.DataFrame(rows)
+
+    def _matrices(self, kind, parts):
+        means = {"matrix": lambda d: d["own"], "control_matrix": lambda d: d["everywhere"].mean(1)}
+        for name, of in means.items():
+            found = [category_means(of(d), d["labels"]).T for d in parts.values()]
+            self.numbers[f"ablation.{kind}.{name}"] = np.mean(found, axis=0)
+
+    def matrix(self, kind: str) -> pd.DataFrame:
+        """Effect minus random control of `by_consensus`, a row per set ablated and category."""
+        names = list(self.study.categories)
+        beyond = np.subtract(*(self.numbers[f"ablation.{kind}.{n}"] for n in MATRICES))
+        grid = pd.MultiIndex.from_product([names, names], names=["ablated", "measured"])
+        table = grid.to_frame(index=False).assign(increase=np.ravel(beyond))
+        return table.assign(panel=f"{self.study.name}: {kind}: effect - null")
+
+    # ---- equal sizes: from the grid
+
+    def from_grid(self, league: pd.DataFrame, by_category: pd.DataFrame) -> None:
+        """Take the headline size's numbers out of the grid's tables."""
+        mine = (league["pair"] == self.study.name) & (league["size"] == self.profile.epsilon)
+        for row in league[mine].to_dict("records"):
+            prefix = f"ablation.equal.{row['score']}.{row['half']}"
+            self._keep(prefix, row, EQUAL)
+            ends = {n: [row[f"{n}_low"], row[f"{n}_high"]] for n in ("own", *EFFECTS)}
+            self.numbers |= {f"{prefix}.{name}_ci": ci for name, ci in ends.items()}
+            drawn = [k for k in ("own", "random", "rate", "magnitude") if pd.notna(row[k])]
+            self._keep(prefix, row, drawn)
+        mine = (by_category["pair"] == self.study.name) & (
+            by_category["size"] == self.profile.epsilon
+        )
+        for row in by_category[mine].to_dict("records"):
+            prefix = f"ablation.equal.{row['score']}.{row['half']}.{row['category']}"
+            for name in ("critical", "specific"):
+                if pd.notna(row[name]):
+                    self.numbers[f"{prefix}.{name}"] = row[name]
+                    self.numbers[f"{prefix}.{name}_ci"] = [row[f"{name}_low"], row[f"{name}_high"]]
+            self._keep(prefix, row, [k for k in ("p_sets", "p_specific") if pd.notna(row[k])])
+
+    # ---- dose
+
+    def doses(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """(curve, fits): damage at each share of the neurons, beside random sets of the same layers
+        and neurons in one random order; slopes and the second least step, a row per score and level.
+        """
+        lines, fits, sizes = [], [], self.profile.sizes
+        for score in TESTED:
+            parts = {
+                half: [self._against(self._masks(score, half, size), half) for size in sizes]
+                for half in self.halves
+            }
+            for some in (self.halves, *([half] for half in self.halves)):
+                level = some[0] if len(some) == 1 else "all"
+                pool = [pooled([parts[half][i] for half in some]) for i in range(len(sizes))]
+                groups = pool[0][0]["labels"] + len(self.study.categories) * pool[0][1]
+                fits.append(self._fit(score, level, [d for d, _ in pool], groups))
+                if level == "all":
+                    lines += self._curve(score, [d for d, _ in pool], groups)
+        return pd.DataFrame(lines + self._random_order()), pd.DataFrame(fits)
+
+    def _masks(self, score, half, size=None):
+        return self.study.masks(self.sets(score, half, size))
+
+    def _fit(self, score, level, doses, groups) -> dict:
+        parts = [(d["own"][:, 0], d["random"]) for d in doses]
+        settings = self.profile.resamples, self.profile.seed
+        fit = slope_of(parts, groups, slopes(np.log2(self.profile.sizes)), *settings)
+        prefix = f"ablation.dose.{score}.{level}"
+        names = (("slope", "estimate"), ("slope_ci", "ci"), ("p", "p"), ("sees", "sees"))
+        self.numbers |= {f"{prefix}.{name}": fit[key] for name, key in names}
+        steps = []
+        for one, two in zip(parts, parts[1:], strict=False):
+            steps.append(slope_of([one, two], groups, [-1.0, 1.0], *settings))
+        second = sorted(steps, key=lambda step: step["estimate"])[min(1, len(steps) - 1)]
+        self.numbers |= {
+            f"{prefix}.second_least": second["estimate"],
+            f"{prefix}.second_least_ci": second["ci"],
+            f"{prefix}.p_second_least": second["p"],
+        }
+        row = {"pair": self.study.name, "score": score, "measured on": level}
+        row |= {"slope": fit["estimate"], "low": fit["ci"][0], "high": fit["ci"][1]}
+        row |= {"p": fit["p"], "sees": fit["sees"], "second least step": second["estimate"]}
+        return row | {"its low": second["ci"][0], "its p": second["p"]}
+
+    def _curve(self, score, doses, groups) -> list[dict]:
+        lines = []
+        for share, d in zip(self.profile.sizes, doses, strict=True):
+            found = self._critical(d, groups)
+            head = {"pair": self.study.name, "share": share}
+            ends = {"low": found["own_ci"][0], "high": found["own_ci"][1]}
+            lines.append(head | {"line": score, "increase": found["own"]} | ends)
+            null = dict.fromkeys(("increase", "low", "high"), found["random"])
+            lines.append(head | {"line": f"null: random, layers of {score}"} | null)
+        return lines
+
+    def _random_order(self, draws: int = 3) -> list[dict]:
+        """Neurons in one random order over the whole model, the first so many of it."""
+        counts, found = self.study.counts(), []
+        width = counts.unit("neurons")[0].size
+        for half in self.halves:
+            for draw in range(draws):
+                place = np.random.default_rng([self.profile.seed, draw]).permutation(width)
+                masks = {
+                    s: counts.mask("neurons", place < round(s * width)) for s in self.profile.sizes
+                }
+                found.append(ablation_matrix(self.here(half), masks, "zero").mean().to_numpy())
+        head = {"pair": self.study.name, "line": "null: random order"}
+        return [
+            head | {"share": share} | dict.fromkeys(("increase", "low", "high"), value)
+            for share, value in zip(self.profile.sizes, np.mean(found, axis=0), strict=True)
+        ]
+
+    # ---- sufficiency and operators
+
+    def typical(self, half: str):
+        """What neurons do on the texts of a half, with their references (see Reference)."""
+        if half not in self.means:
+            rows, template = self.study.half(half).rows, self.study.template
+            read = [
+                f"{template.replace('{instruction}', text)} {reference}"
+                for text, reference in zip(texts(rows), rows["reference"], strict=True)
+            ]
+            settings = {"batch_size": self.profile.batch_size, "seed": self.profile.seed}
+            self.means[half] = reference_activations(*self.study.model(), read, **settings)
+        return self.means[half]
+
+    def sufficient(self) -> pd.DataFrame:
+        """What sparing the own set saves when all categories' sets are set to their means."""
+        rows = []
+        for score in TESTED:
+            parts = {}
+            for half in self.halves:
+                sets, rng = self.sets(score, half), np.random.default_rng(self.profile.seed)
+                drawn = spared(self.study.counts(), sets, self.profile.controls_elsewhere, rng)
+                masks = {
+                    kind: dict(zip(self.study.categories, each, strict=True))
+                    for kind, each in drawn.items()
+                }
+                reference = self.typical(self.study.other(half))
+                parts[half] = measure(self.here(half), {}, masks, "mean", reference=reference)
+            for level, d, groups, _ in self.levels(parts):
+                spare = [(d["own spared"][:, 0], d["random spared"])]
+                settings = self.profile.resamples, self.profile.seed
+                fit = slope_of(spare, groups, [-1.0], *settings)
+                names = (("saved", "estimate"), ("saved_ci", "ci"), ("p", "p"), ("sees", "sees"))
+                prefix = f"ablation.sufficient.{score}.{level}"
+                self.numbers |= {f"{prefix}.{name}": fit[key] for name, key in names}
+                row = {"pair": self.study.name, "score": score, "measured on": level}
+                row |= {kind: d[kind].mean() for kind in ("none spared", "random spared")}
+                row |= {"own spared": d["own spared"].mean(), "saved": fit["estimate"]}
+                row |= {"low": fit["ci"][0], "high": fit["ci"][1], "sees": fit["sees"]}
+                rows.append(row | {"p": fit["p"]})
+        return pd.DataFrame(rows)
+
+    def operators(self) -> pd.DataFrame:
+        """The same sets under each operator, against random sets under the same one."""
+        todo = [(score, operator) for score in TESTED for operator in ("zero", "mean", "resample")]
+        sparse = self.study.counts().routed is not None
+        todo += [("experts", operator) for operator in ("reroute", "drop") if sparse]
+        rows, chosen = [], self.consensus_sets()
+        for score, operator in todo:
+            parts = {}
+            for half in self.halves:
+                other, options = self.study.other(half), {}
+                own = self._masks(score, half) if score != "experts" else None
+                if operator in ("mean", "resample"):
+                    options = {"reference": self.typical(other)}
+                own = own or self.study.masks(chosen["experts", other], "experts")
+                parts[half] = self._against(own, half, operator=operator, **options)
+            _, arrays, groups, _ = next(self.levels(parts))
+            found = self._critical(arrays, groups)
+            names = ("critical", "critical_ci", "p_critical")
+            self._keep(f"ablation.operators.{score}.{operator}", found, names)
+            rows.append({"pair": self.study.name, "score": score, "operator": operator} | found)
+        return pd.DataFrame(rows)
+
+    def usage(self) -> pd.DataFrame:
+        """Consensus experts rerouted, against others that are used as much; empty if dense."""
+        counts, rows = self.study.counts(), []
+        if counts.routed is None:
+            return pd.DataFrame(rows)
+        chosen, parts = self.consensus_sets(), {}
+        used = {"experts": counts.routed.sum(0) / counts.tokens.sum()}  # f [L, E]
+        for half in self.halves:
+            own = self.study.masks(chosen["experts", self.study.other(half)], "experts")
+            matched = self.controls(
+                own, self.profile.controls, lambda mask, rng: usage_matched(mask, used, rng)
+            )
+            sets = {"own": {c: [mask] for c, mask in own.items()}, "usage": matched}
+            sets["random"] = self.controls(own, self.profile.controls)
+            parts[half] = measure(self.here(half), {}, sets, "reroute")
+        for level, arrays, groups, _ in self.levels(parts):
+            found = self._critical(arrays, groups, ("usage",))
+            prefix = f"ablation.usage.experts.{level}"
+            self._keep(prefix, found, ("critical", "critical_ci", "p_sets"))
+            random = float(arrays["random"].mean())
+            rows.append({"pair": self.study.name, "measured on": level, "random": random} | found)
+        return pd.DataFrame(rows)
+
+    # ---- answers and language
+
+    def accuracy_lost(self) -> pd.DataFrame:
+        """Drop of task accuracy on the own category, the others, and the own under a random set."""
+        rows = []
+        for (kind, half), sets in self.consensus_sets().items():
+            unit, operator = ("experts", "reroute") if kind == "experts" else ("neurons", "zero")
+            measured_on = self.study.other(half)
+            here, masks = self.here(measured_on), self.study.masks(sets, unit)
+            intact, drawn = self._accuracy(here), self.controls(masks, 1)
+            full = np.array([self._accuracy(here, mask, operator) for mask in masks.values()])
+            alone = [
+                np.nanmean(self._accuracy(here.category(c), drawn[c][0], operator)) for c in masks
+            ]
+            drop, diagonal = intact - full, np.eye(len(full), dtype=bool)
+            row = {"pair": self.study.name, "sets": kind, "measured on": measured_on}
+            row |= {"own": np.nanmean(drop[diagonal]), "others": np.nanmean(drop[~diagonal])}
+            rows.append(row | {"random": np.nanmean(intact - np.array(alone))})
+        table = pd.DataFrame(rows)
+        means = table.groupby("sets", sort=False)[["own", "others", "random"]].mean()
+        for kind, mean in means.iterrows():
+            self.numbers |= {f"ablation.{kind}.accuracy_lost_{k}": v for k, v in mean.items()}
+        return table
+
+    def _accuracy(self, here, mask=None, operator="zero") -> np.ndarray:
+        """[C]: of the answers that are kept, or of those under an ablation."""
+        answers = None
+        if mask:
+            with ablate(here.model()[0], mask, operator):
+                answers = here.generate()
+        table = accuracy(scored(here, answers=answers), ["model"], self.study.categories)
+        return table.to_numpy()[0]
+
+    def passages(self) -> list[str]:
+        """Plain texts: the longest inputs of the rows, bare."""
+        rows = self.study.rows
+        found = [p for p in rows.loc[rows["category"] == "SUM", "input"] if p]
+        return (found or sorted(texts(rows), key=len, reverse=True))[:PASSAGES]
+
+    def plain_loss(self, mask=None, operator="zero") -> float:
+        """Mean loss of the passages, nats per token, intact or ablated."""
+        model = self.study.model()
+        with ablate(model[0], mask or {}, operator):
+            return float(plain_text_nll(*model, self.passages()).mean())
+
+    def damage(self, scores) -> pd.DataFrame:
+        """A point per score, half and category: loss of plain text against the own category's."""
+        points, quiet = [], self.plain_loss()
+        for score in scores:
+            for half in self.halves:
+                masks, here = self._masks(score, half), self.here(half)
+                increase = ablation_matrix(here, masks, "zero", allow_inert=True).to_numpy()
+                own = category_means(increase, here.labels).T
+                for i, (category, mask) in enumerate(masks.items()):
+                    point = {"pair": self.study.name, "score": score, "half": half}
+                    plain = self.plain_loss(mask) - quiet
+                    points.append(point | {"category": category, "plain": plain, "own": own[i, i]})
+        points += self._random_damage(quiet)
+        table = pd.DataFrame(points)
+        for score, mean in table.groupby("score")["plain"].mean().items():
+            if score in scores:
+                self.numbers[f"ablation.equal.{score}.plain_text"] = mean
+        return table
+
+    def _random_damage(self, quiet) -> list[dict]:
+        points = []
+        for half in self.halves:
+            drawn, here = self.controls(self._masks("contribution", half), 1), self.here(half)
+            for category, [mask] in drawn.items():
+                part = here.category(category)
+                own = ablation_matrix(part, {"random": mask}, "zero", allow_inert=True)
+                point = {"pair": self.study.name, "score": "null: random", "half": half}
+                point |= {"category": category, "plain": self.plain_loss(mask) - quiet}
+                points.append(point | {"own": float(own["random"].mean())})
+        return points
+
+    # ---- does the instrument work?
+
+    def checks(self) -> pd.DataFrame:
+        """A positive control (the own sets and the whole last layer at once) and a negative one (the
+        same sets in a twin with random weights).
+        """
+        half = self.halves[0]
+        own, here = self._masks("contribution", half), self.here(half)
+        layer = {"last layer": self._last_layer(next(iter(own.values())))}
+        strong = float(ablation_matrix(here, layer, "zero")["last layer"].mean())
+        arrays = self._against(own, half, variant="twin")
+        weak = self._critical(arrays, arrays["labels"])
+        self.numbers |= {"ablation.positive": strong, "ablation.negative": weak["critical"]}
+        self.numbers["ablation.negative_ci"] = weak["critical_ci"]
+        row = {"pair": self.study.name, "positive: last layer": strong}
+        row |= {"negative: twin": weak["critical"], "low": weak["critical_ci"][0]}
+        return pd.DataFrame([row | {"high": weak["critical_ci"][1], "p": weak["p_critical"]}])
+
+    def _last_layer(self, like):
+        mask = {family: np.zeros_like(values) for family, values in like.items()}
+        next(iter(mask.values()))[-1] = True
+        return mask
+
+
+MATRICES = ("matrix", "control_matrix")
+EFFECTS = ("critical", "specificity")
+EQUAL = (
+    "critical",
+    "p_critical",
+    "p_sets",
+    "critical_sees",
+    "specificity",
+    "p",
+    "p_sets_specificity",
+    "specificity_sees",
+)
