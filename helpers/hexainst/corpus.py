@@ -88,9 +88,9 @@ def matched(
                 break
         else:
             raise UserError(
-                f"half {name}: {len(groups)} groups of rows of like length (ratio 1.25), {per_category} "
-                "wanted: the categories' lengths differ too much. Add rows of missing lengths, or ask for "
-                "fewer."
+                f"half {name}: {len(groups)} groups of rows of like length (ratio 1.25), "
+                f"{per_category} wanted: the categories' lengths differ too much. Add rows of "
+                "missing lengths, or ask for fewer."
             )
         chosen = np.random.default_rng(seed).choice(len(groups), per_category, replace=False)
         kept += [index for i in chosen for index in groups[i]]
