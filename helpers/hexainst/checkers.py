@@ -436,7 +436,7 @@ def faults(checker) -> list[str]:
         ARGUMENTS[name].model_validate(arguments)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        return [f"checker {name}: argument {first['loc'][0]!r}: {_said(first)}"]
+        return [f"checker {name}: argument {first['loc'][0]!r} {_said(first)}"]
     if name == "label" and bare(checker["answer"]) not in map(bare, checker["labels"]):
         return [
             f"checker label: answer {checker['answer']!r} is not one of labels {checker['labels']}"
@@ -451,8 +451,9 @@ def faults(checker) -> list[str]:
 
 def _said(fault):
     known = {"missing": "is missing", "extra_forbidden": "is unknown"}
-    shown = f"{fault['msg']}, found {reprlib.repr(fault['input'])}"
-    return known.get(fault["type"], f"bad argument: {shown}")
+    said = fault["msg"].removeprefix("Value error, ")
+    shown = f"is bad: {said}, found {reprlib.repr(fault['input'])}"
+    return known.get(fault["type"], shown)
 
 
 def check(row, answer: str, run_code: bool | str = False) -> float | None:

@@ -161,8 +161,9 @@ NODES = (
 class _Evaluator(simpleeval.EvalWithCompoundTypes):
     """simpleeval with our operators, functions and nodes only, and a BUDGET."""
 
-    def __init__(self, names):
+    def __init__(self, names, source):
         super().__init__(OPERATORS, dict(FUNCTIONS), names)
+        self.expr = source[:60]  # for the library's messages
         self.functions, self.left = FUNCTIONS, BUDGET  # the library has added dict, set, tuple
         self.nodes = {kind: self.nodes[kind] for kind in NODES} | {ast.Tuple: self._eval_list}
 
@@ -203,9 +204,9 @@ def _parse(source) -> ast.Module:
     raise Refused(f"does not parse: {last}")
 
 
-def _run(tree, names):
+def _run(tree, names, source):
     try:
-        return _Evaluator(names)._eval(tree)
+        return _Evaluator(names, source)._eval(tree)
     except (
         simpleeval.InvalidExpression,
         ArithmeticError,
@@ -228,7 +229,7 @@ def evaluate(expression: str):
     statements = _parse(expression).body
     if len(statements) != 1 or not isinstance(statements[0], ast.Expr):
         raise Refused("one expression was expected")
-    return _run(statements[0].value, CONSTANTS)
+    return _run(statements[0].value, CONSTANTS, expression)
 
 
 def number(value) -> float:
@@ -269,7 +270,7 @@ def call(source: str, args: list):
         (signature.vararg, signature.kwarg, signature.kwonlyargs, signature.posonlyargs)
     ):
         raise Refused(f"{len(args)} plain arguments were expected, the function has {names}")
-    return _run(body, CONSTANTS | dict(zip(names, args, strict=True)))
+    return _run(body, CONSTANTS | dict(zip(names, args, strict=True)), source)
 
 
 def same(found, expected) -> bool:
