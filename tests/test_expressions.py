@@ -7,6 +7,8 @@ import re
 from functools import cache
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers.hexainst import expressions
 from helpers.hexainst.expressions import Refused, call, evaluate, number, same, size_of
@@ -258,3 +260,19 @@ def test_sameness():
     assert not same(True, 1)
     assert not same(1, 2)
     assert not same("a", 1.0)
+
+
+PIECES = [*"xy1[](),+-*/%<.:", "9999", "0.5", "'ab'", "**", "//", "==", "in", "not", "and", "or"]
+PIECES += ["if", "else", "for", ":=", "range(", "sum(", "str(", "sorted(", "comb(", "list("]
+PIECES += ["x[", "[x for x in", "for y in range(", "lambda x:", "'\\u4e00'", "1e308", "-1"]
+
+
+@settings(max_examples=400, derandomize=True, deadline=None, database=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join) | st.text(max_size=20))
+def test_any_source_gives_a_small_value_or_is_refused(source):
+    for run in (evaluate, lambda text: call(f"lambda x: {text}", [[3, "a"]])):
+        try:
+            value = run(source)
+        except Refused:
+            continue
+        assert size_of(value) <= expressions.SIZE

@@ -89,9 +89,10 @@ def test_hostile_programs_are_contained_and_reported(name):
 
 def test_honest_programs_run():
     outcome = run(
-        "import math, re\nfrom collections import Counter\nfrom datetime import datetime\n"
-        "assert datetime.strptime('2020-02-01', '%Y-%m-%d').month == 2\nassert Counter('aa')['a'] == 2\n"
-        "print(math.tau)"
+        "import math, re\nfrom collections import Counter\n"
+        "from datetime import datetime\n"
+        "assert datetime.strptime('2020-02-01', '%Y-%m-%d').month == 2\n"
+        "assert Counter('aa')['a'] == 2\nprint(math.tau)"
     )
     assert outcome.ok
     assert outcome.status == "finished"
@@ -204,25 +205,27 @@ def test_without_the_kernel_layer_programs_run_only_if_asked_for(tmp_path):
     assert outcome.layers == ("limits", "audit")
 
 
-@needs_kernel
-def test_foreign_functions_are_nowhere_to_be_found_or_hold_nothing():
-    """Through frames and the collector a program may reach ctypes; the kernel refuses its calls."""
-    outcome = run(
-        "import gc\n"
-        "found = [m for m in gc.get_objects() if getattr(m, '__name__', '') == 'ctypes']\n"
-        "libc = found[0].CDLL(None, use_errno=True)\n"
-        "print(libc.open(b'/etc/passwd', 0), libc.fork(), libc.socket(2, 1, 0), libc.prctl(4, 1))",
-        seconds=2,
-    )
-    assert outcome.output in ("", "-1 -1 -1 -1\n")
-
-
 FORGER = """import os, sys
 frame = sys._getframe()
 while 'job' not in frame.f_locals:
     frame = frame.f_back
 nonce, say = frame.f_locals['job']['nonce'], frame.f_locals['say']
 """
+
+
+@needs_kernel
+def test_foreign_functions_that_a_program_finds_in_frames_do_nothing():
+    """ctypes' functions are there, as the cage was built with them: the kernel refuses their
+    calls, the audit new ones.
+    """
+    outcome = run(
+        FORGER + "prctl = frame.f_locals['prctl']\nprint(prctl(4, 1, 0, 0, 0))\n"
+        "(CDLL,) = [c for c in object.__subclasses__() if c.__name__ == 'CDLL']\n"
+        "CDLL(None).open(b'/etc/passwd', 0)"
+    )
+    assert outcome.output == "-1\n"
+    assert not outcome.ok
+    assert outcome.refused == ("ctypes.dlopen",)
 
 
 @needs_kernel

@@ -29,6 +29,7 @@ from ..record import UserError
 from . import expressions, sandbox
 
 ANSWER = 20_000  # characters; the longest answer that is judged
+REPEATS = 100_000  # the most that the numbers in a pattern's braces may multiply to
 PATIENCE = 0.25  # seconds of CPU time that a row's pattern may need on one answer
 UNSAFE = "unsafe"  # a `run_code` that runs programs without the kernel layer of sandbox.py, too
 
@@ -140,9 +141,16 @@ def _finite(value):
 
 
 def _compiles(pattern):
+    """Of Python's re, though it is matched by the library regex, for its time limit; that one
+    writes out repeats inside repeats, up to gigabytes.
+    """
+    repeats = math.prod(int(least) or 1 for least in re.findall(r"\{(\d+)", pattern))
+    if repeats > REPEATS:
+        raise ValueError(f"repeats that multiply to more than {REPEATS}")
     try:
+        re.compile(pattern, re.I | re.S)
         regex.compile(pattern, regex.I | regex.S)
-    except (regex.error, RecursionError, OverflowError) as error:
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise ValueError(f"not a regular expression ({error})") from error
     return pattern
 
@@ -165,7 +173,7 @@ Count = Annotated[int, Field(ge=0, le=1_000_000)]
 Span = Count | Annotated[list[Count], Field(min_length=2, max_length=2)]  # or [least, most]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = Annotated[int | float | str, AfterValidator(_finite)]
-Pattern = Annotated[str, Field(max_length=2_000), AfterValidator(_compiles)]
+Pattern = Annotated[str, Field(max_length=500), AfterValidator(_compiles)]
 Cases = list[Annotated[list, AfterValidator(_case)]]
 
 
