@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers.hexainst import corpus
 from helpers.hexainst import schema as hexainst
-from helpers.hexainst.checkers import check
+from helpers.hexainst.checkers import ARGUMENTS, CHECKERS, check, faults
 from helpers.hexainst.schema import CATEGORIES, HEXAINST, TAGS, load, load_hexainst, validate
 from helpers.paths import ROOT
 from helpers.record import UserError
@@ -46,6 +48,36 @@ def write(path, rows):
     return path
 
 
+def numeric(answer):
+    """A numeric row as its line of JSON, `answer` written as it is given."""
+    line = json.dumps(row(reference="7", checker={"name": "numeric", "answer": 0.125}))
+    return line.replace("0.125", answer)
+
+
+HOLLOW = (
+    "",
+    " \n\t",
+    "\u200b",
+    "\ufeff\u200d \u2060",
+    "\u3164",
+    "\u2800\u115f",
+    "\0\x1b",
+    "\u0301",
+)
+NUMBERS = [
+    ("NaN", "NaN is not a finite number"),
+    ("-Infinity", "-Infinity is not a finite number"),
+    ("1e999", "1e999 is not a finite number"),
+    ("1" + "0" * 400, "a whole number of more than 40 digits"),
+    ("9" * 6_000, "a whole number of more than 40 digits"),
+    ("true", "'answer' is bad"),
+    ("null", "'answer' is bad"),
+    ('"10 ** 400"', "more than 256 bits"),
+    ('"1 / 0"', "division by zero"),
+    ('"[[0]*9999]*9999"', "above size 10000"),
+    ("\"float('inf')\"", "a finite number was expected"),
+    ('"' + "1+" * 900 + '1"', "inside one another"),
+]
 FAULTS = [
     ("{not json", "bad JSON"),
     ("", "bad JSON"),
@@ -59,15 +91,39 @@ FAULTS = [
     (row(instruction="  "), "empty instruction"),
     (row(half="ai"), "tags: missing 'subtask'"),
     (row(checker={"name": "magic"}), "unknown checker 'magic'"),
-    (row(checker={"name": "exact"}), "checker exact: missing a required argument"),
+    (row(checker={"name": "exact"}), "checker exact: argument 'answer' is missing"),
     (row(checker={"name": "exact", "answer": "other"}), "rejects the row's own reference"),
     (
         row(checker={"name": "constraints", "max_words": 9}),
         "accepts a wrong answer: 'I do not know.'",
     ),
-    (row(checker={"name": "numeric", "answer": "f(x)"}, reference="1"), "bad argument"),
-    (row(checker={"name": "constraints", "pattern": "("}), "bad argument"),
-    (row(checker={"name": "label", "labels": 3, "answer": "w1"}), "bad argument"),
+    (row(checker={"name": "numeric", "answer": "f(x)"}, reference="1"), "'answer' is bad"),
+    (row(checker={"name": "constraints", "pattern": "("}), "'pattern' is bad"),
+    (row(checker={"name": "label", "labels": 3, "answer": "w1"}), "'labels' is bad"),
+    (row(checker={"name": ["exact"]}), "unknown checker ['exact']"),
+    (row(checker={"name": None}), "unknown checker None"),
+    (row(tags={"wording": 1}), "tags: 'wording' must be str, found int"),
+    (row(tags={"wording": {"a": [1]}}), "tags: 'wording' must be str, found dict"),
+    (row(id=[1]), "id must be str, found list"),
+    (row(half=["A"]), "half must be str, found list"),
+    (row(reference="w1" + " w" * 10_000), "more than 20000 characters"),
+    (
+        row(checker={"name": "constraints", "pattern": r"(?=.*a)(a+)+\1+b"}, reference="a" * 5000),
+        "rejects the row's own reference",
+    ),
+    *((row(instruction=hollow), "empty instruction") for hollow in HOLLOW),
+    *((row(source=hollow), "empty source") for hollow in HOLLOW),
+    (json.dumps(row())[:-1] + ', "id": "r9"}', "the key 'id' stands twice"),
+    (json.dumps(row(tags={"a": "b"})).replace('"a"', '"b": "c", "b"'), "the key 'b' stands twice"),
+    (json.dumps(row()) + json.dumps(row()), "bad JSON: Extra data"),
+    (json.dumps(row(instruction="\ud800 say w1")), "half a surrogate pair"),
+    (json.dumps(row(tags={"\udfff": "b"})), "half a surrogate pair"),
+    ("[" * 100_000, "inside one another"),
+    ('{"a":' * 100_000, "inside one another"),
+    (json.dumps(row()).replace("{}", "[" * 5_000 + "]" * 5_000), "inside one another"),
+    (json.dumps(row()).replace("{}", "[" * 400 + "]" * 400), "tags must be dict, found list"),
+    (json.dumps(row(instruction="w" * 1_000_000)), "more than 1000000 bytes"),
+    *((numeric(number), said) for number, said in NUMBERS),
     (
         row(
             half="ai",
@@ -114,6 +170,112 @@ def test_bad_bytes_are_a_fault_not_a_crash(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(json.dumps(row()).encode() + b"\n\xff\xfe\n")
     assert validate(path, part=True)[1][0][0] == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (b"\xef\xbb\xbf", "begins with a byte order mark"),
+        (b"\xff\xfe", "begins with UTF-16"),
+        (b"\xfe\xff", "begins with UTF-16"),
+    ],
+)
+def test_a_file_in_another_encoding_is_one_fault(tmp_path, start, said):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(start + json.dumps(row()).encode() * 3)
+    ((line, fault),) = validate(path)[1]
+    assert line == 1
+    assert said in fault
+    path.write_bytes(json.dumps(row()).encode("utf-16-le") + b"\n\0")
+    assert {line for line, _ in validate(path)[1]} == {1, 2}
+
+
+def test_line_ends_of_any_system_count_the_same(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for end in ("\n", "\r\n", "\r"):
+        path.write_bytes(end.join([json.dumps(row()), "{", json.dumps(row(2))]).encode())
+        assert [line for line, _ in validate(path, part=True)[1]] == [2]
+
+
+def test_characters_that_mean_something_elsewhere_are_harmless(tmp_path):
+    """A template's place, format fields, separators of lines that JSON allows, emoji, NUL."""
+    texts = ["{instruction} {0} %s ${x}", "say \u2028 w2 \x85", "say \U0001f600", "say \0 w", "{}"]
+    rows = [row(i, instruction=given) for i, given in enumerate(texts)]
+    path = write(tmp_path / "x.jsonl", rows)
+    assert validate(path, part=True) == (rows, [])
+    assert load(write(path, [*rows, row(5)]))["instruction"].tolist()[:5] == texts
+
+
+def test_paths_start_at_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frame = load_hexainst(dataset="data/hexainst/tiny.jsonl")
+    assert frame.equals(load_hexainst(dataset="tiny"))
+    assert validate("data/hexainst/tiny.jsonl")[1] == []
+    (tmp_path / "here.jsonl").touch()
+    for absent in ("here.jsonl", "data/hexainst", "x" * 5000, "a\0b", tmp_path):
+        with pytest.raises(UserError, match="no file"):
+            load_hexainst(dataset=absent)
+    with pytest.raises(UserError, match="unknown half '../hexainst/tiny'"):
+        load_hexainst("../hexainst/tiny")
+
+
+def test_what_a_sound_data_set_lacks_is_said(tmp_path):
+    def program(number):
+        checker = {"name": "unit_tests", "tests": ["assert f(1) == 2"]}
+        return row(number, category="CODE", checker=checker, reference="def f(x): return 2")
+
+    path = write(tmp_path / "x.jsonl", [row(0), program(1), row(2), row(6), program(7), row(8)])
+    assert validate(path)[1] == []
+    with pytest.warns(UserWarning, match="data set .*x.jsonl") as said:
+        assert len(load_hexainst(dataset=path)) == 6
+    assert [str(warning.message).split(": ", 1)[1] for warning in said] == [
+        "no row of GEN, MATH, SUM: all results leave it out.",
+        "CODE: every checker executes the answer, so no score without `run_code`.",
+    ]
+    assert hexainst.remarks([row(i) for i in range(6)]) == []
+    ((line, fault),) = validate(write(path, [row(0), row(6)]))[1]
+    assert line == 0
+    assert "only one category, CLS" in fault
+
+
+# A fuzz test: rows that are nearly right, and values of JSON that are not rows at all.
+WORDS = st.sampled_from(["", "w1", "cat", "7", "\u200b", "(", "[a-", "1/0", "json", "Say w1 ."])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = [*CHECKERS, "magic"]
+FIELDS = sorted({key for model in ARGUMENTS.values() for key in model.model_fields})
+MADE = st.fixed_dictionaries({"name": st.sampled_from(NAMES)}).flatmap(
+    lambda made: st.dictionaries(st.sampled_from(FIELDS), JSON | WORDS, max_size=3).map(
+        lambda arguments: made | arguments
+    )
+)
+RIGHT = st.sampled_from([row["checker"] for row in load_hexainst("ai").to_dict("records")[::7]])
+BENT = st.tuples(RIGHT, st.sampled_from(FIELDS), JSON).map(lambda x: x[0] | {x[1]: x[2]})
+NEARLY = st.dictionaries(st.sampled_from([*hexainst.SCHEMA, "x"]), JSON, max_size=2).map(
+    lambda changes: row() | changes
+)
+ROWS = st.one_of(
+    JSON, NEARLY, st.builds(lambda c: row(checker=c), MADE | RIGHT | BENT), st.text(), st.binary()
+)
+
+
+@settings(max_examples=400, derandomize=True, deadline=None, database=None)
+@given(ROWS, st.text(max_size=30) | WORDS)
+def test_whatever_a_line_holds_there_are_faults_or_a_score(made, answer):
+    line = made if isinstance(made, bytes) else json.dumps(made).encode()
+    try:
+        read = hexainst.read_row(line)
+    except ValueError:
+        return
+    found = hexainst.row_faults(read)
+    assert all(isinstance(fault, str) and fault and len(fault) < 1000 for fault in found)
+    if not found:
+        assert check(read, answer) in (0.0, 1.0, None)
+    if isinstance(read, dict) and not faults(read.get("checker")):
+        assert check(read, answer) in (0.0, 1.0, None)
 
 
 def test_code_references_run_only_when_asked(tmp_path):

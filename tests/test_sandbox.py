@@ -3,9 +3,12 @@ without the other.
 """
 
 import importlib.util
+import json
 import os
 import platform
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +18,7 @@ import pytest
 
 from helpers.hexainst import sandbox
 from helpers.hexainst.sandbox import Unavailable, run
+from helpers.paths import ROOT
 
 SOURCE = Path(sandbox.__file__).read_text()
 KERNEL = sys.platform == "linux" and platform.machine() in sandbox.CALLS
@@ -85,8 +89,10 @@ def test_hostile_programs_are_contained_and_reported(name):
 
 def test_honest_programs_run():
     outcome = run(
-        "import math, re\nfrom collections import Counter\nfrom datetime import datetime\n"
-        "assert datetime.strptime('2020-02-01', '%Y-%m-%d').month == 2\nassert Counter('aa')['a'] == 2\nprint(math.tau)"
+        "import math, re\nfrom collections import Counter\n"
+        "from datetime import datetime\n"
+        "assert datetime.strptime('2020-02-01', '%Y-%m-%d').month == 2\n"
+        "assert Counter('aa')['a'] == 2\nprint(math.tau)"
     )
     assert outcome.ok
     assert outcome.status == "finished"
@@ -106,10 +112,14 @@ def test_nothing_is_inherited_and_nothing_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("SECRET", "1")
     outcome = run(
-        "import os, sys\nassert 'SECRET' not in os.environ and sys.flags.isolated\nprint(os.path.basename(sys.path[0]))"
+        "import os, sys\nassert 'SECRET' not in os.environ and sys.flags.isolated\n"
+        "print(os.path.basename(sys.path[0]))"
     )
     assert outcome.ok, outcome.status
     assert list(tmp_path.iterdir()) == []
+
+
+NO_KERNEL = ("if _filter(prctl):", "if False:")
 
 
 def altered(tmp_path, *swaps):
@@ -160,9 +170,7 @@ def test_the_kernel_layer_holds_alone(tmp_path, act):
 
 
 def test_the_audit_layer_holds_alone(tmp_path):
-    module = altered(
-        tmp_path, ("if _filter():", "if False:"), ("elif os.geteuid() == 0:", "elif False:")
-    )
+    module = altered(tmp_path, NO_KERNEL, ("elif os.geteuid() == 0:", "elif False:"))
     for name in (
         "fork bomb",
         "reads a file",
@@ -173,7 +181,7 @@ def test_the_audit_layer_holds_alone(tmp_path):
         "foreign functions",
     ):
         program, said = HOSTILE[name]
-        outcome = module.run(program, seconds=1)
+        outcome = module.run(program, seconds=1, without_seccomp=True)
         assert not outcome.ok
         assert outcome.layers == ("limits", "audit")
         assert re.search(
@@ -182,9 +190,108 @@ def test_the_audit_layer_holds_alone(tmp_path):
 
 
 def test_root_without_the_kernel_layer_is_refused(tmp_path):
-    module = altered(tmp_path, ("if _filter():", "if False:"), ("os.geteuid() == 0", "True"))
-    with pytest.raises(module.Unavailable, match="not executed as root"):
+    module = altered(tmp_path, NO_KERNEL, ("os.geteuid() == 0", "True"))
+    for asked in (False, True):
+        with pytest.raises(module.Unavailable, match="not executed as root"):
+            module.run("pass", without_seccomp=asked)
+
+
+def test_without_the_kernel_layer_programs_run_only_if_asked_for(tmp_path):
+    module = altered(tmp_path, NO_KERNEL, ("os.geteuid() == 0", "False"))
+    with pytest.raises(module.Unavailable, match="without the kernel's filter"):
         module.run("pass")
+    outcome = module.run("pass", without_seccomp=True)
+    assert outcome.ok
+    assert outcome.layers == ("limits", "audit")
+
+
+FORGER = """import os, sys
+frame = sys._getframe()
+while 'job' not in frame.f_locals:
+    frame = frame.f_back
+nonce, say = frame.f_locals['job']['nonce'], frame.f_locals['say']
+"""
+
+
+@needs_kernel
+def test_foreign_functions_that_a_program_finds_in_frames_do_nothing():
+    """ctypes' functions are there, as the cage was built with them: the kernel refuses their
+    calls, the audit new ones.
+    """
+    outcome = run(
+        FORGER + "prctl = frame.f_locals['prctl']\nprint(prctl(4, 1, 0, 0, 0))\n"
+        "(CDLL,) = [c for c in object.__subclasses__() if c.__name__ == 'CDLL']\n"
+        "CDLL(None).open(b'/etc/passwd', 0)"
+    )
+    assert outcome.output == "-1\n"
+    assert not outcome.ok
+    assert outcome.refused == ("ctypes.dlopen",)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "act",
+    [
+        "say('unsafe', 'forged')",
+        "say('layers', 'forged')",
+        "say('nonsense', 'forged')",
+        "say('unsafe', ''); say('end', 'finished'); os._exit(0)",
+        "for i in range(3, 16):\n    try: os.write(i, f'{nonce}unsafe x\\n'.encode())\n"
+        "    except OSError: pass",
+        "while True: say('unsafe', 'x' * 9999)",
+        "say('end', 'a \\ud800 surrogate'); os._exit(0)",
+    ],
+)
+def test_a_forged_word_of_the_cage_fails_that_answer_and_nothing_else(act):
+    outcome = run(FORGER + act, seconds=0.5)
+    assert not outcome.ok
+    assert outcome.layers == ("limits", "audit", "kernel")
+
+
+@needs_kernel
+def test_the_child_dies_with_a_killed_parent_and_nothing_stays_on_disk(tmp_path):
+    code = (
+        "from helpers.hexainst.sandbox import run; run('import time; time.sleep(99)', seconds=99)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
+    try:
+        (child,) = wait_for(lambda: children(parent.pid))
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    assert wait_for(lambda: not Path(f"/proc/{child}").exists())
+    assert list(tmp_path.iterdir()) == []
+
+
+def children(pid):
+    """Processes that `pid` started and that have sealed themselves, as texts."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [n for n in found if "Seccomp:\t2" in Path(f"/proc/{n}/status").read_text()]
+
+
+def wait_for(seen, seconds=30):
+    end = time.monotonic() + seconds
+    while not (found := seen()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def test_a_child_whose_parent_died_before_it_could_follow_runs_nothing():
+    reader, writer = os.pipe()
+    job = {"program": "print('ran')", "nonce": "n", "seconds": 1, "megabytes": 512}
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", sandbox.__file__, str(writer)],
+        input=json.dumps(job | {"parent": os.getpid() + 1, "without_seccomp": False}),
+        capture_output=True,
+        text=True,
+        pass_fds=[writer],
+    )
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        assert (said.read(), done.stdout, done.returncode) == ("", "", 1)
 
 
 def test_other_platforms_are_refused(monkeypatch):

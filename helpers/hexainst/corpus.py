@@ -88,9 +88,9 @@ def matched(
                 break
         else:
             raise UserError(
-                f"half {name}: {len(groups)} groups of rows of like length (ratio 1.25), {per_category} "
-                "wanted: the categories' lengths differ too much. Add rows of missing lengths, or ask for "
-                "fewer."
+                f"half {name}: {len(groups)} groups of rows of like length (ratio 1.25), "
+                f"{per_category} wanted: the categories' lengths differ too much. Add rows of "
+                "missing lengths, or ask for fewer."
             )
         chosen = np.random.default_rng(seed).choice(len(groups), per_category, replace=False)
         kept += [index for i in chosen for index in groups[i]]
@@ -166,41 +166,35 @@ def predict_category(
 ) -> np.ndarray:
     """Category of every row guessed from its bag of words alone, cross-validated: str [I].
 
-    Multinomial naive Bayes with equal priors, folds stratified by category, words unseen in
-    training ignored. Its accuracy is the lexical baseline: what a statement about "category
-    structure" must beat to be more than vocabulary.
+    Multinomial naive Bayes with equal priors, words unseen in training ignored. Its accuracy is the
+    lexical baseline: what a statement about "category structure" must beat to be more than
+    vocabulary. Each category's rows are shuffled and dealt to the folds in turn, by our own two
+    lines: StratifiedKFold deals others, and would move published accuracies (0.733 to 0.778 on the
+    matched subset). Raises UserError where no category has two rows.
 
-    >>> rows = pd.DataFrame({"category": ["A", "B"] * 4, "instruction": ["red one", "blue two"] * 4, "input": ""})
+    >>> texts = {"instruction": ["red one", "blue two"] * 4, "input": ""}
+    >>> rows = pd.DataFrame({"category": ["A", "B"] * 4} | texts)
     >>> (predict_category(rows, folds=4) == rows["category"]).mean()
     np.float64(1.0)
     """
-    bags = [tokens(text(row)) for row in rows.to_dict("records")]
-    codes = {word: j for j, word in enumerate(sorted(set().union(*bags)))}
-    counts = np.zeros((len(rows), len(codes)))  # [I, words]
-    for i, bag in enumerate(bags):
-        np.add.at(counts[i], [codes[word] for word in bag], 1)
+    # Here, as the library takes a second to import and all of helpers imports this file.
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.model_selection import PredefinedSplit, cross_val_predict
+    from sklearn.naive_bayes import MultinomialNB
+    from sklearn.pipeline import make_pipeline
+
     labels = rows["category"].to_numpy()
-    fold = rows.groupby("category").cumcount().sample(frac=1, random_state=seed)
-    fold = (
-        fold.groupby(labels[rows.index.get_indexer(fold.index)])
-        .cumcount()
-        .reindex(rows.index)
-        .to_numpy()
-        % folds
-    )
-    names, guess = np.unique(labels), np.empty(len(rows), dtype=object)
-    for k in range(folds):
-        train, test = fold != k, fold == k
-        known = counts[train].sum(0) > 0
-        totals = (
-            np.stack([counts[train & (labels == name)].sum(0) for name in names])[:, known]
-            + smoothing
+    shuffled = rows.groupby("category").cumcount().sample(frac=1, random_state=seed)
+    dealt = shuffled.groupby(labels[rows.index.get_indexer(shuffled.index)]).cumcount()
+    fold = dealt.reindex(rows.index).to_numpy() % folds
+    if len(set(fold)) < 2:
+        raise UserError(
+            f"{len(rows)} rows, and no category with two, cannot be cross-validated. Add rows."
         )
-        scores = (
-            counts[test][:, known] @ np.log(totals / totals.sum(1, keepdims=True)).T
-        )  # [tested, C]
-        guess[test] = names[scores.argmax(1)]
-    return guess
+    model = make_pipeline(
+        CountVectorizer(analyzer=tokens), MultinomialNB(alpha=smoothing, fit_prior=False)
+    )
+    return cross_val_predict(model, texts(rows), labels, cv=PredefinedSplit(fold))
 
 
 def folds(rows: pd.DataFrame) -> pd.Series:

@@ -1,25 +1,29 @@
 """Programs a model wrote run in a caged process of their own: `run(program) -> Outcome`. Only
 after an opt-in.
 
-This file is both sides. The parent starts it as a script (`python -I -S`, empty environment, an
-empty temporary working folder, a session of its own), sends the program through stdin and kills
-the whole group at the wall limit. The child imports what the program may import (MODULES), then
-seals itself for good, and only then executes it:
+This file is both sides. The parent starts it as a script (`python -I -S`, empty environment, a
+session of its own), sends the program through stdin and kills the whole group at the wall limit.
+Nothing is written to disk, so nothing is left there whoever is killed. The child dies with its
+parent: at once on Linux, elsewhere at the wall limit. It imports what the program may import
+(MODULES), then seals itself for good, and only then executes it:
 
-- limits (POSIX): CPU seconds, address space (not on macOS), written bytes, open files, no new process
-  (this one does not bind root), no core file;
-- audit (everywhere): a Python audit hook refuses every event not in QUIET: opening files, sockets, forking, spawning,
-  signals, other imports, ctypes. It stops Python code, not a break-out through the interpreter's own memory;
-- kernel (Linux on x86_64 and aarch64, no root needed): a seccomp filter leaves some thirty system calls. No file can be
-  opened, no socket, process or thread made, no signal sent, whatever the program does. This layer is the wall.
+- limits (POSIX): CPU seconds, address space (not on macOS), written bytes, open files, no new
+  process (this one does not bind root), no core file;
+- audit (everywhere): a Python audit hook refuses every event not in QUIET: opening files, sockets,
+  forking, spawning, signals, other imports, ctypes. It stops Python code, not a break-out through
+  the interpreter's own memory;
+- kernel (Linux on x86_64 and aarch64, no root needed): a seccomp filter leaves some thirty system
+  calls. No file can be opened, no socket, process or thread made, no signal sent, whatever the
+  program does. This layer is the wall.
 
-Not contained: a program may cheat its own tests (they run in its process), and may use CPU and
-memory up to the limits. Without the kernel layer (macOS) there are only the other two; as root
-without it, and on Windows, `run` refuses.
+Not contained: a program may cheat its own tests (they run in its process: what it says of itself
+is its own result and no one else's), and may use CPU and memory up to the limits. Without the
+kernel layer (macOS, other machines) a program can reach the system's C library through the
+interpreter's frames; there `run` refuses unless asked for with `without_seccomp`. As root without
+that layer, and on Windows, it always refuses.
 """
 
 import ast
-import ctypes
 import json
 import math
 import os
@@ -31,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -188,6 +193,10 @@ CALLS = {
 }
 
 
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38  # <linux/prctl.h>
+SECCOMP_MODE_FILTER = 2
+
+
 class Unavailable(Exception):
     """No sufficient cage on this platform."""
 
@@ -206,13 +215,15 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run(program: str, seconds: float = 4.0, megabytes: int = 512) -> Outcome:
+def run(
+    program: str, seconds: float = 4.0, megabytes: int = 512, without_seccomp: bool = False
+) -> Outcome:
     """Run a Python program in the cage; always returns, at the latest after ten times `seconds` of
     wall time.
 
     seconds: CPU time. megabytes: address space. Output is cut at 1 MB; its first 2,000 characters
-    are returned. Raises Unavailable where the platform cannot contain a program (see the module's
-    text).
+    are returned. without_seccomp: run it also where there is no kernel layer. Raises Unavailable
+    where the platform cannot contain a program (see the module's text).
 
     >>> run("assert sorted([2, 1]) == [1, 2]").ok
     True
@@ -224,29 +235,49 @@ def run(program: str, seconds: float = 4.0, megabytes: int = 512) -> Outcome:
             f"model-written code is not executed on {platform.system()}: no process limits there"
         )
     nonce, start = secrets.token_hex(16), time.monotonic()
-    job = json.dumps(
-        {"program": program, "nonce": nonce, "seconds": seconds, "megabytes": megabytes}
-    ).encode()
+    job = {
+        "program": program,
+        "nonce": nonce,
+        "seconds": seconds,
+        "megabytes": megabytes,
+        "without_seccomp": without_seccomp,
+        "parent": os.getpid(),
+    }
+    child, late, lines, printed = _converse(json.dumps(job).encode(), 10 * seconds)
+    said = [line.removeprefix(nonce).split(" ", 1) for line in lines if line.startswith(nonce)]
+    if said and said[0][0] == "unsafe":  # only the first word is the cage's for certain
+        raise Unavailable(f"model-written code is not executed {said[0][1]}")
+    refused = tuple(rest for kind, rest in said if kind == "refused")
+    layers = next((tuple(rest.split()) for kind, rest in said if kind == "layers"), ())
+    status = next((rest for kind, rest in said if kind == "end"), None)
+    if status is None:
+        status = f"stopped after {10 * seconds:g} s" if late else _death(child.returncode, printed)
+    ok = status == "finished" and [kind for kind, _ in said].count("layers") == 1
+    ok = ok and {kind for kind, _ in said} <= {"layers", "refused", "end"}
+    return Outcome(ok, status, refused, layers, printed, time.monotonic() - start)
+
+
+def _converse(job, limit):
+    """Start the child, give it its job, wait: (the dead child, whether `limit` seconds were too
+    few, the lines it said, what it printed).
+    """
     reader, writer = os.pipe()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tempfile.TemporaryFile() as output,
-        os.fdopen(reader, "rb") as verdict,
-    ):
-        command = [sys.executable, "-I", "-S", "-B", os.path.abspath(__file__), str(writer)]
-        child = subprocess.Popen(
-            command,
-            cwd=folder,
-            env={},
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            pass_fds=[writer],
-            start_new_session=True,
-        )
-        os.close(writer)
+    with tempfile.TemporaryFile() as output, os.fdopen(reader, "rb") as verdict:
         try:
-            child.communicate(job, timeout=10 * seconds)
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", os.path.abspath(__file__), str(writer)],
+                cwd="/",
+                env={},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=[writer],
+                start_new_session=True,
+            )
+        finally:
+            os.close(writer)
+        try:
+            child.communicate(job, timeout=limit)
             late = False
         except subprocess.TimeoutExpired:
             late = True
@@ -255,19 +286,7 @@ def run(program: str, seconds: float = 4.0, megabytes: int = 512) -> Outcome:
         os.set_blocking(reader, False)
         lines = (verdict.read(1 << 16) or b"").decode(errors="replace").splitlines()
         output.seek(0)
-        printed = output.read(2000).decode(errors="replace")
-    said = [line.removeprefix(nonce).split(" ", 1) for line in lines if line.startswith(nonce)]
-    if any(kind == "unsafe" for kind, _ in said):
-        raise Unavailable(
-            "model-written code is not executed as root without the kernel's filter. "
-            "Use an ordinary account."
-        )
-    refused = tuple(rest for kind, rest in said if kind == "refused")
-    layers = next((tuple(rest.split()) for kind, rest in said if kind == "layers"), ())
-    status = next((rest for kind, rest in said if kind == "end"), None)
-    if status is None:
-        status = f"stopped after {10 * seconds:g} s" if late else _death(child.returncode, printed)
-    return Outcome(status == "finished", status, refused, layers, printed, time.monotonic() - start)
+        return child, late, lines, output.read(2000).decode(errors="replace")
 
 
 def _kill(child):
@@ -278,7 +297,8 @@ def _kill(child):
 
 def _death(code, printed):
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}" + (
+        names = {number.value: number.name for number in signal.Signals}
+        return f"killed by {names.get(-code, -code)}" + (
             " (CPU limit)" if -code == signal.SIGXCPU else ""
         )
     return f"left with exit code {code} before its end" + (
@@ -287,7 +307,12 @@ def _death(code, printed):
 
 
 def _child(channel):
+    prctl = _prctl()
+    if prctl:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     job = json.load(sys.stdin)
+    if os.getppid() != job["parent"]:  # it died before it could be followed
+        os._exit(1)
     say = _speaker(channel, job["nonce"])
     layers = ["limits", "audit"]
     _limit(job["seconds"], job["megabytes"])
@@ -298,10 +323,13 @@ def _child(channel):
         say("end", f"does not parse: {error}")
         return
     _preload(tree)
-    if _filter():
+    if _filter(prctl):
         layers.append("kernel")
     elif os.geteuid() == 0:
-        say("unsafe", "")
+        say("unsafe", "as root without the kernel's filter. Use an ordinary account.")
+        return
+    elif not job["without_seccomp"]:
+        say("unsafe", "without the kernel's filter (seccomp), which is missing here.")
         return
     _watch(say)
     say("layers", " ".join(layers))
@@ -356,6 +384,7 @@ def _limit(seconds, megabytes):
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(kind, (limit, limit + 1 if name == "CPU" and limit == cpu else limit))
     sys.modules.pop("resource")
+    signal.alarm(10 * cpu + 1)  # the wall limit, should no parent be there to see to it
 
 
 def _watch(say):
@@ -384,22 +413,34 @@ def _watch(say):
     sys.addaudithook(hook)
 
 
-def _filter():
+def _prctl():
+    """Linux's prctl(option, ...) for this process; None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    import ctypes  # only here: where it is not needed, no program can find it in memory
+
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+    return prctl
+
+
+def _filter(prctl):
     """Install the seccomp filter: calls in CALLS pass, all others fail with EPERM. False where
     there is none.
     """
-    if sys.platform != "linux" or platform.machine() not in CALLS:
+    if prctl is None or platform.machine() not in CALLS:
         return False
     arch, calls = CALLS[platform.machine()]
     load, equal, give = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
     steps = [(load, 0, 0, 4), (equal, 1, 0, arch), (give, 0, 0, 0x80000000), (load, 0, 0, 0)]
     steps += [(equal, len(calls) - i, 0, number) for i, number in enumerate(calls)]
     steps += [(give, 0, 0, 0x00050001), (give, 0, 0, 0x7FFF0000)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-    program = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(code)))
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
-    return prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, ctypes.addressof(program), 0, 0) == 0
+    code = array("B", b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = array("B", struct.pack("HP", len(steps), code.buffer_info()[0]))
+    return (
+        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+        and prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program.buffer_info()[0], 0, 0) == 0
+    )
 
 
 if __name__ == "__main__":

@@ -297,6 +297,8 @@ def run_validate(options) -> int:
     rows, faults = schema.validate(options.file, options.part, options.run_code)
     for number, fault in faults:
         print(f"{options.file}:{number}: {fault}")
+    for remark in [] if faults else schema.remarks(rows):
+        print(f"{options.file}: {remark}")
     note = "" if options.run_code else "; no CODE reference was executed"
     print(f"{len(rows)} rows read, {len(faults)} faults{note}")
     return 1 if faults else 0
