@@ -43,6 +43,13 @@ class Reference:
     filled: dict[str, torch.Tensor]
 
 
+@dataclass
+class Places:
+    """At which tokens neurons are ablated: bool [B, T], to be set before each forward pass."""
+
+    mask: torch.Tensor | None = None
+
+
 def parts_of(sites, mask) -> list[tuple]:
     """A component mask by site: [(site, bool tensor [N], [E, N] or [E])], in the mask's order,
     all-False ones left out.
@@ -129,6 +136,7 @@ def ablate(
     reference: Reference | None = None,
     seed: int = 0,
     how: str = "auto",
+    where: "Places | None" = None,
 ):
     """While the context is open the masked components are ablated; an empty mask is a no-op.
 
@@ -140,6 +148,7 @@ def ablate(
     how        for "zero": "weights" zeroes columns of the down projection (no cost per token),
                "hook" edits its input: equal results. "auto": weights where they are what runs
                (see `editable`) and no other layer's.
+    where      at which tokens (see Places), of an MLP's neurons; everywhere if None.
 
     The implementation of the experts is left as it runs, so a run outside the context is the
     baseline. On leaving, every hook must have fired if the model ran; that the outputs moved is
@@ -159,7 +168,8 @@ def ablate(
     parts, shared = parts_of(find_sites(model), mask), shared_weights(model)
     with ExitStack() as stack:
         for number, (site, part) in enumerate(parts):
-            if operator == "zero" and how != "hook" and _address(site) not in shared | {0}:
+            by_weights = how != "hook" and where is None and operator == "zero"
+            if by_weights and _address(site) not in shared | {0}:
                 _zero_columns(stack, site, part)
                 continue
             if how == "weights":
@@ -173,7 +183,7 @@ def ablate(
                 _ablate_experts(stack, model, site, part, operator, fired)
             else:
                 value = _replacement(site, operator, reference, seed + number)
-                _edit_neurons(stack, site, part, value, fired)
+                _edit_neurons(stack, site, part, value, fired, where)
         stack.callback(model.register_forward_hook(lambda *_: ran.append(True)).remove)
         yield
         if ran and hooked - fired:
@@ -244,14 +254,21 @@ def _replacement(site, operator, reference, seed):
     return pick
 
 
-def _edit_neurons(stack, site, part, value, fired) -> None:
+def _edit_neurons(stack, site, part, value, fired, where=None) -> None:
     """Put value(h, experts) in the place of the masked neurons of every h that a down projection
-    reads.
+    reads, or of those at the places of `where`.
     """
+    if where is not None and site.family == "expert":
+        raise UserError(
+            f"{site.name}: neurons of routed experts are ablated at every token or none. Leave out "
+            "`where`, or ablate the dense neurons alone."
+        )
 
     def edit(h, ids):
         fired.add(site.name)
         at = part.to(h.device)
+        if where is not None:
+            at = at & where.mask.to(h.device).reshape(*h.shape[:-1], 1)
         return torch.where(at if ids is None else at[ids], value(h, ids), h)
 
     if site.family == "expert":

@@ -8,11 +8,13 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..capture.interventions import ablate
+from ..capture.interventions import Places, ablate
 from ..capture.sites import input_device
 from ..capture.tokens import Batch, batches, encode
 from ..hexainst.checkers import check
 from ..record import UserError
+
+WHERE = ("everywhere", "all but the first", "prompt", "response")  # where an ablation acts
 
 
 def nll_of(model, batch: Batch) -> torch.Tensor:
@@ -47,8 +49,13 @@ def nll_of(model, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _nll(model, prepared: list[Batch]) -> np.ndarray:
-    found = torch.cat([nll_of(model, batch) for batch in prepared]).cpu().numpy()
+def _nll(model, prepared: list[Batch], places: Places | None = None, where=()) -> np.ndarray:
+    found = []
+    for i, batch in enumerate(prepared):
+        if places is not None:
+            places.mask = where[i]
+        found.append(nll_of(model, batch))
+    found = torch.cat(found).cpu().numpy()
     out = np.empty_like(found)
     out[[row for batch in prepared for row in batch.rows]] = found
     return out
@@ -118,6 +125,7 @@ def ablation_matrix(
     *,
     eos: bool = True,
     allow_inert: bool = False,
+    where: str = "everywhere",
     **options,
 ) -> pd.DataFrame:
     """NLL increase (ablated minus intact, nats per reference token) of each of a study's rows under
@@ -125,21 +133,67 @@ def ablation_matrix(
 
     masks: {name: component mask}. Returns float64 [I, sets], index the ids, columns the names;
     the intact NLL is the list attrs["baseline"]. References are encoded once for all. `options` go
-    to `ablate`. Raises RuntimeError if a non-empty set changes no row at all; `allow_inert`
+    to `ablate`. where: at which tokens the set is ablated, one of WHERE. Raises RuntimeError if a
+    non-empty set changes no row at all; `allow_inert`
     permits sets that may be dead.
     """
     model, rows = study.model(variant)[0], study.rows
     encoded = study.encoded("reference" if eos else "response", variant)
     prepared = list(batches(encoded, study.profile.batch_size))
     baseline, increase = _nll(model, prepared), {}
+    places, masks_at = _places(study, variant, prepared, where)
     for name in tqdm(masks, f"{study.name} ablations", delay=5, leave=False, unit=" sets"):
-        with ablate(model, masks[name], operator, **options):
-            increase[name] = _nll(model, prepared) - baseline
+        with ablate(model, masks[name], operator, where=places, **options):
+            increase[name] = _nll(model, prepared, places, masks_at) - baseline
         inert = allow_inert or not any(np.any(part) for part in masks[name].values())
         _believable(increase[name], name, inert)
     frame = pd.DataFrame(increase, index=pd.Index(rows["id"], name="id"))
     frame.attrs["baseline"] = baseline.tolist()
     return frame
+
+
+def _places(study, variant, prepared, where) -> tuple:
+    """(Places, a mask [B, T] for each batch) of one of WHERE; (None, ()) for everywhere."""
+    if where == "everywhere":
+        return None, ()
+    if where not in WHERE:
+        raise UserError(f"where is {where!r}, expected one of {', '.join(WHERE)}.")
+    prompts, found = study.encoded("prompt", variant), []
+    for batch in prepared:
+        mask = batch.attention_mask.bool()
+        if where == "all but the first":
+            mask = mask & (batch.attention_mask.cumsum(1) > 1)
+        if where == "response":
+            mask = batch.count_mask.bool()
+        if where == "prompt":
+            mask = torch.zeros_like(mask)
+            for b, row in enumerate(batch.rows):
+                counted = torch.tensor(prompts[row].counted)
+                mask[b, : len(counted)] = counted
+        found.append(mask)
+    return Places(), found
+
+
+def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned") -> np.ndarray:
+    """How much instruction gain each ablated set takes away, nats per reference token, [I, sets].
+
+    A row's gain is the loss of its reference after the instruction of the next row of its category
+    minus the loss after its own; lost is gain intact minus gain ablated. Rows of a category that
+    has one row gain nothing and lose nothing. (Ours.)
+    """
+    rows, model = study.rows, study.model(variant)[0]
+    after = rows.groupby("category")["instruction"].transform(lambda x: np.roll(x, -1))
+    given = rows.groupby("category")["input"].transform(lambda x: np.roll(x, -1))
+    other = study.reading_of(rows.assign(instruction=after, input=given), variant)
+    size = study.profile.batch_size
+    prepared = [list(batches(e, size)) for e in (study.encoded("reference", variant), other)]
+    intact = [_nll(model, some) for some in prepared]
+    lost = np.zeros((len(rows), len(masks)))
+    for n, name in enumerate(tqdm(masks, f"{study.name} gains", delay=5, leave=False)):
+        with ablate(model, masks[name], operator):
+            own, others = (_nll(model, some) for some in prepared)
+        lost[:, n] = (own - intact[0]) - (others - intact[1])
+    return lost
 
 
 def _believable(increase, name, may_be_inert):

@@ -10,12 +10,16 @@ import pandas as pd
 
 from ..analysis.controls import layer_matched, usage_matched
 from ..analysis.effects import critical, slope_of, slopes
+from ..analysis.generality import category_scores
 from ..analysis.sets import category_means, category_sets, consensus, top_experts, top_sets
+from ..analysis.similarity import within_between
+from ..analysis.stats import plus_one, resample_weights
 from ..capture.interventions import ablate
 from ..hexainst.corpus import texts
+from ..record import NotTestable
 from .ablation import measure, own_effect, pooled, spared
-from .evaluate import ablation_matrix, accuracy, plain_text_nll, scored
-from .scores import reference_activations, sets_of, standing
+from .evaluate import WHERE, ablation_matrix, accuracy, gain_lost, plain_text_nll, scored
+from .scores import reference_activations, sets_of, standing, written
 
 TESTED = ("frequency", "contribution")  # the paper's score, and ours: scores of the headline
 PASSAGES = 40  # plain texts whose loss says if language broke
@@ -153,8 +157,8 @@ class Needed:
     # ---- dose
 
     def doses(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """(curve, fits): damage at each share of the neurons, beside random sets of the same layers
-        and neurons in one random order; slopes and the second least step, a row per score and level.
+        """(curve, fits): damage at each share of the neurons, beside random sets of the same
+        layers and neurons in one random order; slopes and the second least step, a row per score and level.
         """
         lines, fits, sizes = [], [], self.profile.sizes
         for score in TESTED:
@@ -310,6 +314,165 @@ class Needed:
             rows.append({"pair": self.study.name, "measured on": level, "random": random} | found)
         return pd.DataFrame(rows)
 
+    # ---- following, parts of a set, groups that are no categories, places
+
+    def by_category(self, prefix: str, parts: dict, units: str) -> pd.DataFrame:
+        """A row per category, halves pooled: own minus mean of the random draws, with interval and
+        p_sets (the set exchanged with its draws); numbers under `prefix`.<level>.<category>.
+        """
+        rows = []
+        for level, arrays, groups, _ in self.levels(parts):
+            for code, category in enumerate(self.study.categories):
+                at = arrays["labels"] == code
+                part = {name: arrays[name][at] for name in ("own", "random")}
+                try:
+                    found = self._critical(part, groups[at])
+                except NotTestable:
+                    continue
+                where = f"{prefix}.{level}.{category}"
+                self.numbers |= {
+                    f"{where}.{units}": found["critical"],
+                    f"{where}.{units}_ci": found["critical_ci"],
+                    f"{where}.p_sets": found["p_sets"],
+                }
+                row = {"pair": self.study.name, "measured on": level, "category": category}
+                rows.append(row | found)
+        return pd.DataFrame(rows)
+
+    def following(self) -> pd.DataFrame:
+        """Instruction gain that each score's sets take away, beyond random ones; see gain_lost."""
+        tables = []
+        for score in TESTED:
+            parts = {}
+            for half in self.halves:
+                own = self._masks(score, half)
+                drawn = self.controls(own, self.profile.controls)
+                parts[half] = self._gains(self.here(half), own, drawn)
+            table = self.by_category(f"ablation.gain.{score}", parts, "lost")
+            tables.append(table.assign(score=score))
+        return pd.concat(tables, ignore_index=True)
+
+    def _gains(self, here, own, drawn) -> dict:
+        count = self.profile.controls
+        found = {"own": np.zeros((len(here.rows), 1))}
+        found["random"] = np.zeros((len(here.rows), count))
+        for category, mask in own.items():
+            at = (here.rows["category"] == category).to_numpy()
+            masks = {"own": mask} | dict(enumerate(drawn[category]))
+            lost = gain_lost(here.take(at), masks)
+            found["own"][at], found["random"][at] = lost[:, :1], lost[:, 1:]
+        return found | {"labels": here.labels.astype(np.int32)}
+
+    def own_part(self) -> pd.DataFrame:
+        """The frequency sets' own part (members of at most half of the sets), against random ones;
+        `share` says how much of each set that is.
+        """
+        parts, shares = {}, []
+        for half in self.halves:
+            sets = self.sets("frequency", half)
+            own = sets & (sets.sum(0) <= len(sets) / 2)
+            shares.append(own.sum(1) / sets.sum(1))
+            masks = {c: m for c, m in self.study.masks(own).items() if _members(m)}
+            parts[half] = self._against_some(masks, half)
+        table = self.by_category("ablation.part.frequency", parts, "critical")
+        share = dict(zip(self.study.categories, np.mean(shares, axis=0), strict=True))
+        return table.assign(share=table["category"].map(share)) if len(table) else table
+
+    def _against_some(self, own: dict, half) -> dict:
+        """As _against, at full number of draws; categories without a set lose nothing."""
+        here, count = self.here(half), self.profile.controls
+        found = {"own": np.zeros((len(here.rows), 1))}
+        found["random"] = np.zeros((len(here.rows), count))
+        for category, drawn in self.controls(own, count).items():
+            at = (here.rows["category"] == category).to_numpy()
+            masks = {"own": own[category]} | dict(enumerate(drawn))
+            increase = ablation_matrix(here.take(at), masks, "zero", allow_inert=True).to_numpy()
+            found["own"][at], found["random"][at] = increase[:, :1], increase[:, 1:]
+        return found | {"labels": here.labels.astype(np.int32)}
+
+    def pseudo(self) -> pd.DataFrame:
+        """Specificity of contribution sets of the categories, and of groups of the same rows that
+        are no kinds of instruction; what the categories have beyond the largest of these.
+        """
+        parts = {name: {} for name in ("category", *GROUPINGS)}
+        for half in self.halves:
+            for name in parts:
+                parts[name][half] = self._specific(name, half)
+        rows = []
+        for some in (self.halves, *([half] for half in self.halves)):
+            level = some[0] if len(some) == 1 else "all"
+            drawn = {
+                name: self._drawn([found[half] for half in some]) for name, found in parts.items()
+            }
+            value = {name: float(replicates[0]) for name, replicates in drawn.items()}
+            most = max(GROUPINGS, key=value.get)
+            beyond = drawn["category"] - drawn[most]
+            low, high = np.quantile(beyond[1:], [0.025, 0.975])
+            prefix = f"ablation.pseudo.contribution.{level}"
+            self.numbers |= {f"{prefix}.beyond": float(beyond[0])}
+            self.numbers |= {f"{prefix}.beyond_ci": [float(low), float(high)]}
+            p = float(plus_one(0.0, -beyond[1:]))
+            self.numbers[f"{prefix}.p_beyond"] = p
+            row = {"pair": self.study.name, "measured on": level} | value
+            rows.append(row | {"beyond": float(beyond[0]), "low": low, "high": high, "p": p})
+        return pd.DataFrame(rows)
+
+    def _specific(self, name, half) -> tuple[np.ndarray, np.ndarray]:
+        """(effect minus random [n, G], group of each measured row [n]) of one grouping."""
+        other, here = self.study.half(self.study.other(half)), self.here(half)
+        if name == "category":
+            sets, groups = self.sets("contribution", half), here.labels
+        else:
+            chosen, groups = groups_of(name, other.rows, here.rows, len(self.study.categories))
+            scores = category_scores("contribution", written(other), chosen)
+            size = max(1, round(self.profile.epsilon * scores.shape[1]))
+            sets = category_sets(scores, size, self.profile.seed)
+        counts = self.study.counts()
+        own = {g: counts.mask("neurons", members) for g, members in enumerate(sets)}
+        drawn = self.controls(own, 1)
+        masks = own | {("random", g): masks[0] for g, masks in drawn.items()}
+        increase = ablation_matrix(here, masks, "zero", allow_inert=True).to_numpy()
+        return increase[:, : len(own)] - increase[:, len(own) :], groups
+
+    def _drawn(self, parts) -> np.ndarray:
+        """Specificity of [(effect, groups)], first as it is, then rows resampled: [1 + R]."""
+        found = []
+        for effect, groups in parts:
+            weights = resample_weights(
+                np.zeros(len(groups)), self.profile.resamples, self.profile.seed
+            )
+            weights = np.vstack([np.ones(len(groups)), weights])  # [1 + R, n]
+            count = effect.shape[1]
+            member = groups == np.arange(count)[:, None]  # [G, n]
+            total = np.maximum(weights @ member.T, 1e-9)  # [1 + R, G]
+            means = np.einsum("rn,gn,ns->rgs", weights, member, effect, optimize=True)
+            found.append(within_between(means / total[..., None])["gap"])
+        return np.mean(found, axis=0)
+
+    def places(self) -> pd.DataFrame:
+        """Own effects minus one random set's, by where the ablation acts and by operator; empty for
+        neurons of routed experts, which are ablated at every token.
+        """
+        if self.study.counts().family("neurons") == "expert":
+            return pd.DataFrame()
+        half, rows = self.halves[0], []
+        here, reference = self.here(half), self.typical(self.study.other(half))
+        for score in TESTED:
+            own = self._masks(score, half)
+            masks = own | {("random", c): m[0] for c, m in self.controls(own, 1).items()}
+            for where in WHERE:
+                for operator in ("zero", "mean"):
+                    options = {"reference": reference} if operator == "mean" else {}
+                    options |= {"where": where, "allow_inert": True}
+                    found = ablation_matrix(here, masks, operator, **options).to_numpy()
+                    beyond = found[:, : len(own)] - found[:, len(own) :]
+                    means = category_means(beyond, here.labels).T  # [C ablated, C measured]
+                    apart = within_between(means)
+                    row = {"pair": self.study.name, "score": score, "where": where}
+                    row |= {"operator": operator, "own": apart["within"]}
+                    rows.append(row | {"others": apart["between"]})
+        return pd.DataFrame(rows).astype({"own": float, "others": float})
+
     # ---- answers and language
 
     def accuracy_lost(self) -> pd.DataFrame:
@@ -389,8 +552,8 @@ class Needed:
     # ---- does the instrument work?
 
     def checks(self) -> pd.DataFrame:
-        """A positive control (the own sets and the whole last layer at once) and a negative one (the
-        same sets in a twin with random weights).
+        """A positive control (the whole last layer at once) and a negative one (the own sets in a
+        twin with random weights).
         """
         half = self.halves[0]
         own, here = self._masks("contribution", half), self.here(half)
@@ -410,6 +573,37 @@ class Needed:
         return mask
 
 
+def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: int) -> tuple:
+    """Codes 0..count-1 of the rows that sets are chosen on and of those measured: groups of like
+    size that are no kinds of instruction. `opening`: by the first word; `length`: by words; `random`.
+
+    Raises NotTestable where a group has no row in one of the two. (Ours.)
+    """
+    both = pd.concat([chosen, measured], ignore_index=True)
+    if name == "length":
+        value = both["instruction"].str.split().str.len() + both["input"].str.split().str.len()
+        order = value.rank(method="first")
+        found = ((order - 1) * count // len(both)).to_numpy(int)
+    elif name == "opening":
+        word = both["instruction"].str.split().str[0].str.lower()
+        loads, place = np.zeros(count), {}
+        for one, size in word.value_counts().items():
+            place[one] = int(loads.argmin())
+            loads[place[one]] += size
+        found = word.map(place).to_numpy(int)
+    else:
+        found = np.random.default_rng(0).permutation(np.arange(len(both)) % count)
+    one, two = found[: len(chosen)], found[len(chosen) :]
+    if len(set(one)) < count or len(set(two)) < count:
+        raise NotTestable(f"groups by {name}: one of {count} has no row in a half. Add rows.")
+    return one, two
+
+
+def _members(mask) -> int:
+    return sum(int(part.sum()) for part in mask.values())
+
+
+GROUPINGS = ("opening", "length", "random")
 MATRICES = ("matrix", "control_matrix")
 EFFECTS = ("critical", "specificity")
 EQUAL = (

@@ -237,6 +237,10 @@ class Study:
         answers = self.answer_ids(variant) if positions == "generated" else None
         return encode_rows(tokenizer, self.rows, self.template, positions, answers)
 
+    def reading_of(self, rows: pd.DataFrame, variant: str = "tuned") -> list[Encoded]:
+        """Other rows, read as this study's are: their references count, end of sequence too."""
+        return encode_rows(self._at_hand(variant)[1], rows, self.template, "reference")
+
     def reading(self, variant: str = "tuned", positions: str = "prompt") -> list[Encoded]:
         """What `variant` reads once for all its counts (see `encode_once`); twins read the prompts
         alone, and nothing else is asked of them.
