@@ -139,9 +139,13 @@ class Overlap:
         """
         if variant == "twins":
             return np.mean([self.equal(twin, unit) for twin in self.twins], axis=0)
-        return self.study.once(("equal", variant), lambda: self._equal(variant, DRAWN))[unit]
+        return self.drawn(variant, DRAWN)[unit]
 
-    def _equal(self, variant, size):
+    def drawn(self, variant: str, size: int) -> dict:
+        """{unit: similarity minus null} on `size` drawn positions, [I', I'] each."""
+        return self.study.once(("equal", variant, size), lambda: self._drawn(variant, size))
+
+    def _drawn(self, variant, size):
         drawn = equal_length.draw(self.study, variant, size)
         epsilon, seed = self.profile.epsilon, self.profile.seed
         return {
@@ -313,14 +317,18 @@ def _cells(overlap, unit, panel):
 def wording_step(overlap: Overlap, unit: str, half: str) -> dict:
     """Same wording, other wording of the category, other category: means; other_wording is the gap
     between the last two, with its interval and p (wordings drawn and permuted as wholes, within
-    length strata). For tuned and, where there is one, base.
+    length strata). For tuned and, where there is one, base and `tuning`, tuned minus base.
     """
     here, y, names, strata = _part(overlap, half)
+    variants = overlap.study.variants[::-1]
+    S = {v: overlap.similarity(v, unit)[here] for v in variants}
+    N = {v: overlap.null(v, unit)[here] for v in variants}
+    if overlap.study.has_base:
+        S["tuning"], N["tuning"] = S["tuned"] - S["base"], N["tuned"] - N["base"]
     rows = {}
-    for variant in reversed(overlap.study.variants):
-        S = overlap.similarity(variant, unit)[here]
-        found = wording_overlap(S, y, names, strata, **overlap.how)
-        null = wording_overlap_of(overlap.null(variant, unit)[here], y, names)
+    for variant in S:
+        found = wording_overlap(S[variant], y, names, strata, **overlap.how)
+        null = wording_overlap_of(N[variant], y, names)
         rows[variant] = {
             "same": found["same_wording"],
             "other": found["other_wording"],
@@ -384,19 +392,20 @@ def first_left_over(overlap: Overlap, unit: str, half: str) -> dict:
     and difference in length, similarity at equal length minus its null minus the twins'; rows, not
     wordings, are drawn and permuted.
     """
+    found, units = overlap.study.once(("first", half), lambda: _first(overlap, half))
+    value, low, high, p, _, _, least = (part[units.index(unit)] for part in found)
+    row = {"excess": value, "excess_ci": [low, high], "p_remains": p, "excess_detectable": least}
+    return {"": row | {"n": int(overlap.halves[half][overlap.long].sum())}}
+
+
+def _first(overlap, half):
+    """All units at once: they share each shuffle, which is what takes the time."""
     here, which = _drawn(overlap, half)
-    S = overlap.equal("tuned", unit)[here] - overlap.equal("twins", unit)[here]
-    whole = np.ix_(which, which)
+    units, whole = overlap.study.units, np.ix_(which, which)
+    stack = [(overlap.equal("tuned", u) - overlap.equal("twins", u))[here] for u in units]
     given = [overlap.words[whole], overlap.apart[whole]]
     strata = length_strata(overlap.lengths[which], STRATA)
-    found = excess(S, overlap.labels[which], given, strata, **overlap.how)
-    row = {"excess": found.estimate, "excess_ci": [found.low, found.high], "p_remains": found.p}
-    more = {"excess_detectable": found.detectable, "n": len(which)}
-    return {"": {k: _plain(v) for k, v in (row | more).items()}}
-
-
-def _plain(value):
-    return [float(v) for v in value] if isinstance(value, list) else value
+    return excess(stack, overlap.labels[which], given, strata, **overlap.how), units
 
 
 def _drawn(overlap, half):
@@ -525,7 +534,7 @@ def membership(overlaps: dict) -> Found:
 def layer_shares(overlaps: dict) -> Found:
     """Shares of each layer's components that are unique and general, minus the null (labels
     permuted over whole wordings): panel, kind, layer, share, null, excess, low, high (bootstrap of
-    wordings), p, bh (Benjamini-Hochberg over layers), marked, n.
+    wordings), p, bh (Benjamini-Hochberg over layers), marked, n, width (of a layer).
 
     Numbers: unique.{unit}.share, .null, .p, the share of unique ones among components in any set,
     labels permuted over rows as first declared; .wordings_null, .wordings_p over wordings.
@@ -566,6 +575,7 @@ def _shares(overlap, unit) -> dict:
         "p": test.p[:-1],
         "bh": np.r_[adjust(test.p[:half], "bh"), adjust(test.p[half:-1], "bh")],
         "n": len(y),
+        "width": sets.shape[1] // half,
     }
     table = pd.DataFrame(table)
     numbers = {
@@ -624,12 +634,13 @@ def _read_off(overlap, variant, unit, fold):
 def _compared(overlap, right, chosen) -> dict:
     here = {name: correct[chosen] for name, correct in right.items()}
     means = {name: float(correct.mean()) for name, correct in here.items()}
+    spread = {f"{name}_ci": _accuracy(overlap, correct, chosen) for name, correct in here.items()}
     best = max(("words", "base"), key=lambda name: means.get(name, -1))
     names, how = overlap.wordings[chosen], overlap.how
     first = paired_effect(here["tuned"], here["twins"], **how)
     least = (here["tuned"] - here["twins"]).std() / len(names) ** 0.5
     beyond = paired_effect(here["tuned"], here[best], clusters=names, **how)
-    return means | {
+    return (means | spread) | {
         "chance": 1 / len(set(overlap.labels)),
         "excess": float(first.difference),
         "excess_ci": [float(first.low), float(first.high)],
@@ -645,12 +656,26 @@ def _compared(overlap, right, chosen) -> dict:
     }
 
 
+def _accuracy(overlap, correct, chosen) -> list[float]:
+    """Interval of a mean over rows, wordings drawn."""
+    names, one = overlap.wordings[chosen], np.zeros(len(correct))
+    found = bootstrap(lambda w: w @ correct / w.sum(1), one, clusters=names, **overlap.how)
+    return [float(found.low), float(found.high)]
+
+
 def readable_picture(found: Found) -> pd.DataFrame:
-    """`readable`'s accuracies, long: panel, half, read off, accuracy, chance, n."""
-    table = found.table.assign(panel=found.table["pair"] + ", " + found.table["unit"])
-    kept = [name for name in ("tuned", "base", "words", "twins") if name in table]
-    same = ["panel", "half", "chance", "n"]
-    return table.melt(same, kept, "read off", "accuracy").dropna(ignore_index=True)
+    """`readable`'s accuracies, long: panel, half, read off, accuracy, low, high, chance, n,
+    wordings.
+    """
+    rows = []
+    for row in found.table[found.table["note"] == ""].to_dict("records"):
+        same = {name: row[name] for name in ("half", "chance", "n", "wordings")}
+        for name in ("tuned", "base", "words", "twins"):
+            if row.get(name, np.nan) == row.get(name):
+                low, high = row[f"{name}_ci"]
+                said = {"read off": name, "accuracy": row[name], "low": low, "high": high}
+                rows.append({"panel": f"{row['pair']}, {row['unit']}"} | same | said)
+    return pd.DataFrame(rows)
 
 
 def halves_agree(overlaps: dict) -> Found:
@@ -668,7 +693,7 @@ def halves_agree(overlaps: dict) -> Found:
 
 
 def _agreement(overlap, unit) -> dict:
-    S, y = overlap.similarity("tuned", unit), codes(overlap.labels, np.unique(overlap.labels))
+    S, y = overlap.similarity("tuned", unit), codes(overlap.labels)
     names = overlap.study.halves
     if len(names) != 2:
         raise NotTestable(f"{overlap.study.name}: {len(names)} half; two are compared.")
@@ -751,7 +776,87 @@ def over_length(overlaps: dict, sizes=(8, 16, 32)) -> pd.DataFrame:
 
 
 def _gaps_at(overlap, size) -> dict:
-    found, which = overlap._equal("tuned", size), np.flatnonzero(overlap.lengths >= size)
+    found, which = overlap.drawn("tuned", size), np.flatnonzero(overlap.lengths >= size)
     y, names = overlap.labels[which], overlap.wordings[which]
     gaps = {f"gap, {unit}": wording_overlap_of(S, y, names) for unit, S in found.items()}
     return {"instructions": len(which), **gaps}
+
+
+# ---- in words
+
+
+def sentences(steps: Found, own: Found, left: Found, read: Found) -> list[str]:
+    """What was found of all rows of each pair and unit, in sentences: `wording_step`,
+    `own_categories`, `left_over`, `readable`. What is not supported stands beside the smallest
+    effect that the test could have seen.
+    """
+    found = []
+    for (pair, unit), _ in steps.table.groupby(["pair", "unit"], sort=False):
+        rows = [_of(one.table, pair, unit) for one in (steps, own, left, read)]
+        says = (_say_step, _say_own, _say_left, _say_read)
+        found.append(f"{pair}, {unit}.")
+        for say, part in zip(says, rows, strict=True):
+            notes = part["note"].iloc[0]
+            found.append(f"  {notes}" if notes else f"  {say(part)}")
+    return found
+
+
+def _of(table, pair, unit):
+    return table[(table["pair"] == pair) & (table["unit"] == unit) & (table["half"] == "all")]
+
+
+def _value(row, name, p, least) -> str:
+    """A value, its interval, its p, and what could have been seen where nothing is."""
+    low, high = row[f"{name}_ci"]
+    said = f"{row[name]:.3f} [{low:.3f}, {high:.3f}], p {row[p]:.4f}"
+    clear = low > 0 and row[p] < 0.05
+    return said if clear else f"{said} (not supported; detectable from {row[least]:.3f})"
+
+
+def _variants(part):
+    """The rows of tuned and, where there is one, of base (else None)."""
+    rows = {row["what"]: row for row in part.to_dict("records")}
+    return rows["tuned"], rows.get("base")
+
+
+def _say_step(part):
+    tuned, base = _variants(part)
+    more = _value(tuned, "other_wording", "p_other_wording", "other_wording_detectable")
+    beside = "" if base is None else f" In the base {base['other_wording']:.3f}."
+    step = tuned["step"]
+    return (
+        f"Alike by {tuned['other']:.3f} in one category and other wordings, by "
+        f"{tuned['different']:.3f} in different categories: the gap is {more}, n {tuned['n']} in "
+        f"{tuned['wordings']} wordings.{beside}"
+        + (f" The same wording adds {step:.3f}." if step == step and step is not None else "")
+    )
+
+
+def _say_own(part):
+    clear = part[[ci[0] > 0 for ci in part["within_excess_ci"]] & (part["holm"] < 0.05)]
+    rest = part.drop(clear.index)["within_detectable"]
+    names = ", ".join(clear["what"]) or "none"
+    seen = f"; elsewhere {rest.min():.3f} to {rest.max():.3f} could have been seen"
+    return (
+        f"Above the rate-matched null in {len(clear)} of {len(part)} categories ({names})"
+        + (seen if len(rest) else "")
+        + "."
+    )
+
+
+def _say_left(part):
+    tuned, base = _variants(part)
+    left = _value(tuned, "smallest", "p_smallest", "smallest_detectable")
+    beside = "" if base is None else f"; in the base {base['smallest']:.3f}"
+    return f"All controls leave {left} (`{tuned['smallest_is']}`, the smallest of three){beside}."
+
+
+def _say_read(part):
+    row = part.iloc[0]
+    others = [n for n in ("base", "words", "twins") if row.get(n, np.nan) == row.get(n, np.nan)]
+    beside = ", ".join(f"{name} {row[name]:.2f}" for name in others)
+    beyond = _value(row, "beyond", "p_beyond", "beyond_detectable")
+    return (
+        f"The category is read off with accuracy {row['tuned']:.2f} ({beside}): beyond "
+        f"{row['yardstick']}, the better of base and words, by {beyond}."
+    )
