@@ -160,7 +160,7 @@ def layers(table: pd.DataFrame) -> Figure:
 def sensitivity(gaps: pd.DataFrame, shares: pd.DataFrame) -> Figure:
     """Left, a row per pair: the gap over epsilon under both tie rules (columns pair, epsilon, rule,
     gap, null, n). Right: the share of unique components over epsilon and tau minus its null
-    (columns pair, epsilon, tau, value, null, components); shares of fewer than FEW are not coloured.
+    (columns pair, epsilon, tau, value, null, components; those of fewer than FEW are not coloured).
     """
     pairs = list(pd.unique(gaps["pair"]))
     fig, grid = plt.subplots(len(pairs), 2, figsize=(11.4, 3.7 * len(pairs)), squeeze=False)

@@ -319,30 +319,32 @@ def wording_step(overlap: Overlap, unit: str, half: str) -> dict:
     between the last two, with its interval and p (wordings drawn and permuted as wholes, within
     length strata). For tuned and, where there is one, base and `tuning`, tuned minus base.
     """
-    here, y, names, strata = _part(overlap, half)
+    here = _part(overlap, half)[0]
     variants = overlap.study.variants[::-1]
-    S = {v: overlap.similarity(v, unit)[here] for v in variants}
-    N = {v: overlap.null(v, unit)[here] for v in variants}
+    pairs = {v: (overlap.similarity(v, unit)[here], overlap.null(v, unit)[here]) for v in variants}
     if overlap.study.has_base:
-        S["tuning"], N["tuning"] = S["tuned"] - S["base"], N["tuned"] - N["base"]
-    rows = {}
-    for variant in S:
-        found = wording_overlap(S[variant], y, names, strata, **overlap.how)
-        null = wording_overlap_of(N[variant], y, names)
-        rows[variant] = {
-            "same": found["same_wording"],
-            "other": found["other_wording"],
-            "different": found["other_category"],
-            "step": found["step"],
-            "other_wording": found["gap"],
-            "other_wording_ci": found["gap_ci"],
-            "p_other_wording": found["p"],
-            "other_wording_null": null,
-            "other_wording_detectable": found["detectable"],
-            "n": len(y),
-            "wordings": int(found["wordings"].sum()),
-        }
-    return rows
+        pairs["tuning"] = tuple(np.subtract(pairs["tuned"], pairs["base"]))
+    return {v: attempt(partial(_step, overlap, half, *pair)) for v, pair in pairs.items()}
+
+
+def _step(overlap, half, S, null) -> dict:
+    _, y, names, strata = _part(overlap, half)
+    if not S.any():
+        raise NotTestable("base and tuned have the same sets: nothing is told apart.")
+    found = wording_overlap(S, y, names, strata, **overlap.how)
+    return {
+        "same": found["same_wording"],
+        "other": found["other_wording"],
+        "different": found["other_category"],
+        "step": found["step"],
+        "other_wording": found["gap"],
+        "other_wording_ci": found["gap_ci"],
+        "p_other_wording": found["p"],
+        "other_wording_null": wording_overlap_of(null, y, names),
+        "other_wording_detectable": found["detectable"],
+        "n": len(y),
+        "wordings": int(found["wordings"].sum()),
+    }
 
 
 def wording_overlap_of(similarity, labels, clusters) -> float:
@@ -427,26 +429,29 @@ def left_over(overlap: Overlap, unit: str, half: str) -> dict:
     """
     here, which = _drawn(overlap, half)
     random = overlap.equal("twins", unit)[here]
-    rows = {}
-    for variant in reversed(overlap.study.variants):
-        found = _estimates(overlap, overlap.equal(variant, unit)[here], random, which)
-        best = headline({name: one["value"] for name, one in found.items()})
-        least = found[best.name]
-        rows[variant] = {
-            "smallest": least["value"],
-            "smallest_ci": least["ci"],
-            "p_smallest": least["p"],
-            "smallest_is": best.name,
-            "smallest_detectable": least["detectable"],
-            "largest_p": max(one["p"] for one in found.values()),
-            "n": len(which),
-            "wordings": len(set(overlap.wordings[which])),
-        } | {
-            f"{name.replace(' ', '_')}{end}": one[value]
-            for name, one in found.items()
-            for end, value in (("", "value"), ("_ci", "ci"))
-        }
-    return rows
+    return {
+        v: attempt(partial(_smallest, overlap, overlap.equal(v, unit)[here], random, which))
+        for v in overlap.study.variants[::-1]
+    }
+
+
+def _smallest(overlap, alone, random, which) -> dict:
+    found = _estimates(overlap, alone, random, which)
+    best = headline({name: one["value"] for name, one in found.items()})
+    least, row = found[best.name], {}
+    for name, one in found.items():
+        key = name.replace(" ", "_")
+        row |= {key: one["value"], f"{key}_ci": one["ci"]}
+    return {
+        "smallest": least["value"],
+        "smallest_ci": least["ci"],
+        "p_smallest": least["p"],
+        "smallest_is": best.name,
+        "smallest_detectable": least["detectable"],
+        "largest_p": max(one["p"] for one in found.values()),
+        "n": len(which),
+        "wordings": len(set(overlap.wordings[which])),
+    } | row
 
 
 def _estimates(overlap, alone, random, which) -> dict:
@@ -714,20 +719,18 @@ def _agreement(overlap, unit) -> dict:
 
 def over_epsilon(overlaps: dict) -> pd.DataFrame:
     """The gap of wordings over epsilon, for both tie rules: pair, epsilon, rule, gap, null (the
-    rate-matched null's gap), n; neurons of the tuned model.
+    gap of the rate-matched null, ties as in `quantile`), n; neurons of the tuned model.
     """
     rows = []
     for pair, overlap in overlaps.items():
         c = overlap.study.counts()
         p, y, names = c.unit("neurons"), overlap.labels, overlap.wordings
         for epsilon in overlap.profile.epsilons:
+            made = nulls.rate_null(p, c.tokens, nominal_size(p[0].size, epsilon))
+            null = wording_overlap_of(nulls.expected_jaccard(made), y, names)
             for rule in equal_length.RULES:
                 sets = overlap.sets("tuned", "neurons", epsilon, rule)
-                made = nulls.rate_null(p, c.tokens, nominal_size(sets.shape[1], epsilon), rule)
-                seen, null = (
-                    wording_overlap_of(m, y, names)
-                    for m in (jaccard_matrix(sets), nulls.expected_jaccard(made))
-                )
+                seen = wording_overlap_of(jaccard_matrix(sets), y, names)
                 place = {"pair": pair, "epsilon": epsilon, "rule": rule}
                 rows.append(place | {"gap": seen, "null": null, "n": len(y)})
     return pd.DataFrame(rows)
@@ -815,7 +818,7 @@ def _value(row, name, p, least) -> str:
 
 def _variants(part):
     """The rows of tuned and, where there is one, of base (else None)."""
-    rows = {row["what"]: row for row in part.to_dict("records")}
+    rows = {row["what"]: row for row in part.to_dict("records") if not row["note"]}
     return rows["tuned"], rows.get("base")
 
 
@@ -833,7 +836,8 @@ def _say_step(part):
 
 
 def _say_own(part):
-    clear = part[[ci[0] > 0 for ci in part["within_excess_ci"]] & (part["holm"] < 0.05)]
+    above = part["within_excess_ci"].map(lambda ci: ci[0] > 0)
+    clear = part[above & (part["holm"] < 0.05)]
     rest = part.drop(clear.index)["within_detectable"]
     names = ", ".join(clear["what"]) or "none"
     seen = f"; elsewhere {rest.min():.3f} to {rest.max():.3f} could have been seen"
