@@ -149,7 +149,7 @@ def test_layers_by_whole_wordings():
 # ---- a study
 
 
-def study_of(folder, monkeypatch, base="qwen2_moe", halves=("A", "B"), short=False):
+def study_of(folder, monkeypatch, base="qwen2_moe", halves=("A", "B"), short=False, names="abcdef"):
     """Two categories in six wordings, two rows of each wording and half."""
     path, other = folder / "tuned", folder / "base"
     for seed, place in enumerate((path, other)):
@@ -165,8 +165,8 @@ def study_of(folder, monkeypatch, base="qwen2_moe", halves=("A", "B"), short=Fal
         | {"id": f"{c}{w}{n}{half}", "tags": {"wording": f"{half}{w}"}}
         for half in halves
         for c in opening
-        for w in "abcdef"
-        for n in "12"
+        for w in names
+        for n in "123456"[: 12 // len(names)]
     ]
     pair = Pair("pair", None if base == "llama" else str(other), str(path))
     settings = {"resamples": 40, "twins": 2, "draws": 2, "epsilon": 0.2}
@@ -281,6 +281,34 @@ def test_short_instructions_are_not_testable_at_equal_length(tmp_path, monkeypat
     assert left.numbers == {"pair": {}}
     assert "not testable" in overlap.shown(left.table, ["smallest"]).to_string()
     assert overlap.waterfall(pairs, left).empty
+
+
+def test_one_wording_to_a_category_is_a_note_and_an_empty_figure_not_an_error(
+    tmp_path, monkeypatch
+):
+    pairs = study_of(tmp_path, monkeypatch, "llama", names="ab", halves=("A", "B"))
+    pairs["pair"].wordings = pairs["pair"].labels
+    found = everything(pairs)
+    for name in ("wording_step", "own_categories", "left_over"):
+        assert found[name].table["note"].str.startswith("not testable").all()
+        assert found[name].numbers == {"pair": {}}
+    assert np.isfinite(found["level"].table["gap"]).all()
+    said = overlap.sentences(
+        *(found[n] for n in ("wording_step", "own_categories", "left_over", "readable"))
+    )
+    assert sum("not testable" in line for line in said) >= 3
+    gaps, tau = overlap.over_epsilon(pairs), overlap.over_tau(pairs, 3)
+    assert gaps["gap"].isna().all()
+    layers = found["layer_shares"].table
+    for draw, table in (
+        (figures.waterfall, overlap.waterfall(pairs, found["left_over"])),
+        (figures.excess_matrices, overlap.six_by_six(pairs)),
+        (figures.wordings, overlap.wording_picture(pairs)),
+        (figures.layers, layers[layers["note"] == ""]),
+    ):
+        assert table.empty
+        assert "not testable" in draw(table).texts[0].get_text()
+    figures.sensitivity(gaps, tau[tau["kind"] == "unique"])
 
 
 def test_figures_show_their_tables(sparse):

@@ -491,7 +491,7 @@ def waterfall(overlaps: dict, left: Found) -> pd.DataFrame:
         ]
         names = ("step", "left", "low", "high")
         rows += [where | dict(zip(names, one, strict=True)) for one in found]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["panel", "model", "n", "step", "left", "low", "high"])
 
 
 def _falls(overlap, unit, variant) -> list[tuple]:
@@ -519,21 +519,29 @@ def membership(overlaps: dict) -> Found:
     """
     rows, numbers = [], {}
     for pair, overlap in overlaps.items():
-        c, profile = overlap.study.counts(), overlap.profile
-        size = nominal_size(c.unit("neurons")[0].size, profile.epsilon)
-        made = nulls.rate_null(c.unit("neurons"), c.tokens, size)
-        sets = overlap.sets("tuned", "neurons")
-        test = nulls.membership_test(sets, made, overlap.labels, profile.tau, **overlap.how)
-        for n, values in enumerate(
-            zip(*(test[k] for k in ("observed", "expected", "p")), strict=True)
-        ):
-            found, expected, p = values
-            row = {"pair": pair, "number": n + 1, "components": int(found)}
-            rows.append(row | {"null": float(expected), "p": float(p)})
-        numbers[pair] = {
-            f"membership.neurons.{r['number']}": r["components"] for r in rows if r["pair"] == pair
-        }
+        found = attempt(partial(_members, overlap))
+        numbers[pair] = {f"membership.neurons.{n}": v[0] for n, v in found.items() if n != "note"}
+        names = ("components", "null", "p", "note")
+        said = {"": (0, np.nan, np.nan, found["note"])} if "note" in found else found
+        rows += [
+            {"pair": pair, "number": n} | dict(zip(names, (*v, "")[:4], strict=True))
+            for n, v in said.items()
+        ]
     return Found(pd.DataFrame(rows), numbers)
+
+
+def _members(overlap) -> dict:
+    """{number of categories: (neurons, as many as the null expects, p)}."""
+    c, profile = overlap.study.counts(), overlap.profile
+    size = nominal_size(c.unit("neurons")[0].size, profile.epsilon)
+    made = nulls.rate_null(c.unit("neurons"), c.tokens, size)
+    sets = overlap.sets("tuned", "neurons")
+    test = nulls.membership_test(sets, made, overlap.labels, profile.tau, **overlap.how)
+    values = (test[name].tolist() for name in ("observed", "expected", "p"))
+    return dict(enumerate(zip(*values, strict=True), 1))
+
+
+UNTESTED = pd.DataFrame({"kind": ["none"], "layer": [-1]})
 
 
 def layer_shares(overlaps: dict) -> Found:
@@ -550,7 +558,7 @@ def layer_shares(overlaps: dict) -> Found:
         for unit in overlap.study.units:
             found = attempt(partial(_shares, overlap, unit))
             note = {"panel": f"{pair}, {unit}", "note": found.get("note", "")}
-            tables.append(found.get("table", pd.DataFrame([{}])).assign(**note))
+            tables.append(found.get("table", UNTESTED).assign(**note))
             keys = {f"unique.{unit}.{k}": v for k, v in found.get("numbers", {}).items()}
             numbers[pair] |= keys
     return Found(pd.concat(tables, ignore_index=True), numbers)
@@ -723,17 +731,24 @@ def over_epsilon(overlaps: dict) -> pd.DataFrame:
     """
     rows = []
     for pair, overlap in overlaps.items():
-        c = overlap.study.counts()
-        p, y, names = c.unit("neurons"), overlap.labels, overlap.wordings
         for epsilon in overlap.profile.epsilons:
-            made = nulls.rate_null(p, c.tokens, nominal_size(p[0].size, epsilon))
-            null = wording_overlap_of(nulls.expected_jaccard(made), y, names)
+            found = attempt(partial(_at_epsilon, overlap, epsilon))
+            null = found.pop("null", np.nan)
             for rule in equal_length.RULES:
-                sets = overlap.sets("tuned", "neurons", epsilon, rule)
-                seen = wording_overlap_of(jaccard_matrix(sets), y, names)
-                place = {"pair": pair, "epsilon": epsilon, "rule": rule}
-                rows.append(place | {"gap": seen, "null": null, "n": len(y)})
+                place = {"pair": pair, "epsilon": epsilon, "rule": rule, "n": len(overlap.labels)}
+                rows.append(place | {"gap": found.get(rule, np.nan), "null": null})
     return pd.DataFrame(rows)
+
+
+def _at_epsilon(overlap, epsilon) -> dict:
+    c, y, names = overlap.study.counts(), overlap.labels, overlap.wordings
+    size = nominal_size(c.unit("neurons")[0].size, epsilon)
+    null = nulls.expected_jaccard(nulls.rate_null(c.unit("neurons"), c.tokens, size))
+    seen = {
+        rule: jaccard_matrix(overlap.sets("tuned", "neurons", epsilon, rule))
+        for rule in equal_length.RULES
+    }
+    return {k: wording_overlap_of(S, y, names) for k, S in (seen | {"null": null}).items()}
 
 
 def over_tau(overlaps: dict, shuffles: int = 20) -> pd.DataFrame:
