@@ -329,6 +329,12 @@ def test_figures_show_their_tables(sparse):
     figures.layers(overlap.layer_shares(sparse).table)
 
 
+def test_a_page_never_prints_a_p_of_nothing():
+    table = pd.DataFrame({"pair": ["a"], "p_null": [3e-9], "holm": [0.0005], "gap": [0.12345]})
+    page = overlap.shown(table.assign(ci=[[0.1, 0.2]]), ["gap", "ci", "p_null", "holm"], ["pair"])
+    assert page.loc["a"].tolist() == [0.123, "[0.100, 0.200]", "< 0.0001", "0.0005"]
+
+
 def test_sensitivity_takes_every_choice(sparse):
     gaps, tau = overlap.over_epsilon(sparse), overlap.over_tau(sparse, 3)
     profile = sparse["pair"].profile

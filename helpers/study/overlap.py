@@ -188,7 +188,7 @@ def joined(*found: Found) -> dict:
 
 
 def shown(table: pd.DataFrame, columns, by=("pair", "unit", "half"), digits: int = 3):
-    """Some columns of a table as a page prints them: rounded, an interval as [low, high], what is
+    """Some columns of a table as a page prints them: rounded, an interval as [low, high], a p with four digits, what is
     missing as "not testable"; the note only where there is one.
     """
 
@@ -199,9 +199,14 @@ def shown(table: pd.DataFrame, columns, by=("pair", "unit", "half"), digits: int
             return "not testable"
         return round(float(value), digits) if isinstance(value, (float, np.floating)) else value
 
+    def chance(p):
+        return "not testable" if p is None or p != p else f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+
     noted = ["note"] if "note" in table and table["note"].astype(bool).any() else []
     names = [*by, *(c for c in columns if c in table), *noted]
-    return table[names].set_index(list(by)).map(said)
+    page = table[names].set_index(list(by))
+    odds = [c for c in page if c in ("p", "holm", "bh", "largest_p") or c.startswith("p_")]
+    return page.apply(lambda column: column.map(chance if column.name in odds else said))
 
 
 # ---- the gap, as first declared: rows, not wordings
