@@ -188,8 +188,8 @@ def joined(*found: Found) -> dict:
 
 
 def shown(table: pd.DataFrame, columns, by=("pair", "unit", "half"), digits: int = 3):
-    """Some columns of a table as a page prints them: rounded, an interval as [low, high], a p with four digits, what is
-    missing as "not testable"; the note only where there is one.
+    """Some columns of a table as a page prints them: rounded, an interval as [low, high], a p with
+    four digits, what is missing as "not testable"; the note only where there is one.
     """
 
     def said(value):
