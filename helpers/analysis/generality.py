@@ -21,20 +21,23 @@ def own_gaps(matrices) -> np.ndarray:
     return inside - (matrices.sum(-1) + matrices.sum(-2) - 2 * inside) / (2 * others)
 
 
-def shares(sets, labels, layers: int, tau: float) -> np.ndarray:
+def shares(sets, labels, layers: int, tau: float, weights=None) -> np.ndarray:
     """Shares of each layer's components that are unique (in one consensus set) and general (in all
     C), and of all components in any set that are unique: [R, 2 L + 1] for labels [R, I]. sets:
-    bool [I, M].
+    bool [I, M]. weights [R, I]: how often each instruction is drawn (bootstrap).
     """
     labels = np.atleast_2d(labels)
-    count, found = labels.max() + 1, np.zeros((len(labels), sets.shape[1]), np.uint8)
-    groups = (labels[:, None] == np.arange(count)[:, None]).astype(np.float32)  # [R, C, I]
+    weights = np.ones(labels.shape, np.float32) if weights is None else np.asarray(weights)
+    versions, count = max(len(labels), len(weights)), labels.max() + 1
+    found = np.zeros((versions, sets.shape[1]), np.uint8)
+    groups = (labels[:, None] == np.arange(count)[:, None]) * weights[:, None]  # [R, C, I]
+    groups = groups.astype(np.float32)
     needed = np.ceil(tau * groups.sum(2) - 1e-4)[:, :, None]
     for part, block in column_blocks(sets, 4096):
         found[:, part] = (
             (groups.reshape(-1, groups.shape[2]) @ block).reshape(*groups.shape[:2], -1) >= needed
         ).sum(1)
-    unique, general = ((found == n).reshape(len(labels), layers, -1).mean(2) for n in (1, count))
+    unique, general = ((found == n).reshape(versions, layers, -1).mean(2) for n in (1, count))
     anywhere = (found > 0).mean(1)
     return np.column_stack(
         [unique, general, np.where(anywhere > 0, unique.mean(1) / np.maximum(anywhere, 1e-12), 0)]
@@ -42,15 +45,19 @@ def shares(sets, labels, layers: int, tau: float) -> np.ndarray:
 
 
 def share_test(
-    sets, labels, layers: int, tau: float, strata=None, resamples: int = 2000, seed: int = 0
+    sets, labels, layers: int, tau: float, strata=None, clusters=None, **how
 ) -> Permutation:
-    """`shares` with labels shuffled within strata: estimate [2 L + 1], p, null [R, 2 L + 1].
-    One-sided: more unique components than shuffled labels give, *fewer* general ones. Raises
-    NotTestable if all consensus sets are empty.
+    """`shares` with labels shuffled within strata (whole clusters, where given): estimate
+    [2 L + 1], p, null [R, 2 L + 1]. One-sided: more unique components than shuffled labels give,
+    *fewer* general ones. how: resamples, seed. Raises NotTestable if all consensus sets are empty.
     """
     layer = np.r_[np.ones(layers), -np.ones(layers), 1]
     test = permutation_test(
-        lambda y: shares(sets, y, layers, tau) * layer, codes(labels), strata, resamples, seed
+        lambda y: shares(sets, y, layers, tau) * layer,
+        codes(labels),
+        strata,
+        clusters=clusters,
+        **how,
     )
     if not test.estimate.any():
         raise NotTestable(f"no component is unique or general at tau {tau}; lower it.")

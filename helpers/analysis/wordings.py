@@ -15,7 +15,7 @@ from ..record import NotTestable
 from .generality import own_gaps
 from .sets import codes
 from .similarity import category_matrix, within_between, wording_matrix
-from .stats import bootstrap, cluster_codes, interval, permutation_test
+from .stats import SMALLEST, bootstrap, cluster_codes, interval, permutation_test
 
 
 def wording_units(similarity, labels, clusters):
@@ -156,3 +156,64 @@ def within_excess(
         "p": t.sf(found.estimate / np.maximum(error, 1e-12), sizes - 1),
         "detectable": (t.isf(0.05, sizes - 1) + t.isf(0.2, sizes - 1)) * error,
     }
+
+
+def matrix_excess(
+    similarity, expected, labels, clusters, resamples=2000, seed=0, level=0.95
+) -> dict:
+    """`within_excess` for every two categories: how much more alike than a null expects, arrays
+    [C, C] observed, null, excess, low, high, in pairs of two different wordings.
+    """
+    observed, of, _ = wording_units(similarity, labels, clusters)
+    null, sizes = wording_matrix(expected, clusters), np.bincount(of)
+    found = bootstrap(
+        lambda w: category_matrix(observed - null, of, w),
+        of,
+        resamples,
+        level,
+        seed,
+        np.arange(len(of)),
+    )
+    tails, low, high = [(1 - level) / 2, (1 + level) / 2], *np.zeros((2, *found.estimate.shape))
+    for a, b in np.ndindex(low.shape):
+        units = [sizes[a]] if a == b else [sizes[a], sizes[b]]
+        low[a, b], high[a, b] = interval(found.replicates[:, a, b], tails, units)
+    means = [category_matrix(matrix, of) for matrix in (observed, null)]
+    return {
+        "observed": means[0],
+        "null": means[1],
+        "excess": found.estimate,
+        "low": low,
+        "high": high,
+    }
+
+
+def wording_levels(similarity, labels, clusters, resamples=2000, seed=0) -> dict:
+    """The three means of `wording_overlap`, each [value, low, high], bootstrap over wordings: of
+    the same wording (None where fewer than 5 wordings of a category have two rows), of another
+    wording of the category, of another category.
+    """
+    matrix, of, rows = wording_units(similarity, labels, clusters)
+
+    def apart(weights):
+        found = within_between(category_matrix(matrix, of, weights))
+        return np.stack([found["within"], found["between"]], -1)
+
+    found = bootstrap(apart, of, resamples, seed=seed, clusters=np.arange(len(of)))
+    other = np.stack([found.estimate, found.low, found.high], 1)
+    named = dict(zip(("other_wording", "other_category"), other.tolist(), strict=True))
+    return {"same_wording": _alike(matrix, of, rows > 1, resamples, seed), **named}
+
+
+def _alike(matrix, of, repeated, resamples, seed):
+    """[value, low, high] of the same wording, all categories weighing the same; or None."""
+    values, of = np.diag(matrix)[repeated], of[repeated]
+    if not len(of) or np.unique(of, return_counts=True)[1].min() < SMALLEST:
+        return None
+    member = (of == np.unique(of)[:, None]).astype(float)  # [C, K]
+
+    def mean(weights):
+        return ((weights * values) @ member.T / (weights @ member.T)).mean(1)
+
+    found = bootstrap(mean, of, resamples, seed=seed, clusters=np.arange(len(of)))
+    return [float(found.estimate), float(found.low), float(found.high)]

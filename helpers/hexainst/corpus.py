@@ -113,6 +113,31 @@ def _groups(queues, ratio):
     return groups
 
 
+def wordings(rows: pd.DataFrame) -> np.ndarray:
+    """The wording of each row, str [I]: rows of one wording differ in their contents alone and are
+    a cluster, no independent instructions. A wording lies in one category.
+
+    Named by the row's tag `wording`; where there is none, by its instruction with quoted texts and
+    numbers masked: what is asked about then stands in `input`, or the row is a wording of its own.
+
+    >>> rows = pd.DataFrame({"category": "QA", "instruction": ["Is 2 odd?", "is 3 odd?"]})
+    >>> wordings(rows.assign(tags=[{}, {}])).tolist()
+    ['QA: is 0 odd?', 'QA: is 0 odd?']
+    """
+    named = rows["tags"] if "tags" in rows else [None] * len(rows)
+    names = [
+        (tags or {}).get("wording") or _masked(instruction)
+        for tags, instruction in zip(named, rows["instruction"], strict=True)
+    ]
+    return np.array([f"{own}: {name}" for own, name in zip(rows["category"], names, strict=True)])
+
+
+def _masked(instruction: str) -> str:
+    """An instruction without its contents: quoted texts as "_", numbers as 0."""
+    quoted = re.sub(r'["“`][^"”`]*["”`]', '"_"', instruction.lower())
+    return " ".join(re.sub(r"\d+([.,]\d+)*", "0", quoted).split())
+
+
 def near_duplicates(rows: pd.DataFrame, threshold: float = 0.6, n: int = 3) -> pd.DataFrame:
     """Pairs of rows whose sets of word n-grams have a Jaccard index above `threshold`: first,
     second, jaccard.
@@ -162,15 +187,16 @@ def _masked(instruction: str) -> str:
 
 
 def predict_category(
-    rows: pd.DataFrame, folds: int = 10, seed: int = 0, smoothing: float = 1.0
+    rows: pd.DataFrame, folds=10, seed: int = 0, smoothing: float = 1.0
 ) -> np.ndarray:
     """Category of every row guessed from its bag of words alone, cross-validated: str [I].
 
-    Multinomial naive Bayes with equal priors, words unseen in training ignored. Its accuracy is the
-    lexical baseline: what a statement about "category structure" must beat to be more than
-    vocabulary. Each category's rows are shuffled and dealt to the folds in turn, by our own two
-    lines: StratifiedKFold deals others, and would move published accuracies (0.733 to 0.778 on the
-    matched subset). Raises UserError where no category has two rows.
+    folds: how many, stratified by category; or each row's fold [I], e.g. the halves: a row is
+    judged by the words of the other folds. Multinomial naive Bayes with equal priors, words unseen
+    in training ignored. Its accuracy is the lexical baseline: what a statement about "category
+    structure" must beat to be more than vocabulary. Folds are dealt by our own lines:
+    StratifiedKFold deals others, and would move published accuracies (0.733 to 0.778 on the matched
+    subset). Raises UserError where no category has two rows.
 
     >>> texts = {"instruction": ["red one", "blue two"] * 4, "input": ""}
     >>> rows = pd.DataFrame({"category": ["A", "B"] * 4} | texts)
@@ -184,9 +210,8 @@ def predict_category(
     from sklearn.pipeline import make_pipeline
 
     labels = rows["category"].to_numpy()
-    shuffled = rows.groupby("category").cumcount().sample(frac=1, random_state=seed)
-    dealt = shuffled.groupby(labels[rows.index.get_indexer(shuffled.index)]).cumcount()
-    fold = dealt.reindex(rows.index).to_numpy() % folds
+    fold = _dealt(rows, folds, seed) if np.ndim(folds) == 0 else np.asarray(folds)
+    fold = np.unique(fold, return_inverse=True)[1]
     if len(set(fold)) < 2:
         raise UserError(
             f"{len(rows)} rows, and no category with two, cannot be cross-validated. Add rows."
@@ -195,6 +220,13 @@ def predict_category(
         CountVectorizer(analyzer=tokens), MultinomialNB(alpha=smoothing, fit_prior=False)
     )
     return cross_val_predict(model, texts(rows), labels, cv=PredefinedSplit(fold))
+
+
+def _dealt(rows, folds, seed) -> np.ndarray:
+    """Rows of each category dealt to so many folds at random: int [I]."""
+    order = rows.groupby("category").cumcount().sample(frac=1, random_state=seed)
+    labels = rows["category"].to_numpy()[rows.index.get_indexer(order.index)]
+    return order.groupby(labels).cumcount().reindex(rows.index).to_numpy() % folds
 
 
 def folds(rows: pd.DataFrame) -> pd.Series:

@@ -1,5 +1,8 @@
 """Figures of generality and uniqueness under their controls."""
 
+from functools import wraps
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -8,107 +11,239 @@ from .style import (
     NULL,
     PALETTE,
     SMALLEST,
+    colours,
     entry,
     error_bars,
     label_left,
     legend_below,
+    markers,
     panels,
     whole_numbers,
 )
 
+FEW = 10  # components: a share of fewer says nothing
+MODELS = ("tuned", "base", "words", "twins")  # one colour and marker each, in every figure
 
-def membership(table: pd.DataFrame) -> Figure:
-    """In how many categories a component stands; columns pair, number (1..C), share, null."""
-    fig, drawn = panels(table, "pair", (4.2, 3.3), sharey=True)
-    for ax, pair, part in drawn:
-        ax.bar(part["number"], part["share"], color=PALETTE[0], label="observed")
-        ax.plot(part["number"], part["null"], "D", color="0.45", label="null: labels permuted")
-        ax.set(title=pair, xlabel="categories it serves")
-        whole_numbers(ax)
-    label_left(drawn, "share of the components in any set")
-    drawn[-1][0].legend(frameon=False)
+
+def _if_any(draw):
+    """The figure of a table; of one without a row, an empty page that says so."""
+
+    @wraps(draw)
+    def drawn(table, *more) -> Figure:
+        if len(table):
+            return draw(table, *more)
+        fig = plt.figure(figsize=(6, 1))
+        fig.text(0.5, 0.5, "not testable: see the table's notes", ha="center", va="center")
+        return fig
+
+    return drawn
+
+
+def _title(ax, name, part, *more):
+    """A panel's name, and of how many instructions (and wordings) it speaks."""
+    said = [f"n = {int(part['n'].max())}", *more]
+    if "wordings" in part:
+        said[0] += f" in {int(part['wordings'].max())} wordings"
+    ax.set_title(f"{name}\n{', '.join(said)}", fontsize=10)
+
+
+@_if_any
+def excess_matrices(table: pd.DataFrame) -> Figure:
+    """Observed minus null of every two categories; columns panel, unit, category, other category,
+    excess, low, high, marked (0 lies outside the interval), n.
+
+    In each cell the value and, below, its interval; bold where marked. One colour scale for all
+    sets, one for all routing profiles.
+    """
+    size = 1.2 + 0.8 * table["category"].nunique()
+    fig, drawn = panels(table, "panel", (size + 0.7, 0.85 * size), 2)
+    kind = np.where(table["unit"] == "experts", "Jensen-Shannon", "Jaccard")
+    most = table["excess"].abs().groupby(kind).max()
+    for ax, name, part in drawn:
+        names = list(pd.unique(part["category"]))
+        measure = "Jensen-Shannon" if part["unit"].iloc[0] == "experts" else "Jaccard"
+        grid = part.pivot(index="category", columns="other category", values="excess")
+        look = {"cmap": "PuOr_r", "vmin": -most[measure], "vmax": most[measure]}
+        image = ax.imshow(grid.loc[names, names], aspect="auto", **look)
+        for row in part.itertuples():
+            _cell(ax, names.index(row[4]), names.index(row.category), row, most[measure])
+        ax.set_xticks(range(len(names)), names)
+        ax.set_yticks(range(len(names)), names)
+        _title(ax, name, part)
+        fig.colorbar(image, ax=ax, label=f"{measure}, minus null")
     return fig
 
 
+def _cell(ax, x, y, row, most):
+
+    def said(value):
+        return f"{value:+.{2 if most > 0.05 else 3}f}".replace("0.", ".").replace("+", "")
+
+    dark = abs(row.excess) > 0.65 * most
+    look = {"ha": "center", "fontsize": SMALLEST, "color": "white" if dark else "black"}
+    weight = "bold" if row.marked else "normal"
+    ax.text(x, y - 0.04, said(row.excess), va="bottom", weight=weight, **look)
+    ax.text(x, y + 0.04, f"{said(row.low)}, {said(row.high)}", va="top", **look)
+
+
+@_if_any
+def wordings(table: pd.DataFrame) -> Figure:
+    """Same wording, other wording, other category; columns panel, model, pairs, value, low, high,
+    null, n, wordings. Grey dashes: the rate-matched null of that model.
+    """
+    kinds, models = list(pd.unique(table["pairs"])), list(pd.unique(table["model"]))
+    fig, drawn = panels(table, "panel", (4.9, 3.3), 2)
+    for ax, name, part in drawn:
+        for n, model in enumerate(models):
+            line = part[part["model"] == model]
+            place = line["pairs"].map(kinds.index) + (n - (len(models) - 1) / 2) * 0.3
+            bars = error_bars(line["low"], line["value"], line["high"])
+            ax.errorbar(place, line["value"], bars, linestyle="", label=model, **_look(model))
+            ax.hlines(line["null"], place - 0.13, place + 0.13, **_dashes())
+        ax.set_xticks(range(len(kinds)), [kind.replace(", ", ",\n") for kind in kinds])
+        ax.set_xlim(-0.5, len(kinds) - 0.5)
+        _title(ax, name, part)
+    label_left(drawn, "mean similarity of two instructions")
+    legend_below(fig, drawn, 4, [entry("rate-matched null", **NULL)])
+    return fig
+
+
+def _look(model) -> dict:
+    names = [*MODELS, model]
+    colour, shape = colours(names[:4] if model in MODELS else names), markers(MODELS)
+    return {"color": colour[model], "fmt": shape.get(model, "o"), "capsize": 2, "markersize": 6}
+
+
+def _dashes() -> dict:
+    return {"colors": NULL["color"], "linestyles": "--", "linewidth": NULL["linewidth"]}
+
+
+@_if_any
 def waterfall(table: pd.DataFrame) -> Figure:
-    """What each control leaves of the gap; columns panel, step, half, left, low, high.
+    """What each control leaves of the gap; columns panel, model, step, left, low, high, n.
 
-    The line at 0: nothing. Bars are the first half named in the table.
+    Steps that begin with `words` are coefficients given the words: three estimators beside each
+    other, not one after the other. The line at 0: nothing left.
     """
-    steps, halves = (list(pd.unique(table[name])) for name in ("step", "half"))
-    fig, drawn = panels(table, "panel", (5.6, 3.4), 2, sharex=True)
+    steps, models = (list(pd.unique(table[name])) for name in ("step", "model"))
+    fig, drawn = panels(table, "panel", (5.9, 3.5), 2)
+    last = [n for n, step in enumerate(steps) if step.startswith("words")]
     for ax, name, part in drawn:
-        for n, half in enumerate(halves):
-            line = part[part["half"] == half]
-            place = np.array([steps.index(step) for step in line["step"]])
-            bars = error_bars(line["low"], line["left"], line["high"])
-            look = {"fmt": "osD^"[n % 4], "color": PALETTE[n], "capsize": 2, "markersize": 5}
-            shift = (n - (len(halves) - 1) / 2) * 0.17
-            ax.errorbar(place + shift, line["left"], bars, linewidth=1.3, label=half, **look)
-            if n == 0:
-                ax.bar(place, line["left"], width=0.8, color="0.9", zorder=0)
+        for n, model in enumerate(models):
+            line = part[part["model"] == model]
+            place = line["step"].map(steps.index) + (n - (len(models) - 1) / 2) * 0.36
+            look, bars = _look(model), error_bars(line["low"], line["left"], line["high"])
+            ax.bar(place, line["left"], width=0.34, color=look["color"], alpha=0.3, linewidth=0)
+            ax.errorbar(place, line["left"], bars, linestyle="", label=model, **look)
+        ax.axvspan(last[0] - 0.5, last[-1] + 0.5, color="0.95", zorder=0)
         ax.axhline(0, label="null: nothing left", **NULL)
-        ax.set_ylim(min(-0.06 * part["high"].max(), ax.get_ylim()[0]), None)
-        ax.set(title=name, xticks=range(len(steps)))
-        ax.set_xticklabels([step.replace(" ", "\n") for step in steps], fontsize=SMALLEST)
-        ax.tick_params(labelbottom=True)
-    label_left(drawn, "gap that is left (95 % CI)")
-    legend_below(fig, drawn, 5)
+        ax.set_ylim(min(-0.04 * part["high"].max(), ax.get_ylim()[0]), None)
+        ax.set_xlim(-0.6, len(steps) - 0.4)
+        ax.set_xticks(range(len(steps)), [s.replace(", ", ",\n").replace(" ", "\n") for s in steps])
+        ax.tick_params(axis="x", labelsize=SMALLEST)
+        _title(ax, name, part)
+    label_left(drawn, "gap that is left (95 % interval)")
+    grey = {"marker": "s", "color": "0.88", "linestyle": "", "markersize": 10}
+    legend_below(fig, drawn, 5, [entry("three estimators of one thing", **grey)])
     return fig
 
 
-def sensitivity(table: pd.DataFrame) -> Figure:
-    """Heat maps over epsilon and tau; columns panel, epsilon, tau, value, null, components.
-
-    Each cell: value, below it its null and of how many components; "no set" where no component is
-    in any set.
-    """
-    fig, drawn = panels(table, "panel", (6.4, 3.8), 2)
-    most = (table["value"] - table["null"]).abs().max()
-    for ax, name, part in drawn:
-        grid, null, number = (
-            part.pivot(index="tau", columns="epsilon", values=value)
-            for value in ("value", "null", "components")
-        )
-        look = {"cmap": "PuOr_r", "vmin": -most, "vmax": most, "aspect": "auto", "origin": "lower"}
-        image = ax.imshow(grid - null, **look)
-        for y, x in np.ndindex(*grid.shape):
-            dark = abs(grid.iat[y, x] - null.iat[y, x]) > 0.65 * most
-            said = f"{grid.iat[y, x]:.2f}\nnull {null.iat[y, x]:.2f}\nof {number.iat[y, x]}"
-            look = {"ha": "center", "va": "center", "fontsize": SMALLEST}
-            text = said if number.iat[y, x] else "no set"
-            ax.text(x, y, text, color="white" if dark else "black", **look)
-        ax.set(title=name, xlabel="epsilon", ylabel="tau")
-        ax.set_xticks(range(grid.shape[1]), grid.columns)
-        ax.set_yticks(range(grid.shape[0]), grid.index)
-        fig.colorbar(image, ax=ax, label="minus null")
-    return fig
-
-
+@_if_any
 def layers(table: pd.DataFrame) -> Figure:
-    """Shares of each layer's components; columns panel, kind, layer, share, null, low, high (95 %
-    of the null), marked (a star: Benjamini-Hochberg over layers below 0.05).
+    """Shares of each layer's components minus their null; columns panel, kind, layer, excess, low,
+    high, marked (Benjamini-Hochberg over layers below 0.05: filled), n, width (of a layer).
     """
-    fig, drawn = panels(table, "panel", (4.3, 3.2), 2)
-    kinds = pd.unique(table["kind"])
-    colour = dict(zip(kinds, (PALETTE[0], PALETTE[4]), strict=False))
-    dashes = {kind: NULL | {"linestyle": s} for kind, s in zip(kinds, ("--", ":"), strict=False)}
+    fig, drawn = panels(table, "panel", (4.9, 3.2), 2)
+    kinds = list(pd.unique(table["kind"]))
+    look = dict(zip(kinds, ((PALETTE[0], "o"), (PALETTE[4], "s")), strict=False))
     for ax, name, part in drawn:
-        for kind, line in part.groupby("kind", sort=False):
-            ax.plot(line["layer"], line["share"], color=colour[kind], marker="o", label=kind)
-            ax.plot(line["layer"], line["null"], **dashes[kind])
-            band = {"color": "0.6", "alpha": 0.35, "linewidth": 0}
-            ax.fill_between(line["layer"], line["low"], line["high"], **band)
-            marked = line[line["marked"]]
-            star = {"color": colour[kind], "markersize": 12, "markeredgecolor": "white"}
-            ax.plot(marked["layer"], marked["share"], "*", clip_on=False, zorder=5, **star)
-        ax.set(title=name, xlabel="layer", ylim=(0, None))
+        for n, (kind, line) in enumerate(part.groupby("kind", sort=False)):
+            colour, shape = look[kind]
+            place = line["layer"] + (n - 0.5) * 0.16
+            bars = error_bars(line["low"], line["excess"], line["high"])
+            ax.errorbar(place, line["excess"], bars, color=colour, fmt="-", capsize=2, zorder=2)
+            for chosen, face in ((line["marked"], colour), (~line["marked"], "white")):
+                style = {"color": colour, "marker": shape, "markerfacecolor": face, "zorder": 3}
+                ax.plot(place[chosen], line["excess"][chosen], linestyle="", **style)
+        ax.axhline(0, **NULL)
+        ax.set_xlabel("layer")
         whole_numbers(ax)
-    label_left(drawn, "share of the layer's components")
-    handles = [
-        entry(f"null of {kind}: labels permuted (band: 95 %)", **look)
-        for kind, look in dashes.items()
-    ]
-    star = {"marker": "*", "color": "0.2", "linestyle": "", "markersize": 11}
-    legend_below(fig, drawn, 3, [*handles, entry("BH over layers < 0.05", **star)])
+        _title(ax, name, part, f"{int(part['width'].max())} components a layer")
+    label_left(drawn, "share minus null")
+    handles = [entry(kind, color=look[kind][0], marker=look[kind][1]) for kind in kinds]
+    hollow = {"color": "0.2", "marker": "o", "markerfacecolor": "white", "linestyle": ""}
+    handles += [entry("not beyond its null (BH 5 %)", **hollow)]
+    legend_below(fig, drawn, 4, [*handles, entry("null: wordings permuted", **NULL)])
+    return fig
+
+
+def sensitivity(gaps: pd.DataFrame, shares: pd.DataFrame) -> Figure:
+    """Left, a row per pair: the gap over epsilon under both tie rules (columns pair, epsilon, rule,
+    gap, null, n). Right: the share of unique components over epsilon and tau minus its null
+    (columns pair, epsilon, tau, value, null, components; those of fewer than FEW are not coloured).
+    """
+    pairs = list(pd.unique(gaps["pair"]))
+    fig, grid = plt.subplots(len(pairs), 2, figsize=(11.4, 3.7 * len(pairs)), squeeze=False)
+    most = (shares["value"] - shares["null"])[shares["components"] >= FEW].abs().max()
+    for (left, right), pair in zip(grid, pairs, strict=True):
+        _over_epsilon(left, pair, gaps[gaps["pair"] == pair])
+        image = _over_tau(right, shares[shares["pair"] == pair], most)
+        right.set_title(f"{pair}: unique neurons")
+        fig.colorbar(image, ax=right, label="share minus null")
+    legend_below(fig, [(ax,) for ax in grid[:, 0]], 4)
+    return fig
+
+
+def _over_epsilon(ax, pair, part):
+    rules = list(pd.unique(part["rule"]))
+    for rule, line in part.groupby("rule", sort=False):
+        look = {"color": colours(rules)[rule], "marker": markers(rules)[rule]}
+        ax.plot(line["epsilon"], line["gap"], label=f"ties: {rule}", **look)
+    line = part[part["rule"] == rules[0]]
+    ax.plot(line["epsilon"], line["null"], label="rate-matched null", **NULL)
+    ax.set(xscale="log", xlabel="epsilon", ylabel="gap of other wordings", ylim=(0, None))
+    ax.set_xticks(line["epsilon"], [f"{e:g}" for e in line["epsilon"]])
+    ax.minorticks_off()
+    _title(ax, f"{pair}, neurons", part)
+
+
+def _over_tau(ax, part, most):
+    found, null, number = (
+        part.pivot(index="tau", columns="epsilon", values=value)
+        for value in ("value", "null", "components")
+    )
+    look = {"cmap": "PuOr_r", "vmin": -most, "vmax": most, "aspect": "auto", "origin": "lower"}
+    above = (found - null).where(number >= FEW, 0)
+    image = ax.imshow(above, **look)
+    for y, x in np.ndindex(*found.shape):
+        dark = abs(above.iat[y, x]) > 0.65 * most
+        said = f"{found.iat[y, x]:.2f}\nnull {null.iat[y, x]:.2f}\nof {number.iat[y, x]}"
+        look = {"ha": "center", "va": "center", "fontsize": SMALLEST}
+        text = said if number.iat[y, x] else "no set"
+        ax.text(x, y, text, color="white" if dark else "black", **look)
+    ax.set(xlabel="epsilon", ylabel="tau")
+    ax.set_xticks(range(found.shape[1]), found.columns)
+    ax.set_yticks(range(found.shape[0]), found.index)
+    return image
+
+
+@_if_any
+def readable(table: pd.DataFrame) -> Figure:
+    """Accuracy of reading a category off; columns panel, half, read off, accuracy, low, high,
+    chance, n, wordings.
+    """
+    halves, models = list(pd.unique(table["half"])), list(pd.unique(table["read off"]))
+    fig, drawn = panels(table, "panel", (4.6, 3.2), 2, sharey=True)
+    for ax, name, part in drawn:
+        for n, model in enumerate(models):
+            line = part[part["read off"] == model]
+            place = line["half"].map(halves.index) + (n - (len(models) - 1) / 2) * 0.16
+            bars = error_bars(line["low"], line["accuracy"], line["high"])
+            ax.errorbar(place, line["accuracy"], bars, linestyle="", label=model, **_look(model))
+        ax.axhline(part["chance"].iloc[0], label="chance", **NULL)
+        ax.set(ylim=(0, 1.03), xlim=(-0.5, len(halves) - 0.5))
+        ax.set_xticks(range(len(halves)), halves)
+        _title(ax, name, part)
+    label_left(drawn, "accuracy")
+    legend_below(fig, drawn, 5)
     return fig
