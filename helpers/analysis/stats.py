@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from ..record import NotTestable, UserError
 
@@ -308,6 +309,28 @@ def paired_effect(first, second, resamples=2000, level=0.95, seed=0, clusters=No
 
 def _standardised(difference, variance):
     return np.where(variance > 0, difference / np.sqrt(np.where(variance > 0, variance, 1)), 0.0)
+
+
+def clustered_share(values, clusters=None, level=0.95) -> tuple[float, float]:
+    """Interval (low, high) of a share, the mean of values in [0, 1]: Wilson's, with as many
+    independent rows as their clusters leave. It has a width where all values are equal, too.
+
+    n rows count as n / D: D is the variance of the mean with whole clusters as units over that of
+    independent rows, at least 1 (Korn and Graubard 1998, with Wilson's interval).
+
+    >>> [round(x, 2) for x in clustered_share([0.0] * 20)]
+    [0.0, 0.16]
+    """
+    values = np.asarray(values, float)
+    _finite(values=values)
+    n, share = len(values), float(values.mean())
+    code = np.arange(n) if clusters is None else cluster_codes(clusters)[0]
+    totals, plain = np.bincount(code, values - share), share * (1 - share) / n
+    units = len(totals)
+    spread = units / max(units - 1, 1) * (totals**2).sum() / n**2
+    independent = n / max(1.0, spread / plain) if plain > 0 else n
+    low, high = proportion_confint(share * independent, independent, 1 - level, "wilson")
+    return float(low), float(high)
 
 
 def pair_residuals(similarity, *covariates) -> np.ndarray:

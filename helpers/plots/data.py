@@ -5,7 +5,17 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .style import NULL, PALETTE, label_left, panels
+from .style import (
+    NULL,
+    PALETTE,
+    SHAPES,
+    colours,
+    entry,
+    error_bars,
+    label_left,
+    legend_below,
+    panels,
+)
 
 BOXES = {"fliersize": 2, "linewidth": 1, "width": 0.7}
 
@@ -36,4 +46,41 @@ def subset_lengths(table: pd.DataFrame) -> Figure:
         ax.set(xlabel="", title=f"{half} half (dashed: median of both)")
     label_left(drawn, "tokens per instruction")
     sns.move_legend(drawn[-1][0], "upper left", bbox_to_anchor=(1, 1), frameon=False, title="")
+    return fig
+
+
+MEASURED = {
+    "strict": "share of answers that are right",
+    "first": "share of rows: right one likeliest",
+    "gain": "instruction gain, nats per token",
+}
+
+
+def ability(table: pd.DataFrame) -> Figure:
+    """What models can do, a panel per pair and measure; columns pair, model, half, category,
+    measure (of MEASURED), value, low, high, null.
+
+    Colours are models, markers halves; a grey dash is the null of its category.
+    """
+    table = table[table["measure"].isin(MEASURED)]
+    table = table.assign(panel=table["pair"] + ": " + table["measure"])
+    names, models = list(pd.unique(table["category"])), colours(pd.unique(table["model"]))
+    shapes = dict(zip(pd.unique(table["half"]), SHAPES, strict=False))
+    lines = [(model, half) for model in models for half in shapes]
+    fig, drawn = panels(table, "panel", (4.4, 3.3))
+    for ax, panel, part in drawn:
+        nulls = part.groupby("category", sort=False)["null"].mean()
+        at = [names.index(name) for name in nulls.index]
+        ax.hlines(nulls, [x - 0.4 for x in at], [x + 0.4 for x in at], **NULL)
+        for (model, half), own in part.groupby(["model", "half"], sort=False):
+            shift = (lines.index((model, half)) + 0.5) / len(lines) - 0.5
+            x = [names.index(name) + 0.7 * shift for name in own["category"]]
+            look = {"color": models[model], "marker": shapes[half], "linestyle": "", "ms": 5}
+            bars = error_bars(own["low"], own["value"], own["high"])
+            ax.errorbar(x, own["value"], bars, label=f"{model}, half {half}", **look)
+        ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0)
+        measure = panel.rpartition(": ")[2]
+        most = int(part["n"].max())
+        ax.set(title=f"{panel.rpartition(': ')[0]} (n = {most})", ylabel=MEASURED[measure])
+    legend_below(fig, drawn, handles=[entry("null: 0, or candidates drawn", **NULL)])
     return fig
