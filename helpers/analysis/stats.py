@@ -325,7 +325,7 @@ def clustered_share(values, clusters=None, level=0.95) -> tuple[float, float]:
     _finite(values=values)
     n, share = len(values), float(values.mean())
     code = np.arange(n) if clusters is None else cluster_codes(clusters)[0]
-    totals, plain = np.bincount(code, values - share), share * (1 - share) / n
+    totals, plain = np.bincount(code, values - share), share * (1 - share) / max(n - 1, 1)
     units = len(totals)
     spread = units / max(units - 1, 1) * (totals**2).sum() / n**2
     independent = n / max(1.0, spread / plain) if plain > 0 else n
