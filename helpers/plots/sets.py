@@ -27,11 +27,15 @@ def frequencies(table: pd.DataFrame) -> Figure:
     models = [model for model in pd.unique(table["model"]) if not model.startswith("null")]
     for ax, pair, part in drawn:
         for model, line in part.groupby("model", sort=False):
-            own = {"color": colours(models).get(model), "linewidth": 2}
+            own = {"color": colours(models).get(model), "marker": markers(models).get(model)}
+            own |= {"linewidth": 2, "markersize": 4}
             look = NULL if model.startswith("null") else own
             ax.plot(line["p"], line["share"], label=model, drawstyle="steps-mid", **look)
-        title = f"{pair} (n = {part['n'].iloc[0]:,} cells)"
-        ax.set(title=title, xlabel="activation frequency p", yscale="log")
+        ax.set_yscale("log")
+        cells = part["n"].iloc[0]
+        ax.set_ylim(bottom=min(0.3 / cells, 0.1))  # a share below one cell cannot be seen
+        title = f"{pair} (n = {cells:,} cells)"
+        ax.set(title=title, xlabel="activation frequency p")
     label_left(drawn, "share of (instruction, neuron) cells")
     legend_below(fig, drawn)
     return fig

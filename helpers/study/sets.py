@@ -39,7 +39,11 @@ def models(study) -> tuple[str, ...]:
 
 
 def of_all(pairs: dict, table, *args) -> pd.DataFrame:
-    """`table(study, *args)` of several Studies, one below the other, with a column `pair`."""
+    """`table(study, *args)` of several Studies, one below the other, with a column `pair`; of none,
+    a table without rows.
+    """
+    if not pairs:
+        return pd.DataFrame(columns=["pair"])
     found = [table(study, *args) for study in pairs.values()]
     found = [part.assign(pair=name) for name, part in zip(pairs, found, strict=True)]
     whole = pd.concat(found, ignore_index=True)
@@ -343,7 +347,7 @@ def expert_sizes(study) -> pd.DataFrame:
     agreed = consensus(sets.reshape(len(sets), -1), study.labels, profile.tau)
     half = share_experts(counts.routed, 0.5, profile.seed).sum(-1).mean()
     own = dict(zip(study.categories, agreed.sum(1), strict=True))
-    return pd.DataFrame([{"K": k, "carry half": half} | own | {"in all": agreed.all(0).sum()}])
+    return pd.DataFrame([{"K": k, "carry_half": half} | own | {"in all": agreed.all(0).sum()}])
 
 
 def routing_share(study) -> pd.DataFrame:
@@ -469,6 +473,8 @@ def set_findings(sizes: pd.DataFrame, epsilon: float) -> list[str]:
 
 def pattern_findings(pattern: pd.DataFrame) -> list[str]:
     """What `layer_pattern` of several pairs says of all rows, a sentence for each pair."""
+    if pattern.empty:
+        return []
     return [
         f"{row['pair']}: {_pattern_said(row)}"
         for row in pattern[pattern["half"] == "all"].to_dict("records")
@@ -496,6 +502,8 @@ def _pattern_said(row):
 
 def routing_findings(share: pd.DataFrame, own: pd.DataFrame) -> list[str]:
     """What `routing_share` and `own_experts` of several pairs say, two sentences for each pair."""
+    if share.empty:
+        return ["No model of this profile has routed experts: there is nothing to say here."]
     lines = []
     for pair, part in share[share["model"] == "tuned"].groupby("pair", sort=False):
         row = part.iloc[0]
