@@ -26,9 +26,11 @@ from ..analysis.stats import (
 )
 from ..capture.tokens import Encoded
 from ..hexainst.corpus import wordings
+from ..record import read_json
 from .scores import read_outputs
 
 MASSIVE = 100  # times the median of its layer
+NEEDED = ("prompt", "prompt-even", "prompt-odd", "response")  # kinds of positions
 BINS = np.linspace(0, 1, 21)
 SHOWN = {"twin": "twin (random weights)"}
 
@@ -76,6 +78,29 @@ def inventory(study) -> pd.DataFrame:
         }
         for model, c in counts.items()
     )
+
+
+def positions(study) -> pd.DataFrame:
+    """Counts of every model at every kind of positions the chain needs, counted where they are not
+    on disk: columns model, positions, instructions, tokens, mean p (over all its neurons).
+    """
+    out = []
+    for model in models(study):
+        for where in ("prompt",) if model == "twin" else NEEDED:
+            c = study.counts(model, where)
+            values = c.unit("neurons")
+            mean = values.sum(dtype=np.int64) / c.tokens.sum() / values[0].size
+            line = {"model": model, "positions": where, "instructions": len(c.tokens)}
+            out.append(line | {"tokens": c.tokens.sum(), "mean p": mean})
+    return pd.DataFrame(out)
+
+
+def batching(study) -> pd.DataFrame:
+    """Of the tuned model's first instructions: cells whose count differs when each is read alone
+    instead of in a batch, as the record beside the counts says: columns cells, differ, most.
+    """
+    record = study.shards("tuned", "prompt").folder / "counts-00000.json"
+    return pd.DataFrame([read_json(record)["found"]["batching"]])
 
 
 def frequencies(study) -> pd.DataFrame:
@@ -459,6 +484,21 @@ def _in_context(tokenizer, ids, at):
 
 
 # ---- in words
+
+
+def capture_findings(positions: pd.DataFrame, batching: pd.DataFrame) -> list[str]:
+    """What `positions` and `batching` of several pairs say, a sentence for each pair."""
+    prompt = positions[positions["positions"] == "prompt"].set_index(["pair", "model"])
+    lines = []
+    for row in batching.to_dict("records"):
+        tuned, twin = (prompt.loc[(row["pair"], model)] for model in ("tuned", "twin"))
+        lines.append(
+            f"{row['pair']}: on {tuned['tokens']:,} prompt tokens of {tuned['instructions']:,} "
+            f"instructions a neuron of the tuned model is on {tuned['mean p']:.1%} of the time, "
+            f"of the random twin {twin['mean p']:.1%}; batching moved {row['differ']} of "
+            f"{row['cells']:,} cells looked at."
+        )
+    return lines
 
 
 def set_findings(sizes: pd.DataFrame, epsilon: float) -> list[str]:
