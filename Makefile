@@ -80,9 +80,6 @@ trajectory: $(READY) ## tune the tiny bases again with checkpoints kept and meas
 grid: $(READY) ## the whole grid of ablations, three dense seeds and the sparse pair; writes data/grid (half an hour of one core, resumes)
 	$(PY) -m helpers.run grid --profile tiny-full
 
-hexainst-human: $(READY) ## fetch the human half's sources and build data/hexainst/human.jsonl
-	$(PY) -m helpers.run human
-
 bench: $(READY) ## cost of capture as ratios in one run; writes data/results/bench.json
 	$(PY) -m tests.bench
 
@@ -99,6 +96,9 @@ bench-chain: $(READY) ## the chain's own cost
 
 plan: $(READY) ## what PROFILE will cost: neurons, passes, disk
 	$(PY) -m helpers.run plan --profile $(PROFILE)
+
+hexainst-human: $(READY) ## fetch the human half's sources, or take them from LOCAL=FOLDER, and build data/hexainst/human.jsonl
+	$(PY) -m helpers.run human $(if $(LOCAL),--local $(LOCAL))
 
 clean: ## delete PROFILE's results, no other's (asks first)
 	@printf 'Delete data/results/$(PROFILE)? Counts may take long to compute again. [y/N] '; read answer; \

@@ -1,1 +1,23 @@
-"""SPARCOM: which neurons and experts of a language model serve which kind of instruction."""
+"""SPARCOM: which neurons and experts of a language model serve which kind of instruction.
+
+The public face: `load_model`, `count`, `find_sets`, `overlap`, `ablate`. Everything else stands in
+the packages; see README.md in this folder.
+"""
+
+from importlib import import_module
+
+FACE = {
+    "load_model": "capture.loading",
+    "count": "capture.count",
+    "find_sets": "study.quick",
+    "overlap": "study.quick",
+    "ablate": "capture.interventions",
+}
+__all__ = list(FACE)
+
+
+def __getattr__(name: str):
+    """A name of the face, imported when it is first asked for: torch is not loaded before."""
+    if name not in FACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{FACE[name]}", __name__), name)

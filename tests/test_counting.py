@@ -15,7 +15,7 @@ import zoo
 from test_counter import differing
 
 from helpers import record
-from helpers.capture.count import count, count_activations, flips
+from helpers.capture.count import count, count_activations, count_encoded, flips
 from helpers.capture.counter import watching
 from helpers.capture.interventions import ablate
 from helpers.capture.loading import load_model
@@ -66,7 +66,7 @@ def setting(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path.joinpath(*names))
     monkeypatch.setattr(room, "SHARD", 3)
     pair = Pair("pair", str(checkpoint), str(checkpoint))
-    return Profile("test", "none", (pair,), batch_size=2, max_new_tokens=5), pair
+    return Profile("test", "none", (pair,), batch_size=2, batch_tokens=64, max_new_tokens=5), pair
 
 
 def capture(profile, pair, variant, positions, rows):
@@ -261,7 +261,10 @@ def test_twins_are_numbered_from_the_profiles_seed_on(setting):
             lambda p, pair, rows: (dataclasses.replace(p, template="{instruction}"), pair, rows),
             "template",
         ),
-        (lambda p, pair, rows: (dataclasses.replace(p, batch_size=3), pair, rows), "batch_size"),
+        (
+            lambda p, pair, rows: (dataclasses.replace(p, batch_tokens=99), pair, rows),
+            "batch_tokens",
+        ),
         (lambda p, pair, rows: (dataclasses.replace(p, name="other"), pair, rows), "profile"),
         (lambda p, pair, rows: (p, dataclasses.replace(pair, dtype="bfloat16"), rows), "dtype"),
         (lambda p, pair, rows: (p, pair, rows[::-1]), "data"),
@@ -270,7 +273,7 @@ def test_twins_are_numbered_from_the_profiles_seed_on(setting):
 )
 def test_counts_made_under_other_settings_are_refused(setting, tmp_path, monkeypatch, change, key):
     profile, pair = setting
-    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one")
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one" / names[-1])
     capture(profile, pair, "base", "response", ROWS)
     profile, pair, rows = change(profile, pair, ROWS)
     with pytest.raises(RecordMismatch, match=f"was made with {key} ="):
@@ -352,7 +355,7 @@ def test_a_generation_that_ends_at_once_has_no_tokens(setting, monkeypatch):
 def test_flips_counts_the_cells_that_batching_moved():
     model = zoo.build("llama")
     encoded = encode(zoo.tokenizer(), TEXTS)
-    counts = counting.count_encoded(model, encoded)
+    counts = count_encoded(model, encoded)
     assert flips(model, encoded[:2], counts) == {
         "cells": 2 * (3 * zoo.N + 1),
         "differ": 0,
@@ -396,9 +399,9 @@ def test_two_processes_leave_the_same_bytes_as_one(profile_of_two, tmp_path, mon
     two = {
         p.name: p.read_bytes() for p in (results_dir(profile.name) / "pair/base/prompt").iterdir()
     }
-    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one")
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path / "one" / names[-1])
     capture(dataclasses.replace(profile, processes=1), pair, "base", "prompt", rows)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()} == two
+    assert {p.name: p.read_bytes() for p in (tmp_path / "one" / "prompt").iterdir()} == two
     assert len(two) == 5
 
 
@@ -422,7 +425,10 @@ def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
     )
     assert command.main(["count", "--profile", "mine", "--variants", "tuned"]) == 0
     assert sorted(p.name for p in (tmp_path / "mine/pair/tuned").iterdir()) == [
+        "drawn-16",
         "prompt",
+        "prompt-even",
+        "prompt-odd",
         "response",
     ]
     assert "pair tuned response: 10 instructions" in capsys.readouterr().out
@@ -504,7 +510,7 @@ def test_nothing_of_an_ablated_model_is_kept(setting, tmp_path):
     mask = {family: np.ones_like(study.counts().neurons[family][0], bool)}
     with ablate(model, mask, "zero"):
         assert study.generate() != intact
-        for ask in (study.answers, lambda: study.counts("tuned", "response")):
+        for ask in (study.answers, lambda: study.counts("tuned", "generated")):
             with pytest.raises(UserError, match="an intervention is open"):
                 ask()
     assert not list(tmp_path.glob("test/pair/tuned/answers/*"))

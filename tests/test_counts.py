@@ -397,12 +397,12 @@ def test_leftovers_of_a_killed_run_are_gone_after_the_next(shards):
 
 def run(checkpoint, folder, pause=0.0, patch=setattr):
     """Capture twelve instructions, three to a shard; `pause` seconds before each shard."""
-    encode = room.encode_rows
-    patch(room, "counts_dir", lambda *names: Path(folder))
+    encode = room.encode_once
+    patch(room, "counts_dir", lambda *names: Path(folder) / names[-1])
     patch(room, "SHARD", 3)
     patch(
         room,
-        "encode_rows",
+        "encode_once",
         lambda *args, **options: (time.sleep(float(pause)), encode(*args, **options))[1],
     )
     rows = pd.DataFrame(
@@ -414,6 +414,7 @@ def run(checkpoint, folder, pause=0.0, patch=setattr):
 
 def test_a_killed_run_keeps_its_shards_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
     checkpoint, killed = tmp_path / "model", tmp_path / "killed"
+    prompt = killed / "prompt"
     zoo.build("qwen2_moe").save_pretrained(checkpoint)
     zoo.tokenizer().save_pretrained(checkpoint)
     process = subprocess.Popen(
@@ -429,21 +430,21 @@ def test_a_killed_run_keeps_its_shards_and_ends_with_the_same_bytes(tmp_path, mo
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.DEVNULL,
     )
-    while not (killed / "counts-00001.json").exists() and process.poll() is None:
+    while not (prompt / "counts-00001.json").exists() and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (killed / "record.json").exists()
-    kept = {p.name: p.stat().st_mtime_ns for p in killed.glob("counts-0000[01]*")}
-    (killed / ".counts-00002.safetensors.draft.safetensors").write_bytes(
+    assert not (prompt / "record.json").exists()
+    kept = {p.name: p.stat().st_mtime_ns for p in prompt.glob("counts-0000[01]*")}
+    (prompt / ".counts-00002.safetensors.draft.safetensors").write_bytes(
         b"half a file"
     )  # what a kill may leave
     assert len(kept) == 4
-    assert not (killed / "counts-00002.json").exists()
+    assert not (prompt / "counts-00002.json").exists()
     for folder in (killed, tmp_path / "whole"):
         with monkeypatch.context() as patch:
             run(checkpoint, folder, 0, patch.setattr)
-    assert {name: (killed / name).stat().st_mtime_ns for name in kept} == kept  # not computed again
-    found = {name: data for name, data in contents(killed).items() if not name.startswith(".")}
-    assert found == contents(tmp_path / "whole")
+    assert {name: (prompt / name).stat().st_mtime_ns for name in kept} == kept  # not computed again
+    found = {name: data for name, data in contents(prompt).items() if not name.startswith(".")}
+    assert found == contents(tmp_path / "whole" / "prompt")
     assert json.loads(found["record.json"])["total"] == 12

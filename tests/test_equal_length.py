@@ -12,7 +12,7 @@ import zoo
 from helpers.analysis import nulls
 from helpers.analysis import similarity as overlap
 from helpers.analysis.sets import PackedSets, nominal_size, top_sets
-from helpers.capture.count import count_encoded
+from helpers.capture.count import count_encoded, count_groups
 from helpers.capture.tokens import Encoded, encode
 from helpers.config import Pair, Profile
 from helpers.record import NotTestable, RecordMismatch, UserError
@@ -21,11 +21,11 @@ from helpers.study import study as study_room
 from helpers.study.equal_length import (
     cut,
     draw,
-    draw_counts,
     equal_routing_similarity,
     null_similarity,
     places,
     similarities,
+    with_draws,
 )
 from helpers.study.study import Study
 
@@ -44,18 +44,20 @@ def model(request):
     return zoo.build(request.param)
 
 
-def collected(model, encoded, batch_size=2, seed=0):
-    rows, units, routed = zip(
-        *draw_counts(model, encoded, range(len(encoded)), SIZE, DRAWS, seed, batch_size),
-        strict=True,
-    )
-    order = np.argsort(np.concatenate(rows))
-    joined = {unit: np.concatenate([u[unit] for u in units])[order] for unit in units[0]}
-    return (
-        np.concatenate(rows)[order],
-        joined,
-        None if routed[0] is None else np.concatenate(routed)[order],
-    )
+def collected(model, encoded, batch_tokens=64, seed=0):
+    """rows [I'], {unit: counts [I', D, M]}, routed [I', D, L, E] or None"""
+    prompts = [Encoded(e.ids, e.counted, {"prompt": e.counted}) for e in encoded]
+    some = with_draws(prompts, range(len(encoded)), SIZE, DRAWS, seed)
+    groups = count_groups(model, some, batch_tokens)
+    drawn = [groups[f"drawn-{SIZE}-{d}"] for d in range(DRAWS)]
+    rows = np.flatnonzero(drawn[0].tokens == SIZE)
+    units = {
+        unit: np.stack([c.unit(unit)[rows].reshape(len(rows), -1) for c in drawn], 1)
+        for unit in ("neurons", "shared")
+        if drawn[0].family(unit) in drawn[0].neurons
+    }
+    routed = None if drawn[0].routed is None else np.stack([c.routed[rows] for c in drawn], 1)
+    return rows, units, routed
 
 
 def test_drawn_counts_are_those_of_one_pass_per_draw(model):
@@ -85,7 +87,7 @@ def test_drawn_counts_are_those_of_one_pass_per_draw(model):
 def test_draws_do_not_depend_on_batch_size_and_differ_by_seed_row_and_draw(model):
     encoded = encode(zoo.tokenizer(), TEXTS)
     one, other, reseeded = (
-        collected(model, encoded, *options)[1] for options in ((1,), (5,), (5, 1))
+        collected(model, encoded, *options)[1] for options in ((1,), (500,), (500, 1))
     )
     for unit in one:
         assert (one[unit] == other[unit]).mean() > 0.999
@@ -122,11 +124,12 @@ def setting(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     zoo.build("qwen2_moe").save_pretrained(folder)
     zoo.tokenizer().save_pretrained(folder)
-    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path.joinpath(*names))
-    monkeypatch.setattr(room, "SHARD", 4)
+    monkeypatch.setattr(study_room, "counts_dir", lambda *names: tmp_path.joinpath(*names))
+    for place in (room, study_room):
+        monkeypatch.setattr(place, "SHARD", 4)
     pair = Pair("pair", str(folder), str(folder))
     rows = pd.DataFrame([{"instruction": t, "input": "", "reference": "x"} for t in TEXTS * 2])
-    profile = Profile("test", "none", (pair,), batch_size=2, draws=DRAWS, epsilon=0.2)
+    profile = Profile("test", "none", (pair,), batch_tokens=64, draws=DRAWS, epsilon=0.2)
     return Study(profile, pair, rows), tmp_path
 
 

@@ -140,7 +140,10 @@ def test_a_source_package_is_not_taken_since_its_build_would_run(tmp_path):
     marker = tmp_path / "ran"
     source = tmp_path / "tiny_model-1.0"
     source.mkdir()
-    (source / "setup.py").write_text(f"open({str(marker)!r}, 'w')")
+    (source / "own.py").write_text(f"open({str(marker)!r}, 'w')")
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]\n'
+    )
     (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
     shutil.make_archive(str(tmp_path / "index" / source.name), "gztar", tmp_path, source.name)
     with pytest.raises(UserError, match="no such wheel"):
@@ -204,6 +207,9 @@ def cut(path, share):
         (lambda f: f.write_bytes(b"nothing of the kind" * 99), DamagedFile, "no GGUF"),
         (lambda f: tiny_gguf.write(f, architecture="zebra"), UserError, "'zebra', does not load"),
         (lambda f: tiny_gguf.write(f, words=None), UserError, "holds no tokenizer"),
+        (lambda f: tiny_gguf.write(f, layers=2), DamagedFile, "3 layers, its header says 2"),
+        (lambda f: tiny_gguf.write(f, layers=4), DamagedFile, "3 layers, its header says 4"),
+        (lambda f: tiny_gguf.write(f, split=2), UserError, "one part of a split GGUF"),
         (lambda f: shutil.copy(f, f.with_name("b.gguf")), None, None),
     ],
 )

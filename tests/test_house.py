@@ -344,3 +344,12 @@ PAGES = [
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)\)", page.read_text())
     assert all((page.parent / link).exists() for link in links), links
+
+
+def test_the_readme_lists_the_families_of_the_zoo():
+    """The list is the zoo's, in whose tests each of them is held against a loop."""
+    from tests import zoo
+
+    for kind in ("dense", "mixture of experts"):
+        names = ", ".join(sorted(name for name, found in zoo.families().items() if found == kind))
+        assert f"**{kind.capitalize()}:** {names}." in (ROOT / "README.md").read_text()

@@ -36,14 +36,17 @@ def model(seed=0):
     return zoo.build("llama", seed=seed, **SHAPE, **ids)
 
 
-def write(path, architecture="llama", words=WORDS, kind="F32", seed=0):
-    """Write the GGUF; `words` None leaves the tokenizer out, `kind` is a type of ggml."""
+def write(path, architecture="llama", words=WORDS, kind="F32", seed=0, **header):
+    """Write the GGUF; `words` None leaves the tokenizer out, `kind` is a type of ggml. `header`:
+    layers it says it has, files it says it is split over.
+    """
     made, writer = model(seed), GGUFWriter(path, architecture)
     config = made.config
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(header.get("layers", config.num_hidden_layers))
+    writer.add_uint16("split.count", header.get("split", 1))
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)

@@ -80,20 +80,29 @@ def count_groups(
     Each group's counts are those of a pass of its own. observers: functions of (batch, last hidden
     state [B, T, D]) that are told of every pass, such as `losses.GroupLoss`. (Ours.)
     """
+    parts, order = {}, []
+    for rows, counts in passes(model, encoded, batch_tokens, observers, progress):
+        order.append(rows)
+        for name, one in counts.items():
+            parts.setdefault(name, []).append(one)
+    return {name: Counts.join(some, order) for name, some in parts.items()}
+
+
+def passes(model, encoded, batch_tokens: int = 8192, observers=(), progress=None):
+    """Yield (rows, {group's name: Counts}) of each batch of encoded sequences, as `count_groups`
+    joins them: for what is summed up before all is read.
+    """
     _refuse_nothing(encoded)
     if not encoded[0].groups:
-        raise UserError("count_groups: sequences without position groups; use encode_groups.")
-    parts, order = [], []
+        raise UserError("there are sequences without position groups; use encode_groups.")
     with count_activations(model) as counter, _bar(len(encoded), progress) as bar:
         for batch in token_batches(encoded, batch_tokens):
-            parts.append(counter(batch.input_ids, batch.attention_mask, batch.group_mask))
-            order.append(batch.rows)
+            counts = counter(batch.input_ids, batch.attention_mask, batch.group_mask)
             hidden, counter.hidden = counter.hidden, None
             for observe in observers:
                 observe(batch, hidden)
             bar.update(len(batch.rows))
-    names = encoded[0].groups
-    return {name: Counts.join([part[p] for part in parts], order) for p, name in enumerate(names)}
+            yield batch.rows, dict(zip(batch.names, counts, strict=True))
 
 
 def _refuse_nothing(encoded) -> None:

@@ -185,16 +185,12 @@ def header(file: Path) -> dict:
     try:
         reader = GGUFReader(file)
         architecture = reader.fields["general.architecture"].contents()
-        end = max(int(t.data_offset) + int(t.n_bytes) for t in reader.tensors)
+        blocks = int(reader.fields[f"{architecture}.block_count"].contents())
     except (*BAD, MemoryError) as error:
         raise DamagedFile(
-            f"{paths.short(file)} is truncated or no GGUF file ({error}). Copy or fetch it again."
+            f"{paths.short(file)} is truncated or no GGUF file ({one_line(error)}). Copy or fetch "
+            "it again."
         ) from error
-    if end > file.stat().st_size:
-        raise DamagedFile(
-            f"{paths.short(file)} is truncated: {file.stat().st_size} bytes, its weights end at "
-            f"{end}. Copy or fetch it again."
-        )
     if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
         raise UserError(
             f"{paths.short(file)} is one part of a split GGUF. Join them (llama-gguf-split "
@@ -204,6 +200,12 @@ def header(file: Path) -> dict:
         raise UserError(
             f"{paths.short(file)} holds no tokenizer: its tokens are unknown. Take a GGUF with "
             "one, or the checkpoint it was made from."
+        )
+    named = {int(n[1]) for t in reader.tensors if (n := re.match(r"blk\.(\d+)\.", t.name))}
+    if named != set(range(blocks)):  # what is too many would be dropped without a word
+        raise DamagedFile(
+            f"{paths.short(file)} has the weights of {len(named)} layers, its header says "
+            f"{blocks}. Copy or fetch it again."
         )
     kinds = [t.tensor_type.name for t in reader.tensors if "Q" in t.tensor_type.name]
     return {

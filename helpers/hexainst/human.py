@@ -3,404 +3,301 @@ pinned, never committed.
 
     python -m helpers.run human [--local FOLDER] [--run-code]         (make hexainst-human)
 
-`data/hexainst/human_sources.yaml` pins each source by sha256 and names one rule per category. A
-rule gives an upstream row a subtask and a checker, or passes it over (None); a row that fails the
-validator is passed over too. The choice among the rest depends on the seed and the sources alone.
-Everything here is ours, not the paper's.
+`data/hexainst/human_sources.yaml` pins each file by sha256, says what is read from it and in which
+words it is asked; `rules` turn upstream rows into rows of ours. The choice among them depends on
+the plan and the sources alone: ids and hashes of the rows chosen are committed
+(`human_choice.csv`), and a build that chooses others says so. Everything here is ours, not the
+paper's.
 """
 
+import hashlib
 import json
-import random
-import re
-import shutil
-import urllib.error
-import urllib.request
-from http.client import HTTPException
-from itertools import pairwise
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
 from ..paths import HEXAINST, short
-from ..record import UserError, atomic, sha256
-from . import checkers
+from ..record import UserError, atomic, digest, read_json, sha256, write_json, write_table
 from .corpus import shingles, text, tokens
-from .schema import CATEGORIES, row_faults, validate
+from .rules import FREE, RULES, Refused
+from .schema import CATEGORIES, load, row_faults, validate
+from .sources import fetch, read
 
-COUNTS = {
-    "two": 2,
-    "three": 3,
-    "four": 4,
-    "five": 5,
-    "six": 6,
-    "seven": 7,
-    "eight": 8,
-    "nine": 9,
-    "ten": 10,
-}
-NAME = re.compile(r"\b(?:[A-Z][\w'-]+(?: (?:of |the )?[A-Z][\w'-]+)*|\d[\d,.]*\d|\d)\b")
-COMMON = {
-    "A",
-    "An",
-    "And",
-    "As",
-    "At",
-    "But",
-    "By",
-    "For",
-    "From",
-    "He",
-    "Her",
-    "His",
-    "How",
-    "If",
-    "In",
-    "It",
-    "Its",
-    "No",
-    "On",
-    "Or",
-    "She",
-    "So",
-    "Some",
-    "That",
-    "The",
-    "Their",
-    "There",
-    "They",
-    "This",
-    "To",
-    "We",
-    "What",
-    "When",
-    "Who",
-    "With",
-    "You",
-}
+PLAN = HEXAINST / "human_sources.yaml"
+CHOICE = HEXAINST / "human_choice.csv"
+COUNTS = HEXAINST / "human_counts.json"
 
 
-FREE = "free form"  # checked by likeness to the reference alone: taken only to fill up
-
-
-def fetch(source: dict, folder, local=None) -> Path:
-    """Path of one verified source file: a copy in `local` or `folder`, or a download that resumes
-    where it broke off.
-
-    Raises UserError when offline (it says where to put a copy) or when the sha256 is not the
-    pinned one.
-    """
-    for path in [Path(place) / source["file"] for place in (local, folder) if place]:
-        if path.is_file():
-            return _verified(path, source)
-    copy = f"Copy the file, named {source['file']}, into {short(folder)} or another folder given by --local FOLDER."
-    part = path.with_suffix(path.suffix + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(
-        source["url"], headers={"Range": f"bytes={done}-"} if done else {}
-    )
+def read_plan(path=PLAN) -> dict:
+    """The plan as read from YAML; tasks picked by hand without labels are None."""
     try:
-        with (
-            urllib.request.urlopen(request, timeout=60) as reply,
-            open(part, "ab" if reply.status == 206 else "wb") as out,
-        ):
-            whole = out.tell() + int(reply.headers["Content-Length"] or 0)
-            shutil.copyfileobj(reply, out)
-        if part.stat().st_size < whole:
-            raise OSError(f"the connection closed after {part.stat().st_size} of {whole} bytes")
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is missing after `done` bytes
-            raise _offline(source, error, copy) from error
-    except (OSError, HTTPException) as error:
-        raise _offline(source, error, copy) from error
-    if (found := sha256(part)) != source["sha256"]:
-        part.unlink()
+        return yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{source['url']} gave sha256 {found}, expected {source['sha256']}: damaged on its way, or "
-            f"another version. Run again; if it stays so, find the pinned one. {copy}"
-        )
-    return part.rename(path)
+            f"{short(path)} cannot be read ({reason}). Put it back from git."
+        ) from error
 
 
-def _verified(path, source):
-    if (found := sha256(path)) != source["sha256"]:
+def upstream(source: dict, files: dict[str, Path]) -> list[tuple[str, dict]]:
+    """A source's rows, each with its name: its own id where it has one, else its number from 1.
+
+    `once` names a field: of rows that agree in it only the first is kept; `kind` keeps rows of
+    these categories only.
+    """
+    rows = [row for name in source["files"] for row in read(files[name], source.get("member"))]
+    if key := source.get("once"):
+        first = {}
+        for row in rows:
+            first.setdefault(_field(row, key), row)
+        rows = list(first.values())
+    if kinds := source.get("kind"):
+        rows = [row for row in rows if _field(row, "category") in kinds]
+    return [
+        (str(_field(row, "id")) if "tasks" in source else str(number), row)
+        for number, row in enumerate(rows, 1)
+    ]
+
+
+def _field(row, key):
+    if key not in row:
         raise UserError(
-            f"{short(path)} has sha256 {found}, expected {source['sha256']}: it is damaged or another "
-            f"version. Delete it and run again to fetch {source['url']}."
+            f"a row has no field {key!r} (it has {', '.join(map(str, row))[:200]}): its layout is "
+            "not the pinned version's. Use the pinned version, or correct human_sources.yaml."
         )
-    return path
+    return row[key]
 
 
-def _offline(source, error, copy):
-    return UserError(
-        f"cannot fetch {source['url']} ({error}). Run again to resume, or do without the net. {copy}"
-    )
-
-
-def names(passage: str, within: str, most: int = 3) -> list[str]:
-    """Names and numbers of `passage` that stand in `within` too, in order, at most `most`."""
-    found = dict.fromkeys(
-        name for name in NAME.findall(passage) if name not in COMMON and checkers.has(within, name)
-    )
-    return list(found)[:most]
-
-
-def classification(row):
-    """Dolly, classification: an either-or, or "P is A, Q is B" pairs; else ROUGE-L >= 0.6."""
-    reference, given = row["response"].strip(), f"{row['instruction']}\n{row['context']}"
-    count = len(checkers.words(reference))
-    if row["category"] != "classification" or count > 60:
-        return None
-    pairs = [
-        re.fullmatch(r"\s*(?:and )?(.+?)(?: is an? | is | are |: | - )(.+?)\.?\s*", piece, re.I)
-        for piece in re.split(r"[,;\n]+|\.\s", reference)
-        if piece.strip(" .")
-    ]
-    if len(pairs) > 1 and all(
-        pair and checkers.has(given, pair[1]) and checkers.has(given, pair[2]) for pair in pairs
-    ):
-        wanted = [
-            [f"{p[1]}{link}{p[2]}" for link in (": ", " - ", " is ", " is a ", " are ")]
-            for p in pairs
-        ]
-        return "pairs", {"name": "constraints", "contains": wanted, "max_words": 3 * count + 10}
-    if count <= 5 and checkers.has(given, reference):
-        options = re.search(
-            r"(?:[?:,]\s*|^)([^?:,]+?),? or ([^?:,]+?)[?.]?\s*$", row["instruction"]
-        )
-        labels = [option.strip() for option in options.groups()] if options else []
-        if checkers.bare(reference) in map(checkers.bare, labels):
-            return "either-or", {"name": "label", "labels": labels, "answer": reference}
-        return "which-one", {"name": "short_answer", "answers": [reference]}
-    return FREE, {
-        "name": "rouge_facts",
-        "reference": reference,
-        "facts": names(reference, given),
-        "min_rouge": 0.6,
-        "max_words": 2 * count,
-    }
-
-
-def answer(row):
-    """Dolly, closed and open QA: a short answer, or ROUGE-L and two names or numbers the question
-    does not hold.
+def candidates(
+    name: str, source: dict, rows: list[tuple[str, dict]], longest: int = 250
+) -> tuple[list[dict], Counter]:
+    """Rows of ours from a source's rows, in its order, and why the others were refused (reason:
+    count). The checkers of the rows are tried later, on those that are to be taken.
     """
-    reference = row["response"].strip()
-    count = len(checkers.words(reference))
-    if row["category"] not in ("closed_qa", "open_qa") or count > 60:
-        return None
-    if count <= 6:
-        return "short answer", {"name": "short_answer", "answers": [reference], "within": 40}
-    facts = [
-        name
-        for name in names(reference, reference, 9)
-        if not checkers.has(row["instruction"], name)
-    ][:2]
-    longest = min(2 * count + 20, len(checkers.words(row["context"])) - 1 if row["context"] else 99)
-    return facts and (
-        "sentence",
-        {
-            "name": "rouge_facts",
-            "reference": reference,
-            "facts": facts,
-            "min_rouge": 0.2,
-            "max_words": longest,
-        },
-    )
-
-
-def generation(row):
-    """Dolly, creative writing, brainstorming, lists to extract: length, a topic word, the list
-    form if asked for.
-    """
-    instruction, reference, kind = row["instruction"], row["response"].strip(), row["category"]
-    lines, count = len(reference.splitlines()), len(checkers.words(reference))
-    asked = re.search(rf"\b(list|bullet\w*|items?|\d+|{'|'.join(COUNTS)})\b", instruction, re.I)
-    listed = bool(asked) and checkers.FORMATS["list"](reference)
-    if (
-        count < 15
-        or kind not in ("creative_writing", "brainstorming") + ("information_extraction",) * listed
-    ):
-        return None
-    rules = {
-        "name": "constraints",
-        "min_words": min(count, max(10, count // 3)),
-        "max_words": 4 * count + 20,
-    }
-    if listed:
-        wanted = COUNTS.get(asked[1].lower(), asked[1])
-        span = [lines, lines] if str(wanted) == str(lines) else [2, 3 * lines]
-        rules |= {"format": "list", "lines": span, "contains": names(reference, row["context"], 2)}
-    else:
-        topic = [
-            w
-            for w in dict.fromkeys(checkers.words(reference))
-            if len(w) > 4 and checkers.has(instruction, w)
-        ]
-        echo = [part for part in (instruction, row["context"]) if part]
-        rules |= {
-            "contains": [topic],
-            "forbidden": echo,
-        }  # without any topic word the row fails its own checker
-    return kind.replace("_", " "), rules
-
-
-def summary(row):
-    """Dolly, summarization of a passage: ROUGE-L, up to three names or numbers, and shorter than
-    the passage.
-    """
-    reference, passage = row["response"].strip(), row["context"]
-    count, size = len(checkers.words(reference)), len(checkers.words(passage))
-    if row["category"] != "summarization" or not 5 <= count <= 0.8 * size:
-        return None
-    return "passage", {
-        "name": "rouge_facts",
-        "reference": reference,
-        "facts": names(reference, passage),
-        "min_rouge": 0.15,
-        "max_words": min(size - 1, 2 * count + 10),
-    }
-
-
-def sum_of_steps(row):
-    """GSM8K: the number after `####`."""
-    number = float(row["answer"].split("####")[1].replace(",", ""))
-    return f"{row['answer'].count('<<')} steps", {"name": "numeric", "answer": number}
-
-
-def program(row):
-    """MBPP: its own tests; the model sees them, as in the source's paper."""
-    test = row["test_list"][0]
-    called = [
-        name for name in re.findall(r"\bdef (\w+)", row["code"]) if re.search(rf"\b{name}\b", test)
-    ]
-    return called and (
-        "function",
-        {
-            "name": "unit_tests",
-            "tests": row["test_list"],
-            "entry_point": called[-1],
-            "setup": row["test_setup_code"],
-        },
-    )
-
-
-FIELDS = {  # instruction, input, reference
-    "dolly": lambda row: (row["instruction"], row["context"], row["response"]),
-    "gsm8k": lambda row: (
-        row["question"],
-        "",
-        re.sub(r"<<.*?>>", "", row["answer"]).replace("####", "The answer is"),
-    ),
-    "mbpp": lambda row: (
-        row["text"],
-        "\n".join(["Your code should pass these tests:", *row["test_list"]]),
-        row["code"].replace("\r\n", "\n").replace("\t", "    "),
-    ),
-}
-
-
-RULES = {
-    f.__name__: f for f in (classification, answer, generation, summary, sum_of_steps, program)
-}
-
-
-def candidates(category: str, rule: str, source: str, rows, longest: int = 250) -> list[dict]:
-    """Every upstream row that `rule` accepts, as a valid row of our schema, in the source's order;
-    ids come later.
-    """
-    found = []
-    for number, upstream in enumerate(rows, 1):
-        instruction, passage, reference = map(str.strip, FIELDS[source](upstream))
-        if len(tokens(f"{instruction} {passage}")) > longest or not (
-            taken := RULES[rule](upstream)
-        ):
+    found, refused = [], Counter()
+    wordings = source.get("wordings") or [{"say": ""}]
+    for place, (key, row) in enumerate(rows):
+        try:
+            if key in source.get("exclude", {}):
+                raise Refused(source["exclude"][key])
+            if "tasks" in source and key not in source["tasks"]:
+                raise Refused("not picked by hand for this category")
+            wording = wordings[place % len(wordings)] | {"task": source.get("tasks", {}).get(key)}
+            made = RULES[source["rule"]](row, wording)
+            _fits(made, longest)
+        except Refused as reason:
+            refused[str(reason)] += 1
             continue
-        size = len(checkers.words(reference))
-        row = {
-            "id": "?",
-            "half": "human",
-            "category": category,
-            "source": f"{source}, row {number}",
-            "instruction": instruction,
-            "input": passage,
-            "reference": reference,
-            "checker": taken[1],
-            "tags": {
-                "subtask": taken[0],
-                "difficulty": "easy" if size < 15 else "medium" if size < 60 else "hard",
-                "wording": " ".join(tokens(instruction)[:2]),
-                "domain": "not labelled",
-            },
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(
+                f"{name}, row {key}: not as the rule {source['rule']!r} expects it "
+                f"({type(error).__name__}: {error}). Its layout is not the pinned version's: use "
+                "the pinned version, or correct human_sources.yaml."
+            ) from error
+        shared = f"{name}-{place % len(wordings) + 1:02d}"
+        made["tags"] |= {
+            "wording": shared if "wordings" in source else f"{name}, row {key}",
+            "instruction": source["instruction"],
         }
-        if not row_faults(row):
-            found.append(row)
-    return found
+        head = {"id": "?", "half": "human", "category": source["category"]}
+        found.append(head | {"source": f"{name}, row {key}"} | made)
+    return found, refused
+
+
+def _fits(row, longest):
+    if len(tokens(text(row))) > longest:
+        raise Refused(f"longer than {longest} tokens")
+    if len(tokens(row["reference"])) > longest:
+        raise Refused(f"its reference is longer than {longest} tokens")
+
+
+def name_of(row) -> str:
+    """The source of a row, by its name in the plan."""
+    return row["source"].split(", row ")[0]
 
 
 def choose(
-    found: list[dict], rows: int, bins: list[int], per_bin: int, near: float, seed: str
-) -> list[dict]:
-    """`rows` of the candidates: first `per_bin` of each length bin, then any; none nearly alike;
-    FREE ones last.
+    found: list[dict], plan: dict, room: dict[str, int], others: list[dict] = ()
+) -> tuple[list[dict], dict[str, Counter]]:
+    """`plan["rows"]` of a category's candidates, and per source why others were passed over.
+
+    In an order drawn by hashing seed and source: first as many of each length bin as
+    `plan["bins"]` says (least: rows), then of any length; at most `room[source]` of a source; no
+    row nearly like one taken or one of `others`; no row that fails the validator. Rows of sources
+    marked `prefer` come first, FREE ones last.
     """
-    order = sorted(
-        random.Random(seed).sample(found, len(found)),
-        key=lambda row: row["tags"]["subtask"] == FREE,
-    )
-    room = dict.fromkeys(pairwise(bins), per_bin)
-    taken, grams = {}, []
-    for binned in (True, False):
-        for row in order:
-            own = tokens(text(row))
-            place = next((span for span in room if span[0] <= len(own) < span[1]), None)
-            if len(taken) == rows or row["source"] in taken or binned and not room.get(place):
-                continue
-            own = shingles(own)
-            if all(len(own & other) <= near * len(own | other) for other in grams):
-                taken[row["source"]] = row
-                grams.append(own)
-                if binned:
-                    room[place] -= 1
-    return list(taken.values())
+    preferred = {name for name in room if plan["sources"][name].get("prefer")}
+    order = sorted(found, key=lambda row: _rank(plan["seed"], row, preferred))
+    bins, room = dict(plan["bins"]), dict(room)
+    grams, taken, passed = [shingles(tokens(text(row))) for row in others], {}, {}
+    for binned, row in product((True, False), order):
+        name, own = name_of(row), tokens(text(row))
+        place = max((least for least in bins if least <= len(own)), default=None)
+        if len(taken) == plan["rows"]:
+            break
+        if not room[name] or row["source"] in taken | passed or binned and not bins.get(place):
+            continue
+        if fault := _fault(row, own := shingles(own), grams, plan["near_duplicate"]):
+            passed[row["source"]] = (name, fault)
+            continue
+        taken[row["source"]] = row
+        grams.append(own)
+        room[name] -= 1
+        if binned:
+            bins[place] -= 1
+    reasons = {name: Counter(why for n, why in passed.values() if n == name) for name in room}
+    return list(taken.values()), reasons
+
+
+def _fault(row, own, grams, near):
+    """Why a row cannot be taken beside the rows whose 3-grams are given; None if it can."""
+    if any(len(own & other) > near * len(own | other) for other in grams):
+        return "nearly the same as another row"
+    faults = row_faults(row)
+    return faults[0].split(":")[0].split("'")[0].strip() if faults else None
+
+
+def _rank(seed, row, preferred):
+    drawn = hashlib.sha256(f"{seed} {row['source']}".encode()).hexdigest()
+    return row["tags"]["subtask"] == FREE, name_of(row) not in preferred, drawn
+
+
+def select(plan: dict, files: dict[str, Path], others: pd.DataFrame) -> tuple[list[dict], dict]:
+    """All rows chosen, with ids, and counts per source: offered, taken, refused (reason: count)."""
+    chosen, counts = [], {}
+    for category in CATEGORIES:
+        sources = {
+            name: source
+            for name, source in plan["sources"].items()
+            if source["category"] == category and all(file in files for file in source["files"])
+        }
+        found = []
+        for name, source in sources.items():
+            rows = upstream(source, files)
+            made, refused = candidates(name, source, rows, plan["longest"])
+            found += made
+            counts[name] = {"offered": len(rows), "taken": 0, "refused": refused}
+        near = others[others["category"] == category].to_dict("records")
+        room = {name: source["at_most"] for name, source in sources.items()}
+        rows, passed = choose(found, plan, room, near)
+        if len(rows) < plan["rows"]:
+            raise UserError(
+                f"{category}: only {len(rows)} of {plan['rows']} rows: the rules accept "
+                f"{len(found)} of {', '.join(sources)}. Raise at_most or lower rows in "
+                "human_sources.yaml."
+            )
+        for name in sources:
+            counts[name]["refused"] = dict(counts[name]["refused"] + passed[name])
+            counts[name]["taken"] = sum(name_of(row) == name for row in rows)
+        chosen += [row | {"id": f"human-{category}-{i:03d}"} for i, row in enumerate(rows, 1)]
+    return chosen, counts
+
+
+def gather(plan: dict, cache, local=None) -> tuple[dict[str, Path], list[str]]:
+    """Every file of the plan, fetched and verified, and a note on each optional one left out: those
+    are never fetched, so that what is built does not hang on a connection.
+    """
+    if local and not Path(local).is_dir():
+        raise UserError(f"--local {local}: no such folder. Give the folder that holds the copies.")
+    files, notes = {}, []
+    for name, file in plan["files"].items():
+        here = [Path(folder) / file["name"] for folder in (local, cache) if folder]
+        if file.get("optional") and not any(path.is_file() for path in here):
+            notes.append(f"{name} is left out: no {file['name']} in {short(cache)} or --local")
+            continue
+        files[name] = fetch(file, cache, local)
+    return files, notes
 
 
 def build(
-    plan=HEXAINST / "human_sources.yaml", local=None, out=HEXAINST / "human.jsonl", run_code=False
-) -> Path:
-    """Fetch, verify, choose, validate and write the human half; its path. `run_code`: execute CODE
-    references too.
+    plan=PLAN, local=None, out=HEXAINST / "human.jsonl", run_code=False, record=False
+) -> tuple[Path, dict, list[str]]:
+    """Fetch, verify, choose, validate and write the human half: its path, counts per source, and
+    notes of what was left out.
+
+    run_code: execute CODE references too. record: write the committed choice and counts anew (for
+    maintainers); otherwise the choice is held against them.
     """
-    plan = yaml.safe_load(Path(plan).read_text())
-    chosen, files = (
-        [],
-        {
-            name: fetch(source, HEXAINST / "sources", local)
-            for name, source in plan["sources"].items()
-        },
-    )
-    for category in CATEGORIES:
-        source, rule = (plan["categories"][category][key] for key in ("source", "rule"))
-        lines = files[source].read_bytes().splitlines()[: plan["sources"][source].get("first")]
-        found = candidates(category, rule, source, map(json.loads, lines), plan["longest"])
-        found = [row for row in found if row["source"] not in plan.get("exclude", ())]
-        seed = f"{plan['seed']} {category}"
-        rows = choose(
-            found, plan["rows"], plan["bins"], plan["per_bin"], plan["near_duplicate"], seed
-        )
-        if len(rows) < plan["rows"]:
-            raise UserError(
-                f"{category}: only {len(rows)} of {plan['rows']} rows: the rule {rule!r} accepts "
-                f"{len(found)} of {source}. Change near_duplicate or rows in human_sources.yaml."
-            )
-        chosen += [row | {"id": f"human-{category}-{i:03d}"} for i, row in enumerate(rows, 1)]
+    settings = read_plan(plan)
+    files, notes = gather(settings, HEXAINST / "sources", local)
+    chosen, counts = select(settings, files, load(HEXAINST / "ai.jsonl"))
+    choice = listed(chosen)
     with atomic(out) as draft:
-        draft.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen), "utf-8"
-        )
+        draft.write_text("".join(_line(row) + "\n" for row in chosen), "utf-8")
         if faults := validate(draft, run_code=run_code)[1]:
             raise UserError(
-                f"{len(faults)} faults in the human half; line {faults[0][0]}: {faults[0][1]}. Exclude "
-                "the row in human_sources.yaml."
+                f"{len(faults)} faults in the human half; line {faults[0][0]}: {faults[0][1]}. "
+                "Exclude the row in human_sources.yaml."
             )
-    return Path(out)
+        made_of = digest({"plan": settings, "files": sorted(files)})
+        if record:
+            write_table(CHOICE, choice)
+            write_json(COUNTS, {"made_of": made_of, "sha256": sha256(draft), "sources": counts})
+        else:
+            notes.append(compare(choice, made_of))
+    return Path(out), counts, notes
+
+
+def _line(row):
+    return json.dumps(row, ensure_ascii=False)
+
+
+def listed(rows: list[dict]) -> pd.DataFrame:
+    """What is committed of the rows, none of it their text: id, category, source, the row's name
+    there, and the sha256 of the row as its JSON line.
+    """
+    return pd.DataFrame(
+        {
+            "id": [row["id"] for row in rows],
+            "category": [row["category"] for row in rows],
+            "source": [name_of(row) for row in rows],
+            "row": [row["source"].split(", row ")[1] for row in rows],
+            "sha256": [hashlib.sha256(_line(row).encode()).hexdigest() for row in rows],
+        }
+    )
+
+
+def compare(choice: pd.DataFrame, made_of: str) -> str:
+    """A note that the rows chosen are the committed ones, or that they cannot be compared.
+
+    Raises UserError where plan and sources are the committed ones and the rows are not.
+    """
+    if read_json(COUNTS)["made_of"] != made_of:
+        return f"another plan or other sources than those of {short(CHOICE)}: not compared with it"
+    known = pd.read_csv(CHOICE, dtype=str)
+    if list(choice["id"]) != list(known["id"]):
+        raise UserError(
+            f"{len(choice)} rows were chosen, {short(CHOICE)} lists {len(known)} or other ids. "
+            "Put it back from git."
+        )
+    if len(other := choice[(choice != known).any(axis=1)]):
+        first = other.iloc[0]
+        raise UserError(
+            f"{len(other)} of {len(choice)} rows are not those of {short(CHOICE)}, first "
+            f"{first['id']} ({first['source']}, row {first['row']}), though plan and sources are "
+            "the same. The rules or the checkers were changed: nothing was written."
+        )
+    return f"all {len(choice)} rows are those of {short(CHOICE)}"
+
+
+def table() -> str:
+    """The datasheet's table of the human half: per source its licence, what was offered and taken,
+    and why rows were refused, from the committed counts.
+    """
+    plan, counts = read_plan(), read_json(COUNTS)["sources"]
+    head = "category | source | written by | licence | instruction | offered | taken"
+    head = [*head.split(" | "), "refused, and why"]
+    lines = [head, ["---"] * len(head)]
+    for name, source in plan["sources"].items():
+        if name not in counts:
+            continue
+        offered, taken, refused = (counts[name][key] for key in ("offered", "taken", "refused"))
+        why = [f"{n} {reason}" for reason, n in sorted(refused.items(), key=lambda item: -item[1])]
+        if rest := offered - taken - sum(refused.values()):
+            why.append(f"{rest} not needed")
+        cells = [source[key] for key in ("category", "by", "licence", "instruction")]
+        lines.append([cells[0], f"`{name}`", *cells[1:], offered, taken, "; ".join(why)])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -266,14 +266,21 @@ def run_trajectory(options) -> int:
     "human",
     option("--local", help="folder that holds copies of the source files (for work offline)"),
     option("--run-code", action="store_true", help="execute the CODE references, sandboxed"),
+    option("--record", action="store_true", help="make this build the committed choice"),
 )
 def run_human(options) -> int:
     """Fetch the human half's sources and build data/hexainst/human.jsonl."""
     from ..hexainst import human
     from ..record import sha256
 
-    path = human.build(local=options.local, run_code=options.run_code)
-    print(f"{short(path)}: {len(path.read_text('utf-8').splitlines())} rows, sha256 {sha256(path)}")
+    path, counts, notes = human.build(
+        local=options.local, run_code=options.run_code, record=options.record
+    )
+    for name, count in counts.items():
+        print(f"{name}: {count['taken']} of {count['offered']} rows")
+    print(*notes, sep="\n")
+    rows = len(path.read_text("utf-8").splitlines())
+    print(f"{short(path)}: {rows} rows, sha256 {sha256(path)}")
     return 0
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
+from ..hexainst import human
 from ..paths import DATA, HEXAINST, ROOT, checked, results_dir, short
 from ..record import UserError, atomic, read_json, write_json, write_table
 from ..study import ledger
@@ -130,7 +131,10 @@ def pages() -> dict[Path, str]:
         "cost": cost(read_json(DATA / "published" / "tiny" / "summary.json")),
         "claims": claims_table(folders),
     }
-    return {readme: fill(readme, blocks), sheet: fill(sheet, {"review": review_table()})}
+    return {
+        readme: fill(readme, blocks),
+        sheet: fill(sheet, {"review": review_table(), "human": human.table()}),
+    }
 
 
 def write_pages() -> None:

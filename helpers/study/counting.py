@@ -13,15 +13,14 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..capture.count import count_encoded, flips
-from ..capture.counts import Shards
+from ..capture.counts import Counts, Shards
 from ..paths import ROOT
 from ..record import UserError, versions
 from .reading import COUNTED
 
 VARIANTS = ("base", "tuned", "twin")  # and "twin-1", "twin-2", ...
 POSITIONS = COUNTED
-FORMAT = 2  # to be raised when a count changes its meaning: older counts are refused
+FORMAT = 3  # to be raised when a count changes its meaning: older counts are refused
 COUNTING = (
     "torch",
     "transformers",
@@ -48,35 +47,47 @@ def check_names(variant: str, positions: str = "prompt") -> None:
             raise UserError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
 
 
-def fill(shards: Shards, opened, encoded, batch_size: int, label: str) -> None:
+class Gathered:
+    """Takes in what `passes` gives, and joins the counts of each position group."""
+
+    def __init__(self):
+        self.parts, self.order = [], []
+
+    def __call__(self, rows, counts: dict) -> None:
+        """One batch: `rows` are places in the list that was read, counts {group's name: Counts}."""
+        kept = {name: c for name, c in counts.items() if not name.startswith("drawn-")}
+        self.parts.append(kept)
+        self.order.append(rows)
+
+    def counts(self, name: str) -> Counts:
+        """Those of one group, in the order of the sequences."""
+        return Counts.join([part[name] for part in self.parts], self.order)
+
+
+def fill(shards: Shards, read, label: str) -> None:
     """Count what is missing of `shards`, this process its share of it; done when all are.
 
-    opened: () -> model, called only if something is missing. encoded: (rows of a shard) -> their
-    sequences. A shard's record says under `found` what it was counted with.
+    read(k, bar) -> (counts, what they were made with) of the k-th shard, `bar` moved by each of its
+    instructions. A shard's record keeps the latter under `found`.
     """
     rank, world, wait = processes()
     if mine := shards.missing(range(rank, len(shards), world)):
-        model, total = opened(), sum(len(shards.rows(k)) for k in mine)
-        bar = tqdm(total=total, desc=label, unit=" instructions", delay=2, leave=False)
-
-        def work(k):
-            some = encoded(shards.rows(k))
-            counts = count_encoded(model, some, batch_size, bar)
-            found = {
-                "device": model.device.type,
-                "attention": model.config._attn_implementation,
-                "made_with": versions(),
-            }
-            if k == 0:
-                found["batching"] = flips(model, some[:4], counts)
-            return counts, found
-
-        shards.fill(work, mine)
-        bar.close()
+        total = sum(len(shards.rows(k)) for k in mine)
+        with tqdm(total=total, desc=label, unit=" instructions", delay=2, leave=False) as bar:
+            shards.fill(lambda k: read(k, bar), mine)
     wait()
     if rank == 0:
         shards.finish()
     wait()
+
+
+def made_with(model) -> dict:
+    """What a model's counts were made with, beside their settings."""
+    return {
+        "device": model.device.type,
+        "attention": model.config._attn_implementation,
+        "made_with": versions(),
+    }
 
 
 def processes():

@@ -8,21 +8,18 @@ token is kept, which thinning finished counts would lose.
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from scipy.special import entr
 from tqdm import tqdm
 
 from ..analysis import nulls
 from ..analysis.sets import PackedSets, nominal_size
 from ..analysis.similarity import jaccard_matrix
-from ..capture.count import count_activations
-from ..capture.counter import Counter
-from ..capture.tokens import batches
-from ..paths import counts_dir
+from ..capture.count import passes
+from ..capture.tokens import Encoded
 from ..record import NotTestable, UserError, cached
 from .counting import SHARD
 
-RULES = ("quantile", "exact")
+RULES, SIZE = ("quantile", "exact"), 16  # tie rules; positions of the headline
 
 
 class Drawn(NamedTuple):
@@ -53,111 +50,74 @@ def places(tokens: int, row: int, draws: int, size: int, seed: int = 0) -> np.nd
     return order[:, :size]
 
 
-class DrawCounter(Counter):
-    """Counts what Counter counts and, beside it, on drawn places: `places` [B, T, D] bool, set
-    before each call; `drawn` {site: uint8 [B, D, N], or [B, D, E, N]} and `chosen_by` {site: uint8
-    [B, D, E]} after it.
-    """
-
-    def __call__(self, *masks):
-        self.drawn, self.chosen_by, self._moved = {}, {}, {}
-        return super().__call__(*masks)
-
-    def _tally(self, cells):
-        """How many drawn tokens are marked: cells [B * T, N] -> uint8 [B, D, N]. Exact, as float32
-        is below 2**24.
-        """
-        if cells.device not in self._moved:
-            self._moved[cells.device] = self.places.to(cells.device, torch.float32).transpose(
-                1, 2
-            )  # [B, D, T]
-        mask = self._moved[cells.device]
-        return (mask @ cells.view(mask.shape[0], mask.shape[2], -1).float()).to(torch.uint8).cpu()
-
-    def watch_mlp(self, site):
-        """Hook on an MLP's activation module."""
-        full = super().watch_mlp(site)
-
-        def hook(module, args, out):
-            full(module, args, out)
-            self.drawn[site.name] = self._tally(out.reshape(-1, site.width) > 0)
-
-        return hook
-
-    def watch_router(self, site):
-        """Hook before a bank of experts."""
-        full = super().watch_router(site)
-
-        def hook(module, args):
-            full(module, args)
-            chosen = torch.zeros(len(args[1]), site.experts, device=args[1].device)
-            self.chosen_by[site.name] = self._tally(chosen.scatter_(1, args[1], 1))
-
-        return hook
-
-    def watch_experts(self, site):
-        """Observer inside a bank of experts: ids [R] expert, rows [R] token, gate [R, N]; one
-        expert at a time.
-        """
-        full = super().watch_experts(site)
-
-        def observer(ids, rows, gate):
-            full(ids, rows, gate)
-            found = torch.zeros(
-                *self.places.shape[::2], site.experts, site.width, dtype=torch.uint8
-            )
-            for e in ids.unique().tolist():
-                cells = torch.zeros(
-                    self.places.shape[:2].numel(), site.width, dtype=torch.bool, device=gate.device
-                )
-                cells[rows[ids == e]] = gate[ids == e] > 0
-                found[:, :, e] = self._tally(cells)
-            self.drawn[site.name] = found
-
-        return observer
-
-
-def draw_counts(model, encoded, rows, size: int, draws: int, seed: int = 0, batch_size: int = 32):
-    """Yield (row [B'], {unit: uint8 [B', D, M]}, routed uint8 [B', D, L, E] or None) per batch,
-    one forward pass each.
-
-    encoded: the sequences (see `encode`); rows: their numbers, which with the seed decide the
-    draws, whatever the batch size. Sequences with fewer than `size` counted tokens are left out.
-    Batches come longest first.
+def with_draws(encoded: list[Encoded], rows, size: int, draws: int, seed: int = 0):
+    """The same sequences with a position group more for each draw, "drawn-<size>-0", ...: `size` of
+    their counted tokens. rows: their numbers, which with the seed decide the draws. Sequences with
+    fewer such tokens have none drawn.
     """
     if not 0 < size < 256 or draws < 1:
         raise UserError(
             f"{draws} draws of {size} positions; expected one draw at least, of 1 to 255 positions."
         )
-    kept = [i for i, e in enumerate(encoded) if sum(e.counted) >= size]
-    if not kept:
-        return
-    with count_activations(model, DrawCounter) as counter:
-        for batch in batches([encoded[i] for i in kept], batch_size):
-            row = np.array([rows[kept[i]] for i in batch.rows])
-            counter.places = torch.zeros(*batch.input_ids.shape, draws, dtype=torch.bool)
-            for b, mask in enumerate(batch.count_mask):
-                where = mask.nonzero()[:, 0].numpy()
-                chosen = where[places(len(where), int(row[b]), draws, size, seed)]  # [D, size]
-                counter.places[b, chosen, np.arange(draws)[:, None]] = True
-            full = counter(batch.input_ids, batch.attention_mask, batch.count_mask)
-            yield row, *_gathered(counter, full, size)
+    found = []
+    for one, row in zip(encoded, rows, strict=True):
+        where, masks = np.flatnonzero(one.counted), np.zeros((draws, len(one.ids)), bool)
+        if len(where) >= size:
+            chosen = where[places(len(where), int(row), draws, size, seed)]  # [D, size]
+            masks[np.arange(draws)[:, None], chosen] = True
+        groups = {f"drawn-{size}-{d}": tuple(mask.tolist()) for d, mask in enumerate(masks)}
+        found.append(Encoded(one.ids, one.counted, one.groups | groups))
+    return found
 
 
-def _gathered(counter, full, size):
-    def stack(found, family):
-        parts = [found[s.name].numpy() for s in counter.sites if s.family == family]
-        return np.stack(parts, axis=2)  # [B, D, L, (E,) N]
+class Draws:
+    """Takes in what `passes` gives of sequences `with_draws`, and keeps of each draw its sets.
 
-    units = {
-        unit: stack(counter.drawn, full.family(unit))
-        for unit in ("neurons", "shared")
-        if full.family(unit) in full.neurons
-    }
-    routed = None if full.routed is None else stack(counter.chosen_by, "expert")
-    if routed is not None and (routed.sum(-1) != counter.chosen * size).any():
-        raise RuntimeError(f"drawn tokens do not add up to {counter.chosen} experts each.")
-    return {unit: c.reshape(*c.shape[:2], -1) for unit, c in units.items()}, routed
+    rows: the sequences' numbers. `arrays` are those of one file of `draw`.
+    """
+
+    def __init__(self, rows, size: int, draws: int, epsilon: float, seed: int = 0):
+        self.rows, self.size, self.draws = np.asarray(rows), size, draws
+        self.epsilon, self.seed, self.found = epsilon, seed, {"rows": []}
+
+    def __call__(self, rows, counts: dict) -> None:
+        """One batch: `rows` are places in the list that was read, counts {group's name: Counts}."""
+        drawn = [counts[f"drawn-{self.size}-{d}"] for d in range(self.draws)]
+        here = drawn[0].tokens == self.size
+        if not here.any():
+            return
+        row = self.rows[rows][here]
+        self.found["rows"].append(row)
+        for unit in ("neurons", "shared"):
+            if drawn[0].family(unit) in drawn[0].neurons:
+                values = np.stack([c.unit(unit)[here].reshape(len(row), -1) for c in drawn], 1)
+                self._unit(unit, row, values.astype(np.uint8))  # [B', D, M]
+        if drawn[0].routed is not None:
+            routed = np.stack([c.routed[here] for c in drawn], 1).astype(np.uint8)
+            self._add("routed", routed)  # [B', D, L, E]
+
+    def _add(self, name, values):
+        self.found.setdefault(name, []).append(values)
+
+    def _unit(self, unit, row, counts):
+        size = nominal_size(counts.shape[-1], self.epsilon)
+        for rule in RULES:
+            each = zip(row.tolist(), counts, strict=True)
+            sets = [cut(c, size, rule, [self.seed, i]) for i, c in each]
+            self._add(f"sets.{unit}.{rule}", np.packbits(sets, axis=-1))
+        self._add(f"level.{unit}", counts.mean((1, 2)))
+        self._add(f"total.{unit}", counts.sum((0, 1), dtype=float)[None])
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was kept, in the order of the rows' numbers; totals are summed."""
+        joined = {
+            name: np.concatenate(parts) if parts else np.zeros(0, int)
+            for name, parts in self.found.items()
+        }
+        order = np.argsort(joined["rows"])
+        return {
+            name: a.sum(0) if name.startswith("total.") else a[order] for name, a in joined.items()
+        }
 
 
 def cut(counts, size: int, rule: str = "quantile", seed=0) -> np.ndarray:
@@ -172,58 +132,49 @@ def cut(counts, size: int, rule: str = "quantile", seed=0) -> np.ndarray:
     return counts >= np.partition(counts, -size, axis=-1)[..., -size, None]
 
 
+def draw_settings(study, variant: str = "tuned", size: int = 16) -> dict:
+    """All that decides the draws of one model, as their files' records keep it."""
+    return study.settings(variant) | {
+        "size": size,
+        "draws": study.profile.draws,
+        "draw_seed": study.profile.seed,
+        "epsilon": study.profile.epsilon,
+        "rules": [*RULES],
+    }
+
+
+def draw_path(study, variant: str, size: int, k: int):
+    """Where the draws of the study's k-th file of instructions lie."""
+    return study.folder(variant, f"drawn-{size}") / f"drawn-{k:05d}.safetensors"
+
+
 def draw(study, variant: str = "tuned", size: int = 16) -> Drawn:
     """One model of a pair on `size` positions drawn `draws` times (the profile's) from each of a
     whole study's rows; from disk if there.
 
     One file per shard of instructions, with its record: an interrupted run goes on where it was.
+    Those of SIZE positions are made by the pass that makes the counts.
     """
     if study.whole is not study:
         raise UserError("draw: a part of a study; draws are those of the whole. Use study.whole.")
-    profile, label = study.profile, f"{study.name} {variant} drawn"
-    made = study.settings(variant) | {
-        "size": size,
-        "draws": profile.draws,
-        "draw_seed": profile.seed,
-        "epsilon": profile.epsilon,
-        "rules": [*RULES],
-    }
-    folder, parts = counts_dir(profile.name, study.name, variant, f"drawn-{size}"), []
+    study.counts(variant)
+    profile, made, parts = study.profile, draw_settings(study, variant, size), []
 
     def compute(rows):
-        model, encoded = study.reader(variant)[0], study.take(list(rows)).encoded(variant=variant)
-        options = (size, profile.draws, profile.seed, profile.batch_size)
-        counted = draw_counts(model, encoded, rows, *options)
-        return _summed(counted, profile.epsilon, profile.seed), {}
+        model, encoded = study.reader(variant)[0], study.take(list(rows)).reading(variant)
+        prompts = [Encoded(e.ids, e.counted, {"prompt": e.counted}) for e in encoded]
+        drawn = Draws(rows, size, profile.draws, profile.epsilon, profile.seed)
+        some = with_draws(prompts, rows, size, profile.draws, profile.seed)
+        for batch, counts in passes(model, some, profile.batch_tokens):
+            drawn(batch, counts)
+        return drawn.arrays(), {}
 
-    starts = range(0, len(study.rows), SHARD)
+    starts, label = range(0, len(study.rows), SHARD), f"{study.name} {variant} drawn"
     for k, first in enumerate(tqdm(starts, label, delay=2, leave=False, unit=" shards")):
-        rows, path = range(first, min(first + SHARD, len(study.rows))), f"drawn-{k:05d}.safetensors"
-        parts.append(cached(folder / path, made, lambda rows=rows: compute(rows))[0])
+        rows = range(first, min(first + SHARD, len(study.rows)))
+        path = draw_path(study, variant, size, k)
+        parts.append(cached(path, made, lambda rows=rows: compute(rows))[0])
     return _joined([part for part in parts if len(part["rows"])], size, f"{study.name} {variant}")
-
-
-def _summed(counted, epsilon, seed) -> dict[str, np.ndarray]:
-    """The arrays of one shard, in the order of its instructions."""
-    found = {"rows": []}
-    for row, units, routed in counted:
-        found["rows"].append(row)
-        for unit, counts in units.items():
-            size = nominal_size(counts.shape[-1], epsilon)
-            for rule in RULES:
-                sets = [
-                    cut(c, size, rule, [seed, i]) for i, c in zip(row.tolist(), counts, strict=True)
-                ]
-                found.setdefault(f"sets.{unit}.{rule}", []).append(np.packbits(sets, axis=-1))
-            found.setdefault(f"level.{unit}", []).append(counts.mean((1, 2)))
-            found.setdefault(f"total.{unit}", []).append(counts.sum((0, 1), dtype=float)[None])
-        if routed is not None:
-            found.setdefault("routed", []).append(routed)
-    arrays = {
-        name: np.concatenate(parts) if parts else np.zeros(0, int) for name, parts in found.items()
-    }
-    order = np.argsort(arrays["rows"])
-    return {name: a.sum(0) if name.startswith("total.") else a[order] for name, a in arrays.items()}
 
 
 def _joined(parts, size, where) -> Drawn:

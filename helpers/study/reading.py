@@ -42,6 +42,45 @@ def encode_rows(tokenizer, rows, template: str, positions="prompt", answers=None
     return encoded
 
 
+def encode_once(tokenizer, rows, template: str, wanted: str = "prompt") -> list[Encoded]:
+    """The rows as they are read for all counts at once: groups prompt, prompt-even and prompt-odd,
+    and response, the reference's tokens, which stand behind the prompt and cannot change it.
+
+    Groups that not every row has (a single counted token, no reference) are left out, unless one of
+    them is `wanted`. Raises UserError then, and where the prompt's tokens are others when the
+    reference follows. (Ours.)
+    """
+    prompts = encode(tokenizer, texts(rows), template=template)
+    if wanted != "response" and not (rows["reference"].str.strip() != "").all():
+        return [Encoded(e.ids, e.counted, {"prompt": e.counted}) for e in prompts]
+    whole = encode(tokenizer, texts(rows), template=template, responses=list(rows["reference"]))
+    same_beginning(prompts, whole)
+    halved = all(sum(e.counted) > 1 for e in prompts) or wanted in ("prompt-even", "prompt-odd")
+    found = []
+    for prompt, full in zip(prompts, whole, strict=True):
+        counted = (*prompt.counted, *[False] * len(full.ids))[: len(full.ids)]
+        groups = {"prompt": counted, "response": full.counted}
+        for name, first in (("prompt-even", 0), ("prompt-odd", 1)):
+            if halved:
+                groups[name] = _every_other(Encoded(full.ids, counted), first).counted
+        found.append(Encoded(full.ids, counted, groups))
+    return found
+
+
+def same_beginning(marked: list[Encoded], whole: list[Encoded]) -> None:
+    """Raise UserError unless each marked sequence begins as the whole one does, up to its last
+    counted token: else the positions of one are not those of the other.
+    """
+    for row, (some, full) in enumerate(zip(marked, whole, strict=True)):
+        last = len(some.ids) - some.counted[::-1].index(True)
+        if some.ids[:last] != full.ids[:last]:
+            raise UserError(
+                f"row {row}: the instruction's tokens differ with and without the reference: its "
+                "positions are not defined. Use a template with text or a new line after "
+                "{instruction}."
+            )
+
+
 def with_end(tokenizer, encoded: list[Encoded]) -> list[Encoded]:
     """The same sequences with the end-of-sequence token behind them, and that one counted."""
     if tokenizer.eos_token_id is None:

@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..analysis.sets import category_means, category_sets, contrast, frequency, lape, margin
+from ..capture.bank import expert_rows, neuron_outputs
 from ..capture.interventions import Reference, columns, editable
 from ..capture.sites import find_sites, input_device
 from ..capture.tokens import Encoded, batches, encode
 from ..config import SCORES
 from ..record import UserError
 from .evaluate import nll_of
+from .reading import same_beginning
 
 SEES_REFERENCE = ("attribution", "contribution-response")
 
@@ -147,7 +149,7 @@ def attribution(
     (Gradient x activation; ours.)
     """
     sites = _readable(model)
-    _same_beginning(marked, references)
+    same_beginning(marked, references)
     place, out = _empty(sites, len(references))
     for batch in _batches(references, batch_size, "attribution"):
         mask = torch.zeros_like(batch.input_ids, device=input_device(model))
@@ -172,17 +174,6 @@ def _batches(encoded, batch_size, label):
         for batch in batches(encoded, batch_size):
             yield batch
             bar.update(len(batch.rows))
-
-
-def _same_beginning(marked, references):
-    for row, (some, full) in enumerate(zip(marked, references, strict=True)):
-        last = len(some.ids) - some.counted[::-1].index(True)
-        if some.ids[:last] != full.ids[:last]:
-            raise UserError(
-                f"row {row}: the instruction's tokens differ with and without the reference: its "
-                "positions are not defined. Use a template with text or a new line after "
-                "{instruction}."
-            )
 
 
 def _gradients(model, sites, batch, kept):
@@ -346,8 +337,6 @@ def _neurons(site, mask, seen):
     inputs, index, weights, _ = (x.detach() for x in seen)
     bank, index = site.module, index.masked_fill(~flat[:, None], -1)  # [B*T, K]
     for e in index[index >= 0].unique().tolist():
-        token, slot = (index == e).nonzero(as_tuple=True)
-        x, up = inputs[token], bank.gate_up_proj.detach()[e]
-        h = x @ up if bank.is_transposed else F.linear(x, up)
-        h = bank._apply_gate(h + bank.gate_up_proj_bias.detach()[e] if bank.has_bias else h)
+        token, slot = expert_rows(index, e)
+        h = neuron_outputs(bank, inputs[token], e).detach()
         yield (e,), token // length, weights[token, slot][:, None], h, token

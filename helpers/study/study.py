@@ -14,6 +14,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..capture.checkpoints import fingerprint, locate
+from ..capture.count import flips, passes
 from ..capture.counts import Counts, Shards
 from ..capture.loading import load_model, load_tokenizer, random_twin
 from ..capture.tokens import Encoded, chat_template
@@ -24,8 +25,9 @@ from ..paths import counts_dir
 from ..record import DamagedFile, NotTestable, UserError, cached, digest, versions
 from . import counting
 from .answers import SHORT, answer_ids, greedy_answers, spoken
-from .counting import COUNTING, FORMAT, SHARD
-from .reading import encode_rows
+from .counting import COUNTING, FORMAT, SHARD, Gathered
+from .equal_length import SIZE, Draws, draw_path, draw_settings, with_draws
+from .reading import encode_once, encode_rows
 
 
 def rows_of(profile: Profile) -> pd.DataFrame:
@@ -235,6 +237,15 @@ class Study:
         answers = self.answer_ids(variant) if positions == "generated" else None
         return encode_rows(tokenizer, self.rows, self.template, positions, answers)
 
+    def reading(self, variant: str = "tuned", positions: str = "prompt") -> list[Encoded]:
+        """What `variant` reads once for all its counts (see `encode_once`); twins read the prompts
+        alone, and nothing else is asked of them.
+        """
+        rows = self.rows
+        if variant.startswith("twin") and positions == "prompt":
+            rows = rows.assign(reference="")
+        return encode_once(self._at_hand(variant)[1], rows, self.template, positions)
+
     # ---- kept on disk
 
     def counts(self, variant: str = "tuned", positions: str = "prompt") -> Counts:
@@ -272,23 +283,58 @@ class Study:
             self.whole._fill(shards, variant, positions)
         return shards
 
+    def folder(self, variant: str, what: str) -> Path:
+        """Where one model's counts, answers or draws lie."""
+        return counts_dir(self.profile.name, self.name, variant, what)
+
     def _shards(self, variant, positions):
-        folder = counts_dir(self.profile.name, self.name, variant, positions)
-        return Shards(folder, self.settings(variant, positions), len(self.rows), SHARD)
+        return Shards(
+            self.folder(variant, positions),
+            self.settings(variant, positions),
+            len(self.rows),
+            SHARD,
+        )
 
     def _fill(self, shards, variant, positions):
         several = self.profile.processes > 1 and variant not in self._models
-        if several and counting.processes()[1] == 1:
+        if several and counting.processes()[1] == 1 and shards.missing():
             counting.launch(self._job(variant, positions), self.profile.processes)
             return
         torch.set_num_threads(self.profile.threads)
         counting.fill(
             shards,
-            lambda: self.reader(variant)[0],
-            lambda rows: self.take(list(rows)).encoded(positions, variant),
-            self.profile.batch_size,
+            lambda k, bar: self._read(variant, positions, list(shards.rows(k)), bar),
             f"{self.name} {variant} {positions}",
         )
+
+    def _read(self, variant, positions, rows, bar):
+        """(counts, what they were made with) of one file's rows. Each text is read once: the pass
+        also makes the file's counts at the other positions and at equal length, where missing.
+        """
+        model, part, profile = self.reader(variant)[0], self.take(rows), self.profile
+        k, settings = rows[0] // SHARD, (SIZE, profile.draws)
+        drawn = Draws(rows, *settings, profile.epsilon, profile.seed)
+        if positions == "generated":
+            answers = part.encoded("generated", variant)
+            some = [Encoded(e.ids, e.counted, {"generated": e.counted}) for e in answers]
+        else:
+            some = with_draws(part.reading(variant, positions), rows, *settings, profile.seed)
+        gathered = Gathered()
+        for batch, counts in passes(model, some, profile.batch_tokens, progress=bar):
+            gathered(batch, counts)
+            if positions != "generated":
+                drawn(batch, counts)
+        found, names = counting.made_with(model), [n for n in some[0].groups if "drawn" not in n]
+        if k == 0:
+            found["batching"] = flips(model, some[:4], gathered.counts(names[0]))
+        for name in names:
+            shards = self._shards(variant, name)
+            if name != positions and shards.missing([k]):
+                shards.write(k, gathered.counts(name), found)
+        if positions != "generated":
+            path = draw_path(self, variant, SIZE, k)
+            cached(path, draw_settings(self, variant), lambda: (drawn.arrays(), {}))
+        return gathered.counts(positions), found
 
     def settings(self, variant: str = "tuned", positions: str = "prompt") -> dict:
         """All that decides a count, as the shards' record keeps it; no model is loaded for it."""
@@ -306,7 +352,7 @@ class Study:
             "template": self.template,
             "data": self.digest("response" if positions == "response" else "prompt"),
             "versions": {name: versions()[name] for name in COUNTING},
-            "batch_size": profile.batch_size,
+            "batch_tokens": profile.batch_tokens,
             "format": FORMAT,
             "max_new_tokens": self._budget() if generated else None,
         }
@@ -371,7 +417,7 @@ class Study:
         rows = self.take(np.arange(k * SHARD, min((k + 1) * SHARD, len(self.rows))))
         want = self.settings(variant, "generated") | {"positions": "answers"}
         want["rows"] = [int(rows.places[0]), int(rows.places[-1]) + 1]
-        folder = counts_dir(self.profile.name, self.name, variant, "answers")
+        folder = self.folder(variant, "answers")
 
         def generate():
             torch.set_num_threads(self.profile.threads)

@@ -1,0 +1,71 @@
+"""The README's ten lines, and the two analyses behind them, against hand-made counts."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import helpers
+from helpers.capture.counts import Counts
+from helpers.paths import ROOT
+from helpers.record import NotTestable, UserError
+
+
+def planted(seed=0, texts=40, neurons=200):
+    """Counts of two labels in which neurons 0 to 9 serve the label "a"."""
+    rng, labels = np.random.default_rng(seed), np.repeat(["b", "a"], texts // 2)
+    rate = np.full((texts, 2, neurons // 2), 0.4)
+    rate[labels == "a", 0, :10] = 0.9
+    tokens = np.full(texts, 20, np.int32)
+    neurons = rng.binomial(20, rate).astype(np.uint16)
+    return Counts(tokens, {"dense": neurons}, None, {"dense": (3, 7)}), labels
+
+
+def test_find_sets_finds_a_planted_set_and_names_its_place():
+    counts, labels = planted()
+    table = helpers.find_sets(counts, labels, "contrast", 0.05)
+    mine = table[table["label"] == "a"]
+    assert set(mine["neuron"]) == set(range(10))
+    assert set(mine["layer"]) == {3}
+    assert mine["rank"].tolist() == list(range(1, 11))
+    one = mine.iloc[0]
+    p = counts.neurons["dense"][labels == "a", 0, one["neuron"]].mean() / 20
+    assert one["p"] == pytest.approx(p)
+
+
+def test_overlap_finds_the_planted_gap_and_none_where_labels_are_random():
+    counts, labels = planted()
+    found = helpers.overlap(counts, labels, resamples=199).iloc[0]
+    assert found["low"] > max(found["null_gap"], 0)
+    assert found["p"] <= 0.01
+    random = np.random.default_rng(1).permutation(labels)
+    assert helpers.overlap(counts, random, resamples=199).iloc[0]["p"] > 0.05
+
+
+def test_bad_labels_are_one_clear_error():
+    counts, labels = planted()
+    with pytest.raises(UserError, match="39 labels for 40 texts"):
+        helpers.overlap(counts, labels[:-1])
+    with pytest.raises(NotTestable, match="one category"):
+        helpers.find_sets(counts, ["x"] * 40)
+    with pytest.raises(UserError, match="score is 'best'"):
+        helpers.find_sets(counts, labels, "best")
+
+
+def test_the_readmes_lines_run_as_they_stand_from_another_folder(tmp_path):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 12
+    script = tmp_path / "mine.py"
+    script.write_text(block)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "gap" in done.stdout
+    assert "layer" in done.stdout
