@@ -14,6 +14,7 @@ from .style import (
     error_bars,
     label_left,
     legend_below,
+    markers,
     panels,
 )
 
@@ -28,7 +29,7 @@ def lengths(table: pd.DataFrame) -> Figure:
     sns.boxplot(table, x="category", y="tokens", ax=ax, **look)
     ax.axhline(table["tokens"].median(), **NULL, label="median of all")
     ax.set(xlabel="", ylabel="counted tokens per instruction")
-    ax.legend(title="half", frameon=False, ncols=3)
+    ax.legend(title=f"half (n = {len(table)} rows)", frameon=False, ncols=3)
     return fig
 
 
@@ -43,9 +44,29 @@ def subset_lengths(table: pd.DataFrame) -> Figure:
         last = half == drawn[-1][1]
         sns.boxplot(part, x="category", y="tokens", ax=ax, legend=last, **look)
         ax.axhline(part["tokens"].median(), **NULL)
-        ax.set(xlabel="", title=f"{half} half (dashed: median of both)")
+        ax.set(xlabel="", title=f"{half} half, n = {len(part)} (dashed: median of both)")
     label_left(drawn, "tokens per instruction")
     sns.move_legend(drawn[-1][0], "upper left", bbox_to_anchor=(1, 1), frameon=False, title="")
+    return fig
+
+
+def lexical(table: pd.DataFrame) -> Figure:
+    """How often words alone tell a row's category, beside chance; columns set, category, right,
+    low, high, chance, n (rows of the set's category).
+    """
+    names, sets = list(pd.unique(table["category"])), list(pd.unique(table["set"]))
+    fig, ax = plt.subplots(figsize=(9, 3.8))
+    for i, (name, own) in enumerate(table.groupby("set", sort=False)):
+        x = [names.index(c) + 0.7 * ((i + 0.5) / len(sets) - 0.5) for c in own["category"]]
+        look = {"color": colours(sets)[name], "marker": markers(sets)[name], "linestyle": ""}
+        bars = error_bars(own["low"], own["right"], own["high"])
+        label = f"{name} (n = {own['n'].min()} to {own['n'].max()})"
+        ax.errorbar(x, own["right"], bars, label=label, **look)
+    for chance in pd.unique(table["chance"]):
+        ax.axhline(chance, **NULL, label=f"null: chance, {chance:.2f}")
+    ax.set_xticks(range(len(names)), names)
+    ax.set(ylabel="share guessed right from words", ylim=(0, 1.05))
+    legend_below(fig, [(ax,)], most=3)
     return fig
 
 
