@@ -60,7 +60,8 @@ def lexical(table: pd.DataFrame) -> Figure:
         x = [names.index(c) + 0.7 * ((i + 0.5) / len(sets) - 0.5) for c in own["category"]]
         look = {"color": colours(sets)[name], "marker": markers(sets)[name], "linestyle": ""}
         bars = error_bars(own["low"], own["right"], own["high"])
-        label = f"{name} (n = {own['n'].min()} to {own['n'].max()})"
+        ends = dict.fromkeys((own["n"].min(), own["n"].max()))
+        label = f"{name} (n = {' to '.join(map(str, ends))})"
         ax.errorbar(x, own["right"], bars, label=label, **look)
     for chance in pd.unique(table["chance"]):
         ax.axhline(chance, **NULL, label=f"null: chance, {chance:.2f}")
