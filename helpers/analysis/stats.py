@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from ..record import NotTestable, UserError
 
@@ -310,6 +311,28 @@ def _standardised(difference, variance):
     return np.where(variance > 0, difference / np.sqrt(np.where(variance > 0, variance, 1)), 0.0)
 
 
+def clustered_share(values, clusters=None, level=0.95) -> tuple[float, float]:
+    """Interval (low, high) of a share, the mean of values in [0, 1]: Wilson's, with as many
+    independent rows as their clusters leave. It has a width where all values are equal, too.
+
+    n rows count as n / D: D is the variance of the mean with whole clusters as units over that of
+    independent rows, at least 1 (Korn and Graubard 1998, with Wilson's interval).
+
+    >>> [round(x, 2) for x in clustered_share([0.0] * 20)]
+    [0.0, 0.16]
+    """
+    values = np.asarray(values, float)
+    _finite(values=values)
+    n, share = len(values), float(values.mean())
+    code = np.arange(n) if clusters is None else cluster_codes(clusters)[0]
+    totals, plain = np.bincount(code, values - share), share * (1 - share) / max(n - 1, 1)
+    units = len(totals)
+    spread = units / max(units - 1, 1) * (totals**2).sum() / n**2
+    independent = n / max(1.0, spread / plain) if plain > 0 else n
+    low, high = proportion_confint(share * independent, independent, 1 - level, "wilson")
+    return float(low), float(high)
+
+
 def pair_residuals(similarity, *covariates) -> np.ndarray:
     """What least squares on pairwise covariates [I, I] leaves of a similarity [I, I], grand mean
     kept; diagonal 0.
@@ -363,28 +386,63 @@ def shared_profile(values, groups, resamples=2000, seed=0) -> dict:
     stability_ci, p. A flat profile correlates 0 with any. With few columns the test has little
     power. Ours.
     """
-    values, names = np.asarray(values, float), np.unique(groups)
-    if len(names) < 2:
-        raise NotTestable(
-            f"{len(names)} group; expected at least 2 profiles to compare. Not testable."
-        )
-    member = (np.asarray(groups) == names[:, None]).astype(float)  # [C, I]
-
-    def stability(profiles):  # [..., C, L] -> [...]
-        z = profiles - profiles.mean(-1, keepdims=True)
-        z /= np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
-        total = (z.sum(-2) ** 2).sum(-1) - (z**2).sum((-2, -1))
-        return total / (len(names) * (len(names) - 1))
-
-    def profiles_of(weights):
-        drawn = weights[:, None] * member
-        return drawn @ values / drawn.sum(-1, keepdims=True)  # [R, C, L]
-
-    found = bootstrap(lambda weights: stability(profiles_of(weights)), groups, resamples, seed=seed)
-    profiles = np.repeat(profiles_of(np.ones((1, len(values)))), resamples, axis=0)
-    null = stability(np.random.default_rng(seed).permuted(profiles, axis=-1))
+    values, member = np.asarray(values, float), _members(groups)
+    found = bootstrap(
+        lambda weights: _stability(_profiles(weights, values, member)),
+        groups,
+        resamples,
+        seed=seed,
+    )
+    profiles = np.repeat(_profiles(np.ones((1, len(values))), values, member), resamples, axis=0)
+    null = _stability(np.random.default_rng(seed).permuted(profiles, axis=-1))
     return {
         "stability": found.estimate,
         "stability_ci": [found.low, found.high],
         "p": plus_one(found.estimate, null),
     }
+
+
+def shared_profile_beyond(values, others, groups, resamples=2000, seed=0, clusters=None) -> dict:
+    """Do groups share one profile more than they do in another network? `shared_profile`'s
+    stability of values [I, L] minus that of others [I, L], the same instructions in both.
+
+    Instructions (with clusters: whole clusters) are drawn for both together. Returns beyond,
+    beyond_ci, p (one-sided: share of resamples with no more in the first), detectable. Ours.
+    """
+    member, both = _members(groups), [np.asarray(x, float) for x in (values, others)]
+
+    def beyond(weights):
+        first, second = (_stability(_profiles(weights, x, member)) for x in both)
+        return first - second
+
+    found = bootstrap(beyond, groups, resamples, seed=seed, clusters=clusters)
+    return {
+        "beyond": found.estimate,
+        "beyond_ci": [found.low, found.high],
+        "p": plus_one(0.0, -found.replicates),
+        "detectable": found.detectable,
+    }
+
+
+def _members(groups):
+    names = np.unique(groups)
+    if len(names) < 2:
+        raise NotTestable(
+            f"{len(names)} group; expected at least 2 profiles to compare. Not testable."
+        )
+    return (np.asarray(groups) == names[:, None]).astype(float)  # [C, I]
+
+
+def _profiles(weights, values, member):
+    """Mean profile of each group, [R, C, L], of weights [R, I]."""
+    drawn = weights[:, None] * member
+    return drawn @ values / drawn.sum(-1, keepdims=True)
+
+
+def _stability(profiles):
+    """Mean correlation of two groups' profiles: [..., C, L] -> [...]."""
+    count = profiles.shape[-2]
+    z = profiles - profiles.mean(-1, keepdims=True)
+    z /= np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
+    total = (z.sum(-2) ** 2).sum(-1) - (z**2).sum((-2, -1))
+    return total / (count * (count - 1))

@@ -2,7 +2,17 @@
 `plots.overlap.waterfall(table)`.
 """
 
-from . import ablation, alteration, claims, data, overlap, sets
+from . import ablation, alteration, claims, data, diagram, overlap, sets
 from .style import matrices, save_figure
 
-__all__ = ["ablation", "alteration", "claims", "data", "matrices", "overlap", "save_figure", "sets"]
+__all__ = [
+    "ablation",
+    "alteration",
+    "claims",
+    "data",
+    "diagram",
+    "matrices",
+    "overlap",
+    "save_figure",
+    "sets",
+]

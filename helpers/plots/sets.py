@@ -19,7 +19,7 @@ from .style import (
 
 
 def frequencies(table: pd.DataFrame) -> Figure:
-    """Distribution of the activation frequency; columns pair, model, p, share.
+    """Distribution of the activation frequency; columns pair, model, p, share, n (cells).
 
     A `model` that begins with "null" is drawn grey and dashed.
     """
@@ -27,17 +27,23 @@ def frequencies(table: pd.DataFrame) -> Figure:
     models = [model for model in pd.unique(table["model"]) if not model.startswith("null")]
     for ax, pair, part in drawn:
         for model, line in part.groupby("model", sort=False):
-            own = {"color": colours(models).get(model), "linewidth": 2}
+            own = {"color": colours(models).get(model), "marker": markers(models).get(model)}
+            own |= {"linewidth": 2, "markersize": 4}
             look = NULL if model.startswith("null") else own
             ax.plot(line["p"], line["share"], label=model, drawstyle="steps-mid", **look)
-        ax.set(title=pair, xlabel="activation frequency p", yscale="log")
+        ax.set_yscale("log")
+        cells = part["n"].iloc[0]
+        ax.set_ylim(bottom=min(0.3 / cells, 0.1))  # a share below one cell cannot be seen
+        title = f"{pair} (n = {cells:,} cells)"
+        ax.set(title=title, xlabel="activation frequency p")
     label_left(drawn, "share of (instruction, neuron) cells")
     legend_below(fig, drawn)
     return fig
 
 
 def layer_share(table: pd.DataFrame, null: str) -> Figure:
-    """Share of each layer's components in the set; columns pair, category, layer, share, null.
+    """Share of each layer's components in the set; columns pair, category, layer, share, null, n
+    (rows).
 
     `null` is the label of the column of that name. Rows marked in a column `other` (the base, an
     untrained twin) are drawn grey and dotted. Columns low and high, where given, are bands.
@@ -60,7 +66,7 @@ def layer_share(table: pd.DataFrame, null: str) -> Figure:
                 ax.fill_between(line["layer"], line["low"], line["high"], **band)
         floor = part.drop_duplicates("layer").sort_values("layer")
         ax.plot(floor["layer"], floor["null"], label=null, **NULL)
-        ax.set(title=pair, xlabel="layer")
+        ax.set(title=f"{pair} (n = {part['n'].min()} a category)", xlabel="layer")
         whole_numbers(ax)
     label_left(drawn, "share of the layer in the set")
     legend_below(fig, drawn)
@@ -82,24 +88,23 @@ def sweep(table: pd.DataFrame, x: str, value: str, null: str, panel: str = "pair
     return fig
 
 
-def routing(table: pd.DataFrame, uniform: float) -> Figure:
-    """Routing per layer; columns layer, category, expert, f, own (f minus the categories' mean).
+def routing(table: pd.DataFrame, most: int = 6) -> Figure:
+    """What is a category's own in the routing; columns model, layer, category, expert, own (f minus
+    the mean of the categories), n. A column of panels per model, one scale; at most `most` layers.
 
-    Left: f, white = the balanced router's K/E. Right: own, white = the null of a router that
-    ignores the category.
+    White is the null, a router that ignores the category.
     """
-    layers, few = list(pd.unique(table["layer"])), table["expert"].nunique() <= 16
-    fig, grid = plt.subplots(len(layers), 2, figsize=(10, 2.6 * len(layers)), squeeze=False)
-    sides = (
-        ("f", uniform, f"f; white: K/E = {uniform:.2f}"),
-        ("own", 0.0, "f - mean of categories; white: null"),
-    )
-    for column, (value, white, title) in enumerate(sides):
-        reach = float((table[value] - white).abs().max())
-        look = {"cmap": "PuOr_r", "vmin": white - reach, "vmax": white + reach}
-        for ax, layer in zip(grid[:, column], layers, strict=True):
-            part = table[table["layer"] == layer]
-            heat_map(ax, part, "category", "expert", value, annot=few, fmt=".2f", **look)
-            ax.set(title=f"layer {layer}: {title}", ylabel="")
-            ax.collections[0].colorbar.ax.set_ylim(0 if white else -reach, white + reach)
+    every, models = list(pd.unique(table["layer"])), list(pd.unique(table["model"]))
+    step = max(1, -(-(len(every) - 1) // max(most - 1, 1)))
+    layers, few = every[::step], table["expert"].nunique() <= 16
+    size = (5.2 * len(models), 2.5 * len(layers))
+    fig, grid = plt.subplots(len(layers), len(models), figsize=size, squeeze=False)
+    reach = float(table["own"].abs().max())
+    look = {"cmap": "PuOr_r", "vmin": -reach, "vmax": reach, "annot": few, "fmt": ".2f"}
+    for row, layer in zip(grid, layers, strict=True):
+        for ax, model in zip(row, models, strict=True):
+            part = table[(table["layer"] == layer) & (table["model"] == model)]
+            heat_map(ax, part, "category", "expert", "own", cbar=ax is row[-1], **look)
+            ax.set(title=f"layer {layer}: {model}", ylabel="")
+    fig.suptitle(f"f minus the mean of the categories (white: null; n = {table['n'].max()} rows)")
     return fig

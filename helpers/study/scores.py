@@ -251,6 +251,29 @@ def reference_activations(
     )
 
 
+def read_outputs(model, encoded: list[Encoded], tell, batch_size: int = 32) -> None:
+    """Read sequences, and tell of every neuron's output h (what the down projection reads) at the
+    counted positions: tell(family, place, row [n], token [n], h [n, N]).
+
+    place: the layer's place in its family and, of a routed expert, its number; row and token say
+    which sequence, and which of its tokens, each line of h belongs to. (Ours.)
+    """
+    sites = _readable(model)
+    place, _ = _empty(sites, 0)
+    with torch.no_grad():
+        for batch in _batches(encoded, batch_size, "outputs"):
+            mask, where = batch.count_mask.to(input_device(model)), np.array(batch.rows)
+
+            def told(site, seen, mask=mask, where=where):
+                for e, row, _, h, token in _neurons(site, mask, seen):
+                    at = (token % mask.shape[1]).cpu().numpy()
+                    key = (place[site.name], *e)
+                    tell(site.family, key, where[row.cpu().numpy()], at, h.float().cpu().numpy())
+
+            with _watch(sites, told):
+                _read(model, batch)
+
+
 def _readable(model):
     sites = find_sites(model)
     for site in sites:

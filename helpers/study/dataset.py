@@ -1,0 +1,101 @@
+"""A data set described: what words alone tell of a row's category, what its checkers accept, what
+its readers changed.
+"""
+
+import numpy as np
+import pandas as pd
+from statsmodels.stats.proportion import proportion_confint
+
+from ..analysis.stats import SMALLEST, clustered_share
+from ..hexainst.checkers import check
+from ..hexainst.corpus import predict_category, wordings
+from ..hexainst.schema import HEXAINST
+from ..record import read_json
+
+WRONG = "I do not know."
+
+
+def lexical(parts: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame:
+    """How often a row's category is guessed right from its words alone (`predict_category`, within
+    each set of rows): columns set, category ("all", too), n, right, low, high (95 %,
+    `clustered_share` by wording), chance (1 / categories).
+    """
+    out = []
+    for name, rows in parts.items():
+        right = predict_category(rows, seed=seed) == rows["category"].to_numpy()
+        clusters, category = wordings(rows), rows["category"].to_numpy()
+        names = list(dict.fromkeys(category))
+        for own in ("all", *names):
+            here = np.ones(len(rows), bool) if own == "all" else category == own
+            few = len(np.unique(clusters[here])) < SMALLEST
+            low, high = clustered_share(right[here], None if few else clusters[here])
+            found = {"set": name, "category": own, "n": int(here.sum())}
+            found |= {"right": right[here].mean(), "low": low, "high": high}
+            out.append(found | {"chance": 1 / len(names)})
+    return pd.DataFrame(out)
+
+
+def confusions(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Share of each category's rows (index) that their words put into each category (columns)."""
+    names = list(dict.fromkeys(rows["category"]))
+    guess = pd.Series(predict_category(rows, seed=seed), rows.index, name="guess")
+    table = pd.crosstab(rows["category"], guess, normalize="index")
+    return table.reindex(index=names, columns=names, fill_value=0.0)
+
+
+def checked(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per category: rows, references and wrong answers (WRONG) that pass the row's own checker,
+    rows whose checker would have to run code, and may not here.
+    """
+    records = rows.to_dict("records")
+    right = [check(row, row["reference"]) for row in records]
+    wrong = [check(row, WRONG) for row in records]
+    table = pd.DataFrame({"category": rows["category"], "right": right, "wrong": wrong})
+    by = table.groupby("category", sort=False)
+    return pd.DataFrame(
+        {
+            "rows": by.size(),
+            "references pass": by["right"].sum().astype(int),
+            "wrong answers pass": by["wrong"].sum().astype(int),
+            "not scored": by["right"].apply(lambda column: column.isna().sum()),
+        }
+    )
+
+
+def readings(path=HEXAINST / "review.json") -> pd.DataFrame:
+    """What the readers of the AI half did, as recorded: columns reading, category, read, changed,
+    replaced, drawn and faulty (rows of a random sample, and those with a fault; 0 without one).
+    """
+    table = pd.DataFrame(read_json(path))
+    sample = table["sample"] if "sample" in table else pd.Series(None, table.index)
+    for name in ("drawn", "faulty"):
+        table[name] = [len(one[name]) if isinstance(one, dict) else 0 for one in sample]
+    return table[["reading", "category", "read", "changed", "replaced", "drawn", "faulty"]]
+
+
+def fault_rate(table: pd.DataFrame) -> dict[str, float]:
+    """Of `readings`: rows drawn at random, faulty ones, their share and its interval (Wilson)."""
+    drawn, faulty = int(table["drawn"].sum()), int(table["faulty"].sum())
+    low, high = proportion_confint(faulty, drawn, method="wilson")
+    return {"drawn": drawn, "faulty": faulty, "share": faulty / drawn, "low": low, "high": high}
+
+
+def findings(words: pd.DataFrame, faults: dict) -> list[str]:
+    """What `lexical` and `fault_rate` say, a sentence for each set and one for the readers."""
+    lines = [
+        f"{row['set']}: words alone tell the category of {row['right']:.3f} [{row['low']:.3f}, "
+        f"{row['high']:.3f}] of {row['n']} rows (chance {row['chance']:.2f}); "
+        f"{_hardest(words[words['set'] == row['set']])}"
+        for row in words[words["category"] == "all"].to_dict("records")
+    ]
+    return [
+        *lines,
+        f"AI half: of {faults['drawn']} rows drawn at random, a second reader found a fault in "
+        f"{faults['faulty']}: {faults['share']:.3f} [{faults['low']:.3f}, {faults['high']:.3f}].",
+    ]
+
+
+def _hardest(table):
+    own = table[table["category"] != "all"]
+    row = own.loc[own["right"].idxmin()]
+    return f"least in {row['category']}, {row['right']:.3f}."
