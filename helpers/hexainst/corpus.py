@@ -113,31 +113,6 @@ def _groups(queues, ratio):
     return groups
 
 
-def wordings(rows: pd.DataFrame) -> np.ndarray:
-    """The wording of each row, str [I]: rows of one wording differ in their contents alone and are
-    a cluster, no independent instructions. A wording lies in one category.
-
-    Named by the row's tag `wording`; where there is none, by its instruction with quoted texts and
-    numbers masked: what is asked about then stands in `input`, or the row is a wording of its own.
-
-    >>> rows = pd.DataFrame({"category": "QA", "instruction": ["Is 2 odd?", "is 3 odd?"]})
-    >>> wordings(rows.assign(tags=[{}, {}])).tolist()
-    ['QA: is 0 odd?', 'QA: is 0 odd?']
-    """
-    named = rows["tags"] if "tags" in rows else [None] * len(rows)
-    names = [
-        (tags or {}).get("wording") or _masked(instruction)
-        for tags, instruction in zip(named, rows["instruction"], strict=True)
-    ]
-    return np.array([f"{own}: {name}" for own, name in zip(rows["category"], names, strict=True)])
-
-
-def _masked(instruction: str) -> str:
-    """An instruction without its contents: quoted texts as "_", numbers as 0."""
-    quoted = re.sub(r'["“`][^"”`]*["”`]', '"_"', instruction.lower())
-    return " ".join(re.sub(r"\d+([.,]\d+)*", "0", quoted).split())
-
-
 def near_duplicates(rows: pd.DataFrame, threshold: float = 0.6, n: int = 3) -> pd.DataFrame:
     """Pairs of rows whose sets of word n-grams have a Jaccard index above `threshold`: first,
     second, jaccard.
