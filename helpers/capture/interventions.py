@@ -145,9 +145,8 @@ def ablate(
                for all neurons of an MLP. Experts: "reroute", as if they had been deleted, so the
                next best one steps in; "drop", still chosen, at weight 0, the others' unchanged.
     reference  for "mean" and "resample"; seed, of "resample": its draws follow the batches' order.
-    how        for "zero": "weights" zeroes columns of the down projection (no cost per token),
-               "hook" edits its input: equal results. "auto": weights where they are what runs
-               (see `editable`) and no other layer's.
+    how        for "zero": "weights" zeroes columns of the down projection, "hook" edits its input:
+               equal results. "auto": weights where they are what runs and no other layer's.
     where      at which tokens (see Places), of an MLP's neurons; everywhere if None.
 
     The implementation of the experts is left as it runs, so a run outside the context is the

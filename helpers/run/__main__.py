@@ -189,6 +189,7 @@ def run_count(options) -> int:
     option("--profile", required=True),
     option("--pairs", nargs="+", help="only these, to share the work among processes; no table"),
     option("--finished", action="store_true", help="compute nothing, write what is there"),
+    option("--headline", action="store_true", help="only the table by category, headline cells"),
 )
 def run_grid(options) -> int:
     """Compute what is missing of a profile's grid of ablations; once all is there, its tables."""
@@ -204,8 +205,12 @@ def run_grid(options) -> int:
     found = {}
     with household():
         for name in options.pairs or every:
-            found |= grid.cells(every[name], compute_missing=not options.finished)
+            some = (grid.HEADLINE, [profile.epsilon]) if options.headline else (None, None)
+            found |= grid.cells(every[name], *some, compute_missing=not options.finished)
             every[name].close()
+    if options.headline:
+        print(grid.write_categories(every, found))
+        return 0
     if options.pairs is None:
         print(*grid.write(every, found), sep="\n")
     return 0

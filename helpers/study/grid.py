@@ -21,6 +21,7 @@ from ..paths import DATA, results_dir
 from ..record import (
     DamagedFile,
     NotTestable,
+    UserError,
     cached,
     read_json,
     sha256,
@@ -33,6 +34,7 @@ from .ablation import KINDS, draws_of, measure, own_effect, pooled
 from .scores import SEES_REFERENCE, sets_of, standing
 
 GRID, TABLES = DATA / "grid", ("", "-matrices", "-categories")
+HEADLINE = ("frequency", "contribution")  # scores that are judged category by category
 KEPT = ("weights", "data", "seed", "template", "dtype", "rows", "draws", "everywhere", "operator")
 
 
@@ -279,7 +281,10 @@ def _tables_of(studies, found):
     study = next(iter(studies.values()))
     profile = study.profile
     table = table_of(found, profile.resamples, profile.seed)
-    return table, matrix_table(found, study.categories), category_table(studies, found)
+    headline = {
+        k: cell for k, cell in found.items() if k[1] in HEADLINE and k[2] == profile.epsilon
+    }
+    return table, matrix_table(found, study.categories), category_table(studies, headline)
 
 
 def tables(studies: dict) -> tuple:
@@ -293,6 +298,26 @@ def tables(studies: dict) -> tuple:
     for study in studies.values():
         computed |= cells(study, sizes=headline)
     return *_tables_of(studies, computed), None
+
+
+def write_categories(studies: dict, found: dict) -> Path:
+    """Write data/grid/<profile>-categories.csv alone, of the HEADLINE scores' cells at the headline
+    size, beside tables that are there already. Raises RecordMismatch unless these are of the same
+    models, rows and settings, UserError unless the cells say what the tables say.
+    """
+    profile = next(iter(studies.values())).profile
+    record = read_json(GRID / f"{profile.name}.json")
+    verify(record["pairs"], kept(studies), GRID / f"{profile.name}.json")
+    before = pd.read_csv(GRID / f"{profile.name}.csv").set_index(["pair", "score", "size", "half"])
+    again = table_of(found, profile.resamples, profile.seed).set_index(before.index.names)
+    gap = (again["own"] - before.loc[again.index, "own"]).abs().max()
+    if not gap < 0.01:
+        raise UserError(f"own effects differ from the grid's by up to {gap:.3f}. Run `make grid`.")
+    path = GRID / f"{profile.name}-categories.csv"
+    write_table(path, category_table(studies, found))
+    record["sha256"][path.name] = sha256(path)
+    write_json(GRID / f"{profile.name}.json", record)
+    return path
 
 
 def write(studies: dict, found: dict) -> list[Path]:
