@@ -43,6 +43,12 @@ class Reference:
     filled: dict[str, torch.Tensor]
 
 
+WHY_NOT = (
+    "The operator is not 'zero', or the weights are offloaded, quantised, sharded, computed, "
+    "wrapped or another layer's too, or `where` is given. Use how='auto'."
+)
+
+
 @dataclass
 class Places:
     """At which tokens neurons are ablated: bool [B, T], to be set before each forward pass."""
@@ -149,9 +155,9 @@ def ablate(
                equal results. "auto": weights where they are what runs and no other layer's.
     where      at which tokens (see Places), of an MLP's neurons; everywhere if None.
 
-    The implementation of the experts is left as it runs, so a run outside the context is the
-    baseline. On leaving, every hook must have fired if the model ran; that the outputs moved is
-    for the caller to assert: `assert_acted`. Raises UserError for what does not fit. (Ours.)
+    The implementation of the experts is left as it runs: a run outside the context is the baseline.
+    On leaving, every hook must have fired if the model ran; that the outputs moved is for the
+    caller to assert (`assert_acted`). Raises UserError for what does not fit. (Ours.)
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=3, vocab_size=9,
@@ -167,16 +173,12 @@ def ablate(
     parts, shared = parts_of(find_sites(model), mask), shared_weights(model)
     with ExitStack() as stack:
         for number, (site, part) in enumerate(parts):
-            by_weights = how != "hook" and where is None and operator == "zero"
-            if by_weights and _address(site) not in shared | {0}:
+            weights = operator == "zero" and how != "hook" and where is None
+            if weights and _address(site) not in shared | {0}:
                 _zero_columns(stack, site, part)
                 continue
             if how == "weights":
-                raise UserError(
-                    f"{site.name}: how='weights' cannot act: operator {operator!r}, or weights "
-                    "that are offloaded, quantised, sharded, computed, wrapped or another layer's "
-                    "too. Use how='auto'."
-                )
+                raise UserError(f"{site.name}: how='weights' cannot act. {WHY_NOT}")
             hooked.add(site.name)
             if operator in EXPERT_OPERATORS:
                 _ablate_experts(stack, model, site, part, operator, fired)

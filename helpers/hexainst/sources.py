@@ -87,6 +87,7 @@ def _download(file, cache):
 
 def _retrieve(file, cache):
     """A file by its URL through pooch, which tries again where a connection breaks."""
+    pooch.get_logger().setLevel("WARNING")  # each fetch is said by the builder
     keeper = pooch.create(
         cache,
         base_url="",

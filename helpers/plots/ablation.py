@@ -73,6 +73,37 @@ def league(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def by_category(table: pd.DataFrame) -> Figure:
+    """A row per category, a panel per pair: own effect minus the hardest control, by score.
+
+    Columns pair, category, score, critical, critical_low, critical_high, supported (filled).
+    """
+    fig, drawn = panels(table, "pair", (5.0, 3.8), sharex=False)
+    scores = list(pd.unique(table["score"]))
+    for ax, pair, part in drawn:
+        categories = list(pd.unique(part["category"]))
+        for n, score in enumerate(scores):
+            line = part[part["score"] == score]
+            y = line["category"].map(categories.index) + 0.3 * (n - (len(scores) - 1) / 2)
+            bars = error_bars(line["critical_low"], line["critical"], line["critical_high"])
+            look = {"fmt": "none", "color": SCORE_COLOURS[score], "linewidth": 1.5}
+            ax.errorbar(line["critical"], y, xerr=bars, **look)
+            for held, face in ((True, SCORE_COLOURS[score]), (False, "white")):
+                some = line["supported"] == held
+                look = {"color": SCORE_COLOURS[score], "markerfacecolor": face, "linestyle": ""}
+                label = score if held else None
+                ax.plot(line["critical"][some], y[some], marker="osD^"[n % 4], label=label, **look)
+        ax.axvline(0, **NULL)
+        ax.set(title=pair, xlabel="own effect - hardest control, nats (95 % CI)")
+        ax.set_yticks(range(len(categories)), categories)
+        ax.set_ylim(len(categories) - 0.5, -0.5)
+    colour = SCORE_COLOURS
+    handles = [entry(s, color=colour[s], marker="osD^"[i % 4]) for i, s in enumerate(scores)]
+    hollow = entry("not supported", marker="o", color="0.2", markerfacecolor="white", linestyle="")
+    legend_below(fig, [], 4, [*handles, hollow, entry("null", **NULL)])
+    return fig
+
+
 def damage(table: pd.DataFrame) -> Figure:
     """General against specific damage, a point per category's set, both axes symmetric logarithmic.
 

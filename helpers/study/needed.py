@@ -13,7 +13,7 @@ from ..analysis.effects import critical, slope_of, slopes
 from ..analysis.generality import category_scores
 from ..analysis.sets import category_means, category_sets, consensus, top_experts, top_sets
 from ..analysis.similarity import within_between
-from ..analysis.stats import plus_one, resample_weights
+from ..analysis.stats import adjust, plus_one, resample_weights
 from ..capture.interventions import ablate
 from ..hexainst.corpus import texts
 from ..record import NotTestable
@@ -616,3 +616,80 @@ EQUAL = (
     "p_sets_specificity",
     "specificity_sees",
 )
+
+
+# ---- several pairs on one page
+
+
+def together(found: dict, method: str, *arguments) -> pd.DataFrame:
+    """The tables that a method of several Needed gives, one below the other."""
+    tables = [getattr(one, method)(*arguments) for one in found.values()]
+    return pd.concat(tables, ignore_index=True)
+
+
+def dose_tables(found: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(curves, fits) of several Needed, nulls last in the curves."""
+    curves, fits = zip(*(one.doses() for one in found.values()), strict=True)
+    curve = pd.concat(curves, ignore_index=True)
+    null = curve["line"].str.startswith("null")
+    return pd.concat([curve[~null], curve[null]]), pd.concat(fits, ignore_index=True)
+
+
+def matrices(found: dict) -> pd.DataFrame:
+    """Effect minus random control of every pair's consensus sets, as plots.matrices draws them."""
+    kinds = ("neurons", "contribution", "experts")
+    return pd.concat(
+        one.matrix(kind)
+        for one in found.values()
+        for kind in kinds
+        if f"ablation.{kind}.matrix" in one.numbers
+    )
+
+
+def league(table: pd.DataFrame, pairs: dict) -> pd.DataFrame:
+    """The grid's rows of these pairs, halves pooled, with `shown`: "critical [interval]"."""
+    mine = table[table["pair"].isin(list(pairs)) & (table["half"] == "all")]
+    ends = zip(mine["critical"], mine["critical_low"], mine["critical_high"], strict=True)
+    return mine.assign(shown=[f"{a:.2f} [{b:.2f}, {c:.2f}]" for a, b, c in ends])
+
+
+def per_category(table: pd.DataFrame, pairs: dict, size: float) -> pd.DataFrame:
+    """The grid's rows by category of these pairs, halves pooled, at one size, with `holm` over the
+    categories and `supported`.
+    """
+    here = table["pair"].isin(list(pairs)) & (table["half"] == "all") & (table["size"] == size)
+    mine = table[here & table["score"].isin(TESTED) & table["critical"].notna()].copy()
+    families = mine.groupby(["pair", "score"])["p_sets"]
+    mine["holm"] = families.transform(lambda p: adjust(p.to_numpy(), "holm"))
+    mine["supported"] = (mine["critical_low"] > 0) & (mine["holm"] < 0.05)
+    return mine
+
+
+def shown(table: pd.DataFrame, index, columns, otherwise: str):
+    """Some columns of a table, rounded; or a sentence where it is empty."""
+    return table.set_index(index)[columns].round(3) if len(table) else otherwise
+
+
+def sentences(found: dict) -> list[str]:
+    """What the page found, pair by pair."""
+    said = []
+    for name, one in found.items():
+        for score in TESTED:
+            key = f"ablation.equal.{score}.all"
+            if f"{key}.critical" not in one.numbers:
+                continue
+            low, high = one.numbers[f"{key}.critical_ci"]
+            cases = [
+                one.numbers.get(f"{key}.{c}.critical_ci", [0])[0] > 0 for c in one.study.categories
+            ]
+            said.append(
+                f"{name}: losing the {one.profile.epsilon:.0%} of neurons that {score} ranks first "
+                f"costs {one.numbers[f'{key}.critical']:.2f} nats per token [{low:.2f}, {high:.2f}] "
+                f"beyond the hardest control; the interval lies above 0 in {sum(cases)} of "
+                f"{len(cases)} categories."
+            )
+        said.append(
+            f"{name}: the whole last layer costs {one.numbers['ablation.positive']:.2f}; the same "
+            f"sets in an untrained twin {one.numbers['ablation.negative']:.3f}."
+        )
+    return said
