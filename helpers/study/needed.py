@@ -575,15 +575,16 @@ class Needed:
 
 def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: int) -> tuple:
     """Codes 0..count-1 of the rows that sets are chosen on and of those measured: groups of like
-    size that are no kinds of instruction. `opening`: by the first word; `length`: by words; `random`.
+    size that are no kinds of instruction. `opening`: by the first word; `length`: by characters; `random`.
 
     Raises NotTestable where a group has no row in one of the two. (Ours.)
     """
     both = pd.concat([chosen, measured], ignore_index=True)
+    rng = np.random.default_rng(0)
     if name == "length":
-        value = both["instruction"].str.split().str.len() + both["input"].str.split().str.len()
-        order = value.rank(method="first")
-        found = ((order - 1) * count // len(both)).to_numpy(int)
+        size = (both["instruction"] + both["input"]).str.len().to_numpy()
+        order = np.lexsort((rng.random(len(both)), size)).argsort()
+        found = order * count // len(both)
     elif name == "opening":
         word = both["instruction"].str.split().str[0].str.lower()
         loads, place = np.zeros(count), {}
@@ -592,7 +593,7 @@ def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: in
             loads[place[one]] += size
         found = word.map(place).to_numpy(int)
     else:
-        found = np.random.default_rng(0).permutation(np.arange(len(both)) % count)
+        found = rng.permutation(np.arange(len(both)) % count)
     one, two = found[: len(chosen)], found[len(chosen) :]
     if len(set(one)) < count or len(set(two)) < count:
         raise NotTestable(f"groups by {name}: one of {count} has no row in a half. Add rows.")

@@ -1,0 +1,153 @@
+"""Ablations of a study, on a model whose critical neurons are known (see planted.py)."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from helpers.capture.interventions import Places, ablate
+from helpers.hexainst.schema import CATEGORIES
+from helpers.record import NotTestable, UserError
+from helpers.study.evaluate import ablation_matrix, gain_lost
+from helpers.study.needed import Needed, groups_of
+from tests import planted, zoo
+
+SETTINGS = {
+    "epsilon": 0.01,
+    "sizes": (0.01, 0.02, 0.05, 0.1),
+    "ablation_rows": 6,
+    "controls": 12,
+    "controls_elsewhere": 4,
+    "controls_all_rows": 2,
+    "resamples": 199,
+    "scores": ("frequency", "contribution"),
+}
+
+
+@pytest.fixture(scope="module")
+def needed():
+    return Needed(planted.study(**SETTINGS))
+
+
+def circuit(study):
+    """{category: mask of its one critical neuron}"""
+    masks = {}
+    for category, place in planted.CIRCUIT.items():
+        members = np.zeros(3 * zoo.N, bool)
+        members[place] = True
+        masks[category] = study.counts().mask("neurons", members)
+    return masks
+
+
+def test_contribution_finds_the_planted_sets_and_frequency_does_not(needed):
+    for category, place in planted.CIRCUIT.items():
+        c = CATEGORIES.index(category)
+        assert needed.sets("contribution", "A")[c, place]
+        assert not needed.sets("frequency", "A")[c, place]
+
+
+def test_doses_hurt_at_once_and_no_step_after_it_counts(needed):
+    curve, fits = needed.doses()
+    at = fits.set_index(["score", "measured on"])
+    assert at.loc[("contribution", "all"), "slope"] < 0.05  # all of it is there at 1 %
+    first = curve[(curve["line"] == "contribution") & (curve["share"] == 0.01)]["increase"].item()
+    assert first > 0.1
+    assert needed.numbers["ablation.dose.contribution.all.second_least"] < 0.05
+    nulls = curve[curve["line"].str.startswith("null")]
+    assert nulls["increase"].max() < first / 2
+
+
+def test_groups_that_are_no_categories_have_less_specific_sets(needed):
+    table = needed.pseudo().set_index("measured on")
+    assert table.loc["all", "category"] > 0.1
+    assert table.loc["all", "beyond"] > 0
+    key = "ablation.pseudo.contribution.all"
+    low, high = needed.numbers[f"{key}.beyond_ci"]
+    assert low < needed.numbers[f"{key}.beyond"] < high
+
+
+def test_groups_are_of_like_size_and_in_both_halves():
+    rows = planted.rows(12)
+    one, two = rows[rows["half"] == "A"], rows[rows["half"] == "B"]
+    for name in ("length", "random"):
+        first, second = groups_of(name, one, two, 6)
+        assert set(first) == set(second) == set(range(6))
+        assert np.bincount(np.r_[first, second]).max() <= 24 + 1
+    with pytest.raises(NotTestable, match="no row in a half"):
+        groups_of("random", one.head(2), two.head(2), 6)
+
+
+def test_by_category_says_of_each_what_random_sets_do(needed):
+    table = needed.following()
+    mine = table[(table["score"] == "contribution") & (table["measured on"] == "all")]
+    assert set(mine["category"]) == set(CATEGORIES)
+    row = mine.iloc[0]
+    key = f"ablation.gain.contribution.all.{row['category']}"
+    assert needed.numbers[f"{key}.lost"] == row["critical"] == row["own"] - row["random"]
+    assert 1 / 13**2 <= row["p_sets"] <= 1
+
+
+def test_gain_lost_is_what_two_losses_say(needed):
+    """In this model the instruction's last letters do not matter: both losses rise alike."""
+    here = needed.here("A").category("CODE")
+    masks = {"own": circuit(needed.study)["CODE"]}
+    own = ablation_matrix(here, masks, "zero").to_numpy()
+    lost = gain_lost(here, masks)
+    after = here.rows.assign(instruction=np.roll(here.rows["instruction"], -1))
+    other = planted.study(after, **SETTINGS)
+    crossed = ablation_matrix(other, masks, "zero").to_numpy()
+    assert np.allclose(lost, own - crossed, atol=1e-5)
+    assert own.min() > 0.1
+
+
+def test_an_ablation_at_the_response_alone_is_that_of_a_hook_there(needed):
+    here, mask = needed.here("A").category("QA"), {"own": circuit(needed.study)["QA"]}
+    everywhere = ablation_matrix(here, mask, "zero").to_numpy()
+    found = {
+        where: ablation_matrix(here, mask, "zero", where=where, allow_inert=True).to_numpy()
+        for where in ("response", "prompt", "all but the first")
+    }
+    assert np.allclose(found["response"], everywhere, atol=1e-5)  # a_c stands in the response
+    assert np.allclose(found["prompt"], 0, atol=1e-6)
+    assert np.allclose(found["all but the first"], everywhere, atol=1e-5)
+    with pytest.raises(UserError, match="where is 'nowhere'"):
+        ablation_matrix(here, mask, "zero", where="nowhere")
+
+
+def test_places_are_where_neurons_are_zero_and_nowhere_else():
+    model = planted.model()
+    ids, seen = torch.arange(4, 12)[None], []
+    at = torch.zeros(1, 8, dtype=torch.bool)
+    at[0, 2:4] = True
+    mask = np.zeros((3, zoo.N), bool)
+    mask[0, :5] = True
+    down = model.model.layers[0].mlp.down_proj
+    with ablate(model, {"dense": mask}, "zero", where=Places(at)):
+        hook = down.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+        with torch.no_grad():
+            model(ids)
+        hook.remove()
+    zero = (seen[0][0, :, :5] == 0).all(1)
+    assert zero.tolist() == at[0].tolist()
+
+
+def test_neurons_of_routed_experts_have_no_places():
+    model = zoo.build("qwen2_moe")
+    site = next(s for s in model.modules() if hasattr(s, "is_transposed"))
+    experts, width = len(site.down_proj), site.down_proj.shape[2]
+    mask = np.ones((2, experts, width), bool)
+    with (
+        pytest.raises(UserError, match="every token or none"),
+        ablate(model, {"expert": mask}, "zero", where=Places()),
+    ):
+        pass
+
+
+def test_the_tables_of_a_page_stand_side_by_side(needed):
+    table = needed.places()
+    assert set(table["where"]) == {"everywhere", "all but the first", "prompt", "response"}
+    strong = table[(table["score"] == "contribution") & (table["operator"] == "zero")]
+    at = strong.set_index("where")["own"]
+    assert at["response"] == pytest.approx(at["everywhere"], abs=1e-4)
+    assert needed.usage().empty
+    assert isinstance(needed.own_part(), pd.DataFrame)
