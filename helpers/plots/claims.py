@@ -4,9 +4,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .style import NULL, SMALLEST, colours, entry, error_bars, markers
+from .style import NULL, SMALLEST, colours, entry, error_bars, if_any, markers
 
 
+@if_any
 def forest(table: pd.DataFrame) -> Figure:
     """Effect minus null with its 95 % interval, a panel per unit of measure, a row per claim.
 

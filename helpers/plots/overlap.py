@@ -1,7 +1,5 @@
 """Figures of generality and uniqueness under their controls."""
 
-from functools import wraps
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -14,6 +12,7 @@ from .style import (
     colours,
     entry,
     error_bars,
+    if_any,
     label_left,
     legend_below,
     markers,
@@ -25,20 +24,6 @@ FEW = 10  # components: a share of fewer says nothing
 MODELS = ("tuned", "base", "words", "twins")  # one colour and marker each, in every figure
 
 
-def _if_any(draw):
-    """The figure of a table; of one without a row, an empty page that says so."""
-
-    @wraps(draw)
-    def drawn(table, *more) -> Figure:
-        if len(table):
-            return draw(table, *more)
-        fig = plt.figure(figsize=(6, 1))
-        fig.text(0.5, 0.5, "not testable: see the table's notes", ha="center", va="center")
-        return fig
-
-    return drawn
-
-
 def _title(ax, name, part, *more):
     """A panel's name, and of how many instructions (and wordings) it speaks."""
     said = [f"n = {int(part['n'].max())}", *more]
@@ -47,7 +32,7 @@ def _title(ax, name, part, *more):
     ax.set_title(f"{name}\n{', '.join(said)}", fontsize=10)
 
 
-@_if_any
+@if_any
 def excess_matrices(table: pd.DataFrame) -> Figure:
     """Observed minus null of every two categories; columns panel, unit, category, other category,
     excess, low, high, marked (0 lies outside the interval), n.
@@ -86,7 +71,7 @@ def _cell(ax, x, y, row, most):
     ax.text(x, y + 0.04, f"{said(row.low)}, {said(row.high)}", va="top", **look)
 
 
-@_if_any
+@if_any
 def wordings(table: pd.DataFrame) -> Figure:
     """Same wording, other wording, other category; columns panel, model, pairs, value, low, high,
     null, n, wordings. Grey dashes: the rate-matched null of that model.
@@ -118,7 +103,7 @@ def _dashes() -> dict:
     return {"colors": NULL["color"], "linestyles": "--", "linewidth": NULL["linewidth"]}
 
 
-@_if_any
+@if_any
 def waterfall(table: pd.DataFrame) -> Figure:
     """What each control leaves of the gap; columns panel, model, step, left, low, high, n.
 
@@ -148,7 +133,7 @@ def waterfall(table: pd.DataFrame) -> Figure:
     return fig
 
 
-@_if_any
+@if_any
 def layers(table: pd.DataFrame) -> Figure:
     """Shares of each layer's components minus their null; columns panel, kind, layer, excess, low,
     high, marked (Benjamini-Hochberg over layers below 0.05: filled), n, width (of a layer).
@@ -227,7 +212,7 @@ def _over_tau(ax, part, most):
     return image
 
 
-@_if_any
+@if_any
 def readable(table: pd.DataFrame) -> Figure:
     """Accuracy of reading a category off; columns panel, half, read off, accuracy, low, high,
     chance, n, wordings.

@@ -1,5 +1,7 @@
 """What all figures share: colours (Okabe-Ito), grey dashed nulls, panels, legends, saving."""
 
+from functools import wraps
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -23,6 +25,20 @@ plt.rcParams |= {
     "axes.spines.right": False,
     "figure.constrained_layout.use": True,
 }
+
+
+def if_any(draw):
+    """The figure of a table; of one without a row, an empty page that says so."""
+
+    @wraps(draw)
+    def drawn(table, *more) -> Figure:
+        if len(table):
+            return draw(table, *more)
+        fig = plt.figure(figsize=(6, 1))
+        fig.text(0.5, 0.5, "not testable: see the table's notes", ha="center", va="center")
+        return fig
+
+    return drawn
 
 
 def colours(names) -> dict:
