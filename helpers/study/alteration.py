@@ -253,11 +253,12 @@ def categories(pairs: dict) -> pd.DataFrame:
             row |= {fate: values[here].mean() for fate, values in fates.items()}
             row |= {"floor": alike.floor[here].mean()}
             rows.append(row | attempt(partial(_category, study, alike, fates, drift, here)))
-        tested = [row for row in rows if "p" in row]
-        for row, p in zip(tested, adjust([r["p"] for r in tested], "holm") if tested else ()):
-            row["holm"] = p
-        found += rows
-    return pd.DataFrame(found)
+        table = pd.DataFrame(rows)
+        if "p" in table:
+            tested = table["p"].notna()
+            table.loc[tested, "holm"] = adjust(table.loc[tested, "p"].astype(float), "holm")
+        found.append(table)
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 def _category(study, alike, fates, drift, here):
@@ -504,8 +505,8 @@ def weights(study):
 
 
 def weight_bins(pairs: dict, found: Found, most: int = 10) -> pd.DataFrame:
-    """Change in frequency in bins of equal change in weights: panel (with rho and p), layer, weight,
-    moved, components, null (the layer's mean: no relation), n.
+    """Change in frequency in bins of equal change in weights: panel (with rho and p), layer,
+    weight, moved, components, null (the layer's mean: no relation), n.
     """
     rows = []
     for pair, study in pairs.items():
@@ -591,6 +592,18 @@ def _critical(study, values):
         "neurons": sizes.mean(),
         "n": len(table),
     }
+
+
+def picture(found: Found, value: str = "critical") -> pd.DataFrame:
+    """A finding's rows that have a value, for a figure: panel (the pair), its interval as low and
+    high.
+    """
+    table = found.table
+    if value not in table:
+        return pd.DataFrame()
+    table = table[table[value].notna()]
+    ci = pd.DataFrame(table[f"{value}_ci"].tolist(), table.index, ["low", "high"])
+    return table.drop(columns=f"{value}_ci").join(ci).rename(columns={"pair": "panel"})
 
 
 def transplanted(study):
