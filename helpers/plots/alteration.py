@@ -49,7 +49,7 @@ def layers(table: pd.DataFrame) -> Figure:
     similarity, low, high, floor, n, beyond (bool: below the floor after BH over layers; drawn as a
     filled marker).
     """
-    fig, drawn = _panels(table, (4.3, 3.6), sharey=True)
+    fig, drawn = _panels(table, (3.6, 3.4), sharey=True)
     own = {"color": PALETTE[0]}
     for ax, _, part in drawn:
         ax.fill_between(part["layer"], part["low"], part["high"], alpha=0.2, **own)
@@ -70,7 +70,7 @@ def training(table: pd.DataFrame) -> Figure:
     """Similarity to the base along the steps of instruction tuning and, its null, of further
     pre-training; columns panel, run, step, value, low, high, n.
     """
-    fig, drawn = _panels(table, (4.6, 3.5), sharey=True)
+    fig, drawn = _panels(table, (3.8, 3.4), sharey=True)
     looks = {
         "instruction tuning": {"color": PALETTE[0], "marker": "o"},
         "further pre-training": NULL | {"marker": "D"},
@@ -90,7 +90,7 @@ def trajectory(table: pd.DataFrame) -> Figure:
     """Ability and component change over a tuning, as shares of the final change; columns panel,
     line, step, value, null (bool: drawn as one), n.
     """
-    fig, drawn = _panels(table, (5.4, 3.8), sharey=True)
+    fig, drawn = _panels(table, (4.8, 3.8), sharey=True)
     names = list(pd.unique(table.loc[~table["null"], "line"])) if drawn else []
     for ax, _, part in drawn:
         for line, values in part.groupby("line", sort=False):

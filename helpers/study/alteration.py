@@ -617,7 +617,7 @@ def transplanted(study):
     for way, sign in (("forward", 1), ("reverse", -1)):
         for half, parts in _pooled(study).items():
             of = [found[way, part][TENTH] for part in parts]
-            values = np.concatenate([sign * (random.mean(0) - own) for own, random in of])
+            values = np.concatenate([sign * (random - own).mean(0) for own, random in of])
             yield f"transplant.{way}.{half}", attempt(partial(_put, study, values))
 
 
