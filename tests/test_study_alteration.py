@@ -240,6 +240,29 @@ def test_an_ability_that_never_comes_has_no_lead(changed):
     assert alteration.curves(changed, {"pair": {"full-s0": run}}).empty
 
 
+def test_an_ability_that_could_not_be_scored_leaves_the_components(changed):
+    runs = runs_of(changed["pair"])
+    runs["full-s0"].correct[:, 3] = np.nan
+    found = alteration.measured(changed, alteration.leads, {"pair": runs})
+    assert "alteration.trajectory.neurons.all.lead" not in found.numbers["pair"]
+    assert found.table["note"].str.contains("NaN").any()
+    table = alteration.curves(changed, {"pair": runs})
+    assert set(table["line"]) == {
+        "neurons: left the base's sets",
+        "neurons: came to the final sets",
+    }
+    assert plots.alteration.trajectory(table)
+
+
+def test_the_ability_without_instructions_is_in_units_of_what_tuning_gained(changed):
+    runs = runs_of(changed["pair"])
+    runs["pretraining-s0"].correct[:] = np.array([0.1, 0.2, 0.3])[:, None]
+    table = alteration.curves(changed, {"pair": runs}).set_index("line")
+    null = table[table["null"]]["value"]
+    assert null.to_numpy() == pytest.approx([0, 0.1 / 0.8, 0.2 / 0.8])
+    assert table.loc["accuracy", "value"].to_numpy() == pytest.approx([0, 0.25, 1])
+
+
 def test_common_gain_beyond_chance(changed):
     study = changed["pair"]
     run = run_of(np.arange(len(study.rows)))
@@ -300,6 +323,8 @@ def test_a_transplant_effect_is_random_minus_moved(changed):
         by_hand = sign * np.mean([np.mean(draw) - np.mean(own) for draw in random])
         row = found[(found["what"] == way) & (found["half"] == "A")].iloc[0]
         assert row["effect"] == pytest.approx(by_hand)
+        as_well = sum(sign * (np.mean(draw) - np.mean(own)) <= 0 for draw in random)
+        assert row["p_sets"] == pytest.approx((1 + as_well) / 11)
 
 
 # nothing changed, nothing there

@@ -424,16 +424,16 @@ def curves(pairs: dict, runs: dict) -> pd.DataFrame:
 
 def _lines(runs):
     run, trained = runs[TUNED], runs.get(TRAINED)
-    lines = {"accuracy": shares(run.correct)[0]}
-    lines |= {"neurons: left the base's sets": shares(run.neurons)[0]}
+    lines = {"neurons: left the base's sets": shares(run.neurons)[0]}
     lines |= {"neurons: came to the final sets": shares(run.to_final)[0]}
     if run.experts is not None:
         lines["experts: left the base's routing"] = shares(run.experts)[0]
-    if trained is not None and np.array_equal(trained.steps, run.steps):
-        gained = trained.correct.mean(1) - trained.correct[0].mean()
-        lines["null: accuracy, further pre-training"] = gained / np.ptp(
-            run.correct.mean(1)[[0, -1]]
-        )
+    ability = run.correct.mean(1)  # NaN where a category could not be scored
+    if np.isfinite(ability).all():
+        lines = {"accuracy": shares(run.correct)[0]} | lines
+        if trained is not None and np.array_equal(trained.steps, run.steps):
+            gained = trained.correct.mean(1) - trained.correct[0].mean()
+            lines["null: accuracy, further pre-training"] = gained / (ability[-1] - ability[0])
     return lines
 
 
@@ -617,14 +617,18 @@ def transplanted(study):
     for way, sign in (("forward", 1), ("reverse", -1)):
         for half, parts in _pooled(study).items():
             of = [found[way, part][TENTH] for part in parts]
-            values = np.concatenate([sign * (random - own).mean(0) for own, random in of])
+            values = np.concatenate([sign * (random - own) for own, random in of], axis=1)
             yield f"transplant.{way}.{half}", attempt(partial(_put, study, values))
 
 
 def _put(study, values):
-    found = _effect(study, values)
+    """values [draws, n]: by how much the most moved beat each random set. p flips signs over
+    instructions and takes the sets for given; p_sets: how many random sets did as well.
+    """
+    found = _effect(study, values.mean(0))
     numbers = {"effect": found.difference, "effect_ci": [found.low, found.high], "p": found.p}
-    return numbers | {"detectable": found.detectable, "n": len(values)}
+    numbers["p_sets"] = plus_one(0.0, -values.mean(1))
+    return numbers | {"detectable": found.detectable, "n": values.shape[1]}
 
 
 def _transplants(study):
@@ -740,7 +744,9 @@ def _said_of_sets(pair, numbers):
             key = f"{kind}.{name}.all"
             if f"alteration.{key}.{what}" in numbers:
                 value, told = (f(numbers, key, what) for f in (_value, _told))
-                yield f"{pair}, {name}: {said}: {value} nats per token, {told}."
+                sets = numbers.get(f"alteration.{key}.p_sets")
+                drawn = f"; p over drawn sets {sets:.2f}" if sets else ""
+                yield f"{pair}, {name}: {said}: {value} nats per token, {told}{drawn}."
 
 
 def ways(curve: pd.DataFrame) -> list[str]:
