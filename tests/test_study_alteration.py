@@ -2,6 +2,7 @@
 cannot be tested is a sentence.
 """
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import hypergeom
 
 from helpers import plots
 from helpers.analysis.similarity import jaccard
@@ -279,6 +281,16 @@ def test_common_gain_beyond_chance(changed):
     assert row["n"] == sum(gains)
     assert row["jaccard"] == pytest.approx(jaccard(3, 3, 3))
     assert row["excess"] == pytest.approx(1 - row["by chance"])
+    one, two = (alteration.sets(study, model) for model in alteration.MODELS)
+    chance = []
+    for base, tuned in zip(one.reshape(-1, 3, 80), two.reshape(-1, 3, 80), strict=True):
+        gained, free = (tuned & ~base).sum(1), (~base).sum(1)[MOVED[0]]
+        size = gained[MOVED[0]]
+        assert gained.sum() == size  # in the changed layer alone
+        shared = np.arange(size + 1)
+        odds = hypergeom(free, size, size).pmf(shared)
+        chance += [(odds * shared / (2 * size - shared)).sum()] if size else []
+    assert row["by chance"] == pytest.approx(np.mean(chance))
 
 
 # does it matter
@@ -314,6 +326,23 @@ def test_a_transplant_of_all_neurons_is_the_other_model(changed):
     assert curve.loc[curve["share"] == 0, "loss"].equals(curve.loc[curve["share"] == 0, "host"])
 
 
+def test_the_most_moved_are_exchanged_first(changed, monkeypatch):
+    study, seen = changed["pair"], []
+
+    def watched(host, donor, mask):
+        seen.append(next(iter(mask.values())))
+        return nullcontext()
+
+    monkeypatch.setattr(alteration, "transplant", watched)
+    monkeypatch.setattr(alteration, "nll", lambda model, encoded, size: np.zeros(len(encoded)))
+    alteration._transplants(study)
+    layer, neurons = MOVED
+    assert seen[0].sum() == round(0.05 * 240)
+    assert seen[0][layer, neurons].all()
+    assert [m.sum() for m in seen[1:3]] == [12, 12]
+    assert not any(m[layer, neurons].all() for m in seen[1:3])
+
+
 def test_a_transplant_effect_is_random_minus_moved(changed):
     found = alteration.measured(changed, alteration.transplanted).table
     losses = changed["pair"].once("transplants", dict)
@@ -325,6 +354,33 @@ def test_a_transplant_effect_is_random_minus_moved(changed):
         assert row["effect"] == pytest.approx(by_hand)
         as_well = sum(sign * (np.mean(draw) - np.mean(own)) <= 0 for draw in random)
         assert row["p_sets"] == pytest.approx((1 + as_well) / 11)
+
+
+# on the page
+
+
+def test_a_page_never_prints_a_p_of_zero_and_names_what_is_missing():
+    rows = [{"pair": "a", "what": "b", "half": "all", "p": 0.0004998, "v": 0.12345, "ci": [0, 1.5]}]
+    rows += [{"pair": "a", "what": "b", "half": "A", "note": "not testable: few rows"}]
+    table = pd.DataFrame(rows).assign(n=7).fillna({"note": ""})
+    first, second = alteration.shown(table, ["p", "v", "ci", "n"]).to_dict("records")
+    assert first == {"p": 0.0005, "v": 0.123, "ci": "[0.000, 1.500]", "n": 7, "note": ""}
+    assert second["p"] == second["ci"] == "not testable"
+    assert second["note"] == "not testable: few rows"
+
+
+def test_sentences_say_what_the_numbers_say(changed):
+    runs = {"pair": runs_of(changed["pair"])}
+    found = [alteration.measured(changed, alteration.churned)]
+    found += [
+        alteration.measured(changed, m, runs) for m in (alteration.training, alteration.leads)
+    ]
+    said = "\n".join(alteration.sentences(changed, *found))
+    assert "further pre-training by 0.300" in said
+    assert "not first by both metrics, the smaller lead is -0.062" in said
+    runs["pair"]["full-s0"].to_final[1] = 0.9
+    found[-1] = alteration.measured(changed, alteration.leads, runs)
+    assert "neurons: first by both metrics" in "\n".join(alteration.sentences(changed, *found))
 
 
 # nothing changed, nothing there

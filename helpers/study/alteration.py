@@ -87,7 +87,10 @@ def shown(table: pd.DataFrame, columns, by=("pair", "what", "half"), digits: int
             return "[" + ", ".join(f"{v:.{digits}f}" for v in value) + "]"
         if value is None or value != value:
             return "not testable"
-        return round(float(value), digits) if isinstance(value, (float, np.floating)) else value
+        if not isinstance(value, (float, np.floating)):
+            return value
+        small = 0 < abs(value) < 0.5 * 10**-digits  # a p is never 0
+        return float(f"{value:.1g}") if small else round(float(value), digits)
 
     noted = ["note"] if "note" in table and table["note"].astype(bool).any() else []
     names = [*by, *(c for c in columns if c in table), *noted]
@@ -732,7 +735,9 @@ def _said(pair, unit, numbers):
     if f"alteration.{key}.lead" in numbers:
         yield f"{pair}, {unit}: lead by leaving the base {_value(numbers, key, 'lead')}."
     if f"alteration.{key}.smaller_lead" in numbers:
-        yield f"{pair}, {unit}: the smaller of two leads {_value(numbers, key, 'smaller_lead')}."
+        first = numbers[f"alteration.{key}.smaller_lead_ci"][0] > 0
+        value, told = _value(numbers, key, "smaller_lead"), "first" if first else "not first"
+        yield f"{pair}, {unit}: {told} by both metrics, the smaller lead is {value}."
 
 
 def _said_of_sets(pair, numbers):
