@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.hexainst.schema import CATEGORIES
 from helpers.plots import alteration as figures
 
 
@@ -35,29 +34,13 @@ def test_layers_mark_what_is_beyond_the_floor():
             "high": [0.3, 0.6, 0.5],
             "floor": [0.6, 0.5, 0.7],
             "beyond": [True, False, True],
+            "n": 9,
         }
     )
     fig = figures.layers(table)
     assert shown(fig, table["floor"])
     assert shown(fig, [0.2, 0.4])
     assert shown(fig, [0.5])
-
-
-def test_flow_names_every_number():
-    table = pd.DataFrame(
-        {
-            "panel": ["a", "a", "b"],
-            "layer": [0, 1, 0],
-            "kept": [11, 2, 7],
-            "gained": [4, 5, 6],
-            "lost": [8, 9, 3],
-        }
-    )
-    fig = figures.flow(table)
-    text = {t.get_text() for ax in fig.axes for t in ax.texts}
-    assert {"11 kept", "2 kept", "7 kept", "layer 0: 8 lost", "layer 1: 9 lost", "6 gained"} <= text
-    left = [patch for patch in fig.axes[0].patches if patch.get_x() == 0]
-    assert sum(patch.get_height() for patch in left) == 11 + 2 + 8 + 9
 
 
 def test_curves_are_the_tables():
@@ -70,10 +53,11 @@ def test_curves_are_the_tables():
                     "line": line,
                     "step": steps,
                     "value": rng.random(4),
-                    "component": line not in CATEGORIES,
+                    "null": line.startswith("null"),
+                    "n": 9,
                 }
             )
-            for line in (*CATEGORIES, "neurons: left the base's sets")
+            for line in ("accuracy", "neurons: left the base's sets", "null: further")
         ]
     )
     fig = figures.trajectory(table)
@@ -86,8 +70,11 @@ def test_curves_are_the_tables():
                     "set": kind,
                     "share": [0, 0.1, 1],
                     "loss": rng.random(3),
+                    "low": 0,
+                    "high": 1,
                     "host": 1,
                     "donor": 0,
+                    "n": 9,
                 }
             )
             for panel in "abcd"
@@ -106,6 +93,8 @@ def test_single_components_are_not_joined():
             "weight": [0.1, 0.2, 0.3, 0.4],
             "moved": [0.5, 0.6, 0.7, 0.8],
             "components": [9, 8, 1, 1],
+            "null": 0.65,
+            "n": 9,
         }
     )
     fig = figures.weights(table)
@@ -121,8 +110,8 @@ def test_legends_stand_inside_the_page(panels):
     table = pd.concat(
         [
             pd.DataFrame(
-                {"panel": name, "set": kind, "share": [0, 1], "loss": [1, 2], "host": 1, "donor": 2}
-            )
+                {"panel": name, "set": kind, "share": [0, 1], "loss": [1, 2], "n": 9}
+            ).assign(low=1, high=2, host=1, donor=2)
             for name in names
             for kind in ("most moved", "random")
         ]
@@ -138,6 +127,7 @@ def test_legends_stand_inside_the_page(panels):
                     "high": 0.6,
                     "floor": 0.7,
                     "beyond": [True, False],
+                    "n": 9,
                 }
             )
             for name in names

@@ -7,7 +7,7 @@ Arrays in, arrays out. I instructions, L layers, S checkpoints (the first is the
 import numpy as np
 from scipy.stats import rankdata
 
-from ..record import UserError
+from ..record import NotTestable, UserError
 from .nulls import chance_jaccard
 from .similarity import jaccard
 from .stats import Interval, bootstrap, plus_one
@@ -60,7 +60,7 @@ def layer_rank_correlation(first, second) -> np.ndarray:
     a, b = _centred_ranks(np.asarray(first)), _centred_ranks(np.asarray(second))
     scale = np.sqrt((a**2).sum((-2, -1)) * (b**2).sum((-2, -1)))
     if not np.all(scale > 0):
-        raise UserError(
+        raise NotTestable(
             "one of the two does not vary within any layer; expected values that differ. Not "
             "testable."
         )
@@ -104,7 +104,7 @@ def shares(values, weights=None) -> np.ndarray:
     means = weights @ values.T / weights.sum(1, keepdims=True)  # [R, S]
     change = means - means[:, :1]
     if not change[:, -1].all():
-        raise UserError(
+        raise NotTestable(
             "a curve ends where it began: the share of its final change is not defined. Not "
             "testable."
         )
@@ -138,7 +138,7 @@ def crossing(steps, curve, level: float = 0.5) -> np.ndarray:
     """
     steps, curve = np.asarray(steps, float), np.asarray(curve, float)
     if not (curve.max(1) >= level).all() or not (curve[:, 0] < level).all():
-        raise UserError(
+        raise NotTestable(
             f"a curve does not start below {level} and reach it; expected shares from 0 to 1."
         )
     after = (curve >= level).argmax(1)

@@ -8,31 +8,50 @@ from matplotlib.figure import Figure
 from .style import (
     NULL,
     PALETTE,
+    SHAPES,
     SMALLEST,
-    colours,
+    error_bars,
     label_left,
     legend_below,
-    markers,
     panels,
     whole_numbers,
 )
 
-FATE = {"kept": PALETTE[0], "gained": PALETTE[2], "lost": PALETTE[4]}
-SIDE = 0.12  # width of the columns of `flow`
-
 
 def _panels(table, size, **axes):
-    return panels(table, "panel", size, 2 if table["panel"].nunique() > 3 else 3, **axes)
+    """As `style.panels`, each title with its n; of an empty table, a page that says so."""
+    if table.empty:
+        fig, ax = plt.subplots(figsize=(5, 1))
+        ax.text(0.5, 0.5, "nothing to draw: no model here has what this needs", ha="center")
+        ax.axis("off")
+        return fig, []
+    fig, drawn = panels(table, "panel", size, 2 if table["panel"].nunique() > 3 else 3, **axes)
+    for ax, name, part in drawn:
+        ax.set_title(f"{name} (n = {part['n'].max()})", fontsize=10)
+    return fig, drawn
+
+
+def _finish(fig, drawn, label, most=4) -> Figure:
+    if drawn:
+        label_left(drawn, label)
+        legend_below(fig, drawn, most)
+    return fig
+
+
+def _steps(ax, steps) -> None:
+    """Checkpoints at equal distances: they are denser early, where most happens."""
+    ax.set_xticks(range(len(steps)), [f"{step}" for step in steps], rotation=60, fontsize=SMALLEST)
+    ax.set_xlabel("step (checkpoints, not to scale)")
 
 
 def layers(table: pd.DataFrame) -> Figure:
     """Similarity of base and tuned per layer beside the noise floor; columns panel, layer,
-    similarity, low, high, floor, beyond (bool: below the floor after BH over layers; drawn as a
+    similarity, low, high, floor, n, beyond (bool: below the floor after BH over layers; drawn as a
     filled marker).
     """
-    fig, drawn = _panels(table, (4.3, 3.6), sharey=True)
+    fig, drawn = _panels(table, (3.6, 3.4), sharey=True)
     own = {"color": PALETTE[0]}
-    for ax, name, part in drawn:
+    for ax, _, part in drawn:
         ax.fill_between(part["layer"], part["low"], part["high"], alpha=0.2, **own)
         ax.plot(part["layer"], part["similarity"], label="base vs tuned (95 % CI)", **own)
         for beyond, face in ((True, PALETTE[0]), (False, "white")):
@@ -42,119 +61,109 @@ def layers(table: pd.DataFrame) -> Figure:
             label = said if len(some) else None
             ax.plot(some["layer"], some["similarity"], "o", label=label, **look)
         ax.plot(part["layer"], part["floor"], label="null: split-half noise floor", **NULL)
-        ax.set(title=name, xlabel="layer", ylim=(0, 1.02))
+        ax.set(xlabel="layer", ylim=(0, 1.02))
         whole_numbers(ax)
-    label_left(drawn, "similarity of components")
-    legend_below(fig, drawn)
-    return fig
+    return _finish(fig, drawn, "similarity of components")
 
 
-def flow(table: pd.DataFrame) -> Figure:
-    """Where an instruction's set goes, layer by layer: left column base, right column tuned, the
-    band between them is kept. Columns panel, layer, kept, gained, lost (mean components of an
-    instruction).
+def training(table: pd.DataFrame) -> Figure:
+    """Similarity to the base along the steps of instruction tuning and, its null, of further
+    pre-training; columns panel, run, step, value, low, high, n.
     """
-    fig, drawn = _panels(table, (5.2, 4.2))
-    for ax, name, part in drawn:
-        gap = 0.06 * max(part[["kept", "lost"]].sum().sum(), part[["kept", "gained"]].sum().sum())
-        left = right = 0.0
-        for n, row in enumerate(part.sort_values("layer", ascending=False).itertuples()):
-            _band(ax, row, left, right, named=n == 0)
-            left, right = left + row.kept + row.lost + gap, right + row.kept + row.gained + gap
-        ax.set(title=name, xlim=(-0.45, 1.35), ylim=(0, max(left, right)), yticks=[])
-        ax.set_xticks([SIDE / 2, 1 - SIDE / 2], ["base", "tuned"])
-        ax.spines[["left", "bottom"]].set_visible(False)
-    legend_below(fig, drawn)
-    return fig
-
-
-def _band(ax, row, left, right, named) -> None:
-    """One layer of `flow`, its columns from `left` and `right` upwards."""
-    low, high = [left, right], [left + row.kept, right + row.kept]
-    band = {
-        "color": FATE["kept"],
-        "alpha": 0.45,
-        "linewidth": 0,
-        "label": "kept" if named else None,
+    fig, drawn = _panels(table, (3.8, 3.4), sharey=True)
+    looks = {
+        "instruction tuning": {"color": PALETTE[0], "marker": "o"},
+        "further pre-training": NULL | {"marker": "D"},
     }
-    ax.fill_between([SIDE, 1 - SIDE], low, high, **band)
-    for x, y, fate in ((0, left, "lost"), (1 - SIDE, right, "gained")):
-        ax.add_patch(plt.Rectangle((x, y), SIDE, row.kept, color=FATE["kept"], linewidth=0))
-        look = {"color": FATE[fate], "linewidth": 0, "label": fate if named else None}
-        ax.add_patch(plt.Rectangle((x, y + row.kept), SIDE, getattr(row, fate), **look))
-    text = {"va": "center", "fontsize": SMALLEST + 0.5}
-    lost, gained = f"layer {row.layer}: {row.lost:.0f} lost", f"{row.gained:.0f} gained"
-    ax.text(-0.02, left + (row.kept + row.lost) / 2, lost, ha="right", **text)
-    ax.text(1.02, right + (row.kept + row.gained) / 2, gained, **text)
-    ax.text(0.5, (left + right + row.kept) / 2, f"{row.kept:.0f} kept", ha="center", **text)
+    for ax, _, part in drawn:
+        for run, look in looks.items():
+            line = part[part["run"] == run]
+            at, null = np.arange(len(line)), "null: " * (run != "instruction tuning")
+            ax.fill_between(at, line["low"], line["high"], color=look["color"], alpha=0.2)
+            ax.plot(at, line["value"], label=f"{null}{run} (95 % CI)", markersize=4, **look)
+            _steps(ax, line["step"])
+        ax.set_ylim(0, 1.02)
+    return _finish(fig, drawn, "similarity to the base")
+
+
+def trajectory(table: pd.DataFrame) -> Figure:
+    """Ability and component change over a tuning, as shares of the final change; columns panel,
+    line, step, value, null (bool: drawn as one), n.
+    """
+    fig, drawn = _panels(table, (4.8, 3.8), sharey=True)
+    names = list(pd.unique(table.loc[~table["null"], "line"])) if drawn else []
+    for ax, _, part in drawn:
+        for line, values in part.groupby("line", sort=False):
+            look = NULL | {"marker": "x"}
+            if line in names:
+                n = names.index(line)
+                look = {"color": PALETTE[-n % 8], "marker": SHAPES[n % 8], "linewidth": 1.8}
+            ax.plot(range(len(values)), values["value"], label=line, markersize=5, **look)
+            _steps(ax, values["step"])
+        ax.set_ylim(min(-0.05, 1.05 * part["value"].min()), max(1.05, 1.03 * part["value"].max()))
+    return _finish(fig, drawn, "share of the final change", 3)
+
+
+def matter(table: pd.DataFrame) -> Figure:
+    """What each set's ablation costs beyond random sets, which are its null, 0; columns panel,
+    what, half, critical, low, high, n.
+    """
+    fig, drawn = _panels(table, (4.2, 3.2))
+    for ax, _, part in drawn:
+        names, parts = list(pd.unique(part["what"])), list(pd.unique(part["half"]))
+        for n, half in enumerate(parts):
+            rows = part[part["half"] == half]
+            at = [names.index(what) + 0.2 * (n - (len(parts) - 1) / 2) for what in rows["what"]]
+            bars = error_bars(rows["low"], rows["critical"], rows["high"])
+            look = {"color": PALETTE[n % 8], "marker": SHAPES[n % 8], "linestyle": ""}
+            said = "both halves" if half == "all" else f"measured on {half}"
+            ax.errorbar(at, rows["critical"], bars, label=f"{said} (95 % CI)", capsize=3, **look)
+        ax.axhline(0, label="null: as many random neurons of the same layers", **NULL)
+        ax.set_xticks(range(len(names)), names)
+        ax.set_xlim(-0.5, len(names) - 0.5)
+    return _finish(fig, drawn, "loss beyond random sets\n(nats per token)", 2)
+
+
+def transplant(table: pd.DataFrame) -> Figure:
+    """Loss along the share of neurons transplanted; columns panel, set ("most moved", "random"),
+    share, loss, low, high (of the draws), host (loss without), donor (the other model's), n.
+    """
+    fig, drawn = _panels(table, (4.3, 3.5))
+    kinds = {
+        "most moved": ("most moved first", {"color": PALETTE[0], "marker": "o"}),
+        "random": ("null: as many random, same layers (band: all draws)", NULL | {"marker": "D"}),
+    }
+    ends = {"host": ("the model as it was", 1), "donor": ("the model the weights come from", 2)}
+    for ax, _, part in drawn:
+        for kind, (label, look) in kinds.items():
+            line = part[part["set"] == kind]
+            band = {"color": look["color"], "alpha": 0.25, "linewidth": 0}
+            ax.fill_between(100 * line["share"], line["low"], line["high"], **band)
+            ax.plot(100 * line["share"], line["loss"], label=label, markersize=5, **look)
+        for end, (label, colour) in ends.items():
+            line = {"color": PALETTE[colour], "linewidth": 1.2, "linestyle": "-:"[colour - 1]}
+            ax.axhline(part[end].iloc[0], label=label, **line)
+        top, far = 1.1 * part[["high", "host"]].max().max(), part["donor"].iloc[0]
+        if far > top:  # its line would press the curves flat
+            said = {"ha": "center", "va": "top", "fontsize": SMALLEST, "color": PALETTE[2]}
+            ax.text(50, top, f"the other model: {far:.2f}, above", **said)
+        ax.set(xlabel="% of neurons transplanted", xlim=(-2, 102), ylim=(0, top))
+    return _finish(fig, drawn, "loss of references\n(nats per token)", 2)
 
 
 def weights(table: pd.DataFrame) -> Figure:
     """Change in frequency along change in weights, in bins of equal number per layer; columns
     panel, layer, weight (relative change), moved (mean |change of p or f|), components (of the
-    bin; single ones are not joined).
+    bin; single ones are not joined), null (the layer's mean: no relation), n.
     """
-    fig, drawn = _panels(table, (4.0, 3.4))
-    for ax, name, part in drawn:
+    fig, drawn = _panels(table, (4.3, 3.5))
+    for ax, _, part in drawn:
         most = max(part["layer"].nunique() - 1, 1)
         for i, (layer, line) in enumerate(part.groupby("layer")):
-            look = {"color": plt.cm.viridis(i / most * 0.85), "marker": "osD^vP"[i % 6]}
+            look = {"color": plt.cm.viridis(i / most * 0.85), "marker": SHAPES[i % 8]}
             look |= {"linestyle": "-" if line["components"].min() > 1 else "", "clip_on": False}
             ax.plot(line["weight"], line["moved"], label=f"layer {layer}", markersize=5, **look)
-        ax.set(title=name, xlabel="relative change of its weights", ylim=(0, None))
-    label_left(drawn, "mean |change of p| (of f)")
-    legend_below(fig, drawn, 8)
-    return fig
-
-
-def transplant(table: pd.DataFrame) -> Figure:
-    """Loss along the share of neurons transplanted; columns panel, set ("most moved", "random"),
-    share, loss, host (loss without), donor (loss of the other model).
-    """
-    fig, drawn = _panels(table, (4.0, 3.5))
-    kinds = {
-        "most moved": ("most moved first", {"color": PALETTE[0], "marker": "o"}),
-        "random": ("null: as many random, same layers", NULL | {"marker": "D"}),
-    }
-    ends = {"host": ("the model as it was", 1), "donor": ("the model the weights come from", 2)}
-    for ax, name, part in drawn:
-        for kind, (label, look) in kinds.items():
-            line = part[part["set"] == kind]
-            ax.plot(100 * line["share"], line["loss"], label=label, **look)
-        for end, (label, colour) in ends.items():
-            ax.axhline(part[end].iloc[0], color=PALETTE[colour], linewidth=1.2, label=label)
-        ax.set(title=name, xlabel="% of neurons transplanted", xlim=(-2, 102), ylim=(0, None))
-    label_left(drawn, "loss of references\n(nats per token)")
-    legend_below(fig, drawn)
-    return fig
-
-
-def trajectory(table: pd.DataFrame) -> Figure:
-    """Task accuracy and component change over a tuning; columns panel, line, step, value in [0, 1],
-    component (bool: a curve of components, drawn black; else a category's accuracy).
-    """
-    fig, drawn = _panels(table, (5.6, 4.0), sharey=True)
-    categories = list(pd.unique(table.loc[~table["component"], "line"]))
-    colour, shape = colours(categories), markers(categories)
-    ticks, top = np.array([0, 25, 100, 400, 1000, 2000]), max(1.05, 1.03 * table["value"].max())
-    for ax, name, part in drawn:
-        dashes = iter(("-", ":", "-.", "--") * len(table))
-        for line, values in part.groupby("line", sort=False):
-            if line in categories:
-                look = {"color": colour[line], "marker": shape[line], "markersize": 4}
-                look |= {"linewidth": 1.2, "label": f"accuracy {line}"}
-            else:
-                look = {
-                    "color": "black",
-                    "linestyle": next(dashes),
-                    "linewidth": 2.4,
-                    "label": line,
-                }
-            ax.plot(values["step"], values["value"], **look)
-        ax.set_xscale("symlog", linthresh=25)
-        ax.set(title=name, xlabel="step of the tuning", ylim=(-0.05, top))
-        ax.set_xticks(ticks, ticks)
-        ax.minorticks_off()
-    label_left(drawn, "accuracy; share of\nthe final change made")
-    legend_below(fig, drawn, 5)
-    return fig
+            said = None if i else "null: no relation (the layer's mean)"
+            ax.plot(line["weight"], line["null"], label=said, **NULL | {"linewidth": 1})
+        ax.set(xlabel="relative change of its weights", ylim=(0, None))
+    return _finish(fig, drawn, "mean |change of p| (of f)", 5)
