@@ -155,8 +155,7 @@ def study_of(folder, monkeypatch, base="qwen2_moe", halves=("A", "B"), short=Fal
     for seed, place in enumerate((path, other)):
         zoo.build(base, seed=seed).save_pretrained(place)
         zoo.tokenizer().save_pretrained(place)
-    for room in (study_room, equal_length):
-        monkeypatch.setattr(room, "counts_dir", lambda *names: folder.joinpath(*names))
+    monkeypatch.setattr(study_room, "counts_dir", lambda *names: folder.joinpath(*names))
     opening = {"SUM": "is it so, a b c", "QA": "name one fish of"}
     long = {w: w * (1 + k % 3) for k, w in enumerate("abcdef")}  # lengths go across categories
     rows = [

@@ -183,15 +183,13 @@ def test_wordings_are_drawn_as_wholes_where_the_corpus_names_them(changed, monke
     """Rows of one wording that are all alike count once: the interval is that of the wordings."""
     study = changed["pair"]
     names = np.arange(len(study.rows)) // 4
-    monkeypatch.setattr(
-        alteration.corpus, "wordings", lambda rows: names[rows.index], raising=False
-    )
+    monkeypatch.setattr(alteration, "wordings", lambda rows: names[rows.index])
     runs = runs_of(study)
     runs["pretraining-s0"].neurons[-1] = (
         0.5 + 0.1 * np.random.default_rng(1).normal(size=names.max() + 1)[names]
     )
     row = alteration.measured(changed, alteration.training, {"pair": runs}).table.iloc[0]
-    monkeypatch.setattr(alteration.corpus, "wordings", lambda rows: np.arange(len(rows)))
+    monkeypatch.setattr(alteration, "wordings", lambda rows: np.arange(len(rows)))
     apart = alteration.measured(changed, alteration.training, {"pair": runs}).table.iloc[0]
     assert row["wordings"] == names.max() + 1
     assert row["beyond"] == apart["beyond"]

@@ -18,7 +18,7 @@ from ..analysis.sets import codes, consensus, frequency, top_experts, top_sets
 from ..analysis.similarity import agreement, churn, jensen_shannon, noise_floor
 from ..analysis.stats import adjust, attempt, bootstrap, paired_effect, plus_one
 from ..capture.interventions import transplant, weight_change
-from ..hexainst import corpus
+from ..hexainst.corpus import wordings
 from ..record import NotTestable
 from .evaluate import ablation_matrix, nll
 
@@ -104,11 +104,6 @@ def halves(study) -> dict[str, np.ndarray]:
     """{"all" and each fold: which rows, bool [I]}."""
     fold = study.rows["fold"].to_numpy()
     return {"all": np.ones(len(fold), bool)} | {half: fold == half for half in study.halves}
-
-
-def wordings(rows) -> np.ndarray:
-    """The cluster of each row, [I]: its wording or, where the corpus names none, the row itself."""
-    return getattr(corpus, "wordings", lambda rows: np.arange(len(rows)))(rows)
 
 
 def sets(study, variant: str) -> np.ndarray:

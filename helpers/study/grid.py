@@ -203,7 +203,7 @@ def category_rows(parts: dict, clusters: dict, resamples: int, seed: int) -> lis
 
 
 def category_table(studies: dict, found: dict) -> pd.DataFrame:
-    """A row per pair, score, size, half (and the halves pooled) and category; see `category_rows`."""
+    """A row per pair, score, size, half (and halves pooled) and category; see `category_rows`."""
     rows = []
     for pair, score, size in dict.fromkeys(key[:3] for key in found):
         study, profile = studies[pair], studies[pair].profile
@@ -252,7 +252,7 @@ def kept(studies: dict) -> dict:
 
 
 def committed(studies: dict) -> tuple | None:
-    """(table, matrices, categories, record) of the grid that the studies' profile names (`grid: tiny-full`), or
+    """(table, matrices, categories, record) of the grid that the studies' profile names, or
     of its own. None: it has none, or one of another seed or epsilon than this run's.
 
     Raises RecordMismatch if the models, rows or settings are no longer those it was made with,
@@ -321,7 +321,7 @@ def write_categories(studies: dict, found: dict) -> Path:
 
 
 def write(studies: dict, found: dict) -> list[Path]:
-    """Write data/grid/<profile>.csv, -matrices.csv, -categories.csv and their record .json, which says how many
+    """Write data/grid/<profile>.csv, -matrices.csv, -categories.csv and their record: how many
     cells they hold.
     """
     profile = next(iter(studies.values())).profile

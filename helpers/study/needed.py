@@ -158,7 +158,7 @@ class Needed:
 
     def doses(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """(curve, fits): damage at each share of the neurons, beside random sets of the same
-        layers and neurons in one random order; slopes and the second least step, a row per score and level.
+        layers and neurons in one random order; slopes and the second least step by score.
         """
         lines, fits, sizes = [], [], self.profile.sizes
         for score in TESTED:
@@ -575,7 +575,8 @@ class Needed:
 
 def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: int) -> tuple:
     """Codes 0..count-1 of the rows that sets are chosen on and of those measured: groups of like
-    size that are no kinds of instruction. `opening`: by the first word; `length`: by characters; `random`.
+    size that are no kinds of instruction. `opening`: by the first word; `length`: by characters;
+    `random`.
 
     Raises NotTestable where a group has no row in one of the two. (Ours.)
     """
@@ -685,9 +686,9 @@ def sentences(found: dict) -> list[str]:
             ]
             said.append(
                 f"{name}: losing the {one.profile.epsilon:.0%} of neurons that {score} ranks first "
-                f"costs {one.numbers[f'{key}.critical']:.2f} nats per token [{low:.2f}, {high:.2f}] "
-                f"beyond the hardest control; the interval lies above 0 in {sum(cases)} of "
-                f"{len(cases)} categories."
+                f"costs {one.numbers[f'{key}.critical']:.2f} nats per token [{low:.2f}, "
+                f"{high:.2f}] beyond the hardest control; the interval lies above 0 in "
+                f"{sum(cases)} of {len(cases)} categories."
             )
         said.append(
             f"{name}: the whole last layer costs {one.numbers['ablation.positive']:.2f}; the same "

@@ -19,9 +19,9 @@ def find_sets(counts: Counts, labels, score: str = "contrast", share: float = 0.
     label, with label, layer, neuron (its place in the layer; in a sparse model expert, too), rank
     and the neuron's mean activation frequency p in [0, 1] under that label.
 
-    counts of I texts (see `count`), labels [I] of any kind, 2 to 50 different ones. Raises UserError
-    for labels of another length or an unknown score, NotTestable for a single label. (Ours; sets of
-    the paper's section on identification are `top_sets`.)
+    counts of I texts (see `count`), labels [I] of any kind, 2 to 50 different ones. Raises
+    UserError for labels of another length or an unknown score, NotTestable for a single label.
+    (Ours; the paper's sets of single instructions are those of `top_sets`.)
     """
     _refuse(counts, labels)
     if score not in SCORES:
