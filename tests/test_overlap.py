@@ -22,7 +22,7 @@ from helpers.analysis.wordings import (
 from helpers.config import Pair, Profile
 from helpers.hexainst.corpus import predict_category, wordings
 from helpers.plots import overlap as figures
-from helpers.study import equal_length, ledger, overlap
+from helpers.study import ledger, overlap
 from helpers.study import study as study_room
 from helpers.study.study import Study
 
