@@ -119,6 +119,26 @@ def capture(model, ids):
         counter(ids)
 
 
+def position_groups(ids):
+    """All positions, the even ones, the odd ones and the first quarter: [B, 4, T]."""
+    at = torch.arange(ids.shape[1], device=ids.device)
+    one = torch.stack([at >= 0, at % 2 == 0, at % 2 == 1, at < ids.shape[1] // 4])
+    return one.long().expand(len(ids), -1, -1)
+
+
+def capture_groups(model, ids):
+    """Ours, four position groups in one pass."""
+    with watching(model) as counter:
+        counter(ids, count_mask=position_groups(ids))
+
+
+def capture_passes(model, ids):
+    """The same four groups, a pass for each."""
+    with watching(model) as counter:
+        for group in position_groups(ids).unbind(1):
+            counter(ids, count_mask=group)
+
+
 @torch.no_grad()
 def stored(model, ids):
     """Hooks that keep the activations of the MLPs and count afterwards; what is inside experts
@@ -265,6 +285,8 @@ def small(rounds, length) -> dict:
         methods = {
             "plain": partial(plain, model, ids),
             "capture": partial(capture, model, ids),
+            "capture, 4 groups": partial(capture_groups, model, ids),
+            "capture, 4 passes": partial(capture_passes, model, ids),
             "stored activations": partial(stored, model, ids),
             "capture, one by one": partial(one_by_one, partial(capture, model), ids),
             "whole model, one by one": partial(one_by_one, partial(whole, model), ids),
@@ -330,12 +352,17 @@ def full(rounds, length) -> dict:
     for shape in ("llama2-7b", "qwen15-moe"):
         model, ids = build(shape, "cuda", torch.bfloat16), token_ids(32, length).cuda()
         rows = interleaved(
-            {"plain": partial(plain, model, ids), "capture": partial(capture, model, ids)},
+            {
+                "plain": partial(plain, model, ids),
+                "capture": partial(capture, model, ids),
+                "capture, 4 groups": partial(capture_groups, model, ids),
+                "capture, 4 passes": partial(capture_passes, model, ids),
+            },
             rounds,
             clock,
         )
         extra = {}
-        for name, run in (("plain", plain), ("capture", capture)):
+        for name, run in (("plain", plain), ("capture", capture), ("4 groups", capture_groups)):
             torch.cuda.reset_peak_memory_stats()
             run(model, ids)
             extra[name] = (
