@@ -17,6 +17,7 @@ from .style import (
     legend_below,
     markers,
     panels,
+    title,
 )
 
 SCORE_COLOURS = dict(zip(SCORES, [PALETTE[i] for i in (0, 5, 2, 4, 1, 3)], strict=True))
@@ -42,7 +43,7 @@ def dose(table: pd.DataFrame) -> Figure:
         ax.set_xscale("log", base=2)
         ax.set_xticks(shares, [f"{share:.0%}" for share in shares], minor=False)
         ax.minorticks_off()
-        ax.set(title=pair, xlabel="share of the neurons ablated")
+        ax.set(title=title(pair, part), xlabel="share of the neurons ablated")
     label_left(drawn, "own category: increase of\nloss, nats per token")
     legend_below(fig, drawn, 2)
     return fig
@@ -65,11 +66,11 @@ def league(table: pd.DataFrame) -> Figure:
             look = {"fmt": "o", "markersize": 4, "color": shade, "linewidth": 1.4}
             ax.errorbar(line["critical"], y, xerr=bars, label=f"{size:.0%}", **look)
         ax.axvline(0, **NULL)
-        ax.set(title=pair, xlabel="own effect - hardest control (95 % CI)")
+        ax.set(title=title(pair, part), xlabel="own effect - hardest control (95 % CI)")
         ax.set_yticks(range(len(scores)), [f"{s} *" if s in seen else s for s in scores])
         ax.set_ylim(len(scores) - 0.4, -0.6)
-    title = "share ablated.  Grey: null.  * has seen references of the choosing half"
-    legend_below(fig, drawn, len(sizes), title=title)
+    said = "share ablated.  Grey: null.  * has seen references of the choosing half"
+    legend_below(fig, drawn, len(sizes), title=said)
     return fig
 
 
@@ -94,7 +95,7 @@ def by_category(table: pd.DataFrame) -> Figure:
                 label = score if held else None
                 ax.plot(line["critical"][some], y[some], marker="osD^"[n % 4], label=label, **look)
         ax.axvline(0, **NULL)
-        ax.set(title=pair, xlabel="own effect - hardest control, nats (95 % CI)")
+        ax.set(title=title(pair, part), xlabel="own effect - hardest control, nats (95 % CI)")
         ax.set_yticks(range(len(categories)), categories)
         ax.set_ylim(len(categories) - 0.5, -0.5)
     colour = SCORE_COLOURS
@@ -127,7 +128,7 @@ def damage(table: pd.DataFrame) -> Figure:
         ax.plot(line, line, label="as much damage to any text", **NULL)
         ax.set_xscale("symlog", linthresh=0.01)
         ax.set_yscale("symlog", linthresh=0.01)
-        ax.set(title=pair, xlabel="general: increase of plain text's loss, nats")
+        ax.set(title=title(pair, part), xlabel="general: increase of plain text's loss, nats")
     label_left(drawn, "specific: increase of the\nown category's loss, nats")
     dot = {"marker": "o", "linestyle": ""}
     scores = pd.unique(table["score"])

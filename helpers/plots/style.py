@@ -77,6 +77,11 @@ def panels(table: pd.DataFrame, column: str, size, per_row: int = 3, **axes):
     return fig, [(ax, name, table[table[column] == name]) for ax, name in shown]
 
 
+def title(name: str, part: pd.DataFrame) -> str:
+    """A panel's title: its name and, where the table has a column `n`, the largest n."""
+    return f"{name} (n = {int(part['n'].max())})" if "n" in part else name
+
+
 def label_left(drawn, label: str) -> None:
     """The y label, on the first axes of each row only."""
     for ax, *_ in drawn:

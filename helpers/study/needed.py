@@ -7,6 +7,7 @@ loss of references, nats per token, beyond controls of equal size per layer.
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ..analysis.controls import layer_matched, usage_matched
 from ..analysis.effects import critical, slope_of, slopes
@@ -203,7 +204,7 @@ class Needed:
         lines = []
         for share, d in zip(self.profile.sizes, doses, strict=True):
             found = self._critical(d, groups)
-            head = {"pair": self.study.name, "share": share}
+            head = {"pair": self.study.name, "share": share, "n": len(d["labels"])}
             ends = {"low": found["own_ci"][0], "high": found["own_ci"][1]}
             lines.append(head | {"line": score, "increase": found["own"]} | ends)
             null = dict.fromkeys(("increase", "low", "high"), found["random"])
@@ -531,7 +532,8 @@ class Needed:
                     plain = self.plain_loss(mask) - quiet
                     points.append(point | {"category": category, "plain": plain, "own": own[i, i]})
         points += self._random_damage(quiet)
-        table = pd.DataFrame(points)
+        n = len(self.halves) * self.profile.ablation_rows
+        table = pd.DataFrame(points).assign(n=n)
         for score, mean in table.groupby("score")["plain"].mean().items():
             if score in scores:
                 self.numbers[f"ablation.equal.{score}.plain_text"] = mean
@@ -652,6 +654,7 @@ def league(table: pd.DataFrame, pairs: dict) -> pd.DataFrame:
     """The grid's rows of these pairs, halves pooled, with `shown`: "critical [interval]"."""
     mine = table[table["pair"].isin(list(pairs)) & (table["half"] == "all")]
     ends = zip(mine["critical"], mine["critical_low"], mine["critical_high"], strict=True)
+    mine = mine.assign(n=mine["rows"])
     return mine.assign(shown=[f"{a:.2f} [{b:.2f}, {c:.2f}]" for a, b, c in ends])
 
 
@@ -664,7 +667,8 @@ def per_category(table: pd.DataFrame, pairs: dict, size: float) -> pd.DataFrame:
     families = mine.groupby(["pair", "score"])["p_sets"]
     mine["holm"] = families.transform(lambda p: adjust(p.to_numpy(), "holm"))
     mine["supported"] = (mine["critical_low"] > 0) & (mine["holm"] < 0.05)
-    return mine
+    each = {name: len(s.halves) * s.profile.ablation_rows for name, s in pairs.items()}
+    return mine.assign(n=mine["pair"].map(each))  # rows of a category
 
 
 def shown(table: pd.DataFrame, index, columns, otherwise: str):
@@ -695,3 +699,15 @@ def sentences(found: dict) -> list[str]:
             f"sets in an untrained twin {one.numbers['ablation.negative']:.3f}."
         )
     return said
+
+
+def keep_grid(found: dict, league: pd.DataFrame, by_category: pd.DataFrame) -> None:
+    """`Needed.from_grid` of several."""
+    for one in found.values():
+        one.from_grid(league, by_category)
+
+
+@torch.no_grad()
+def last_logits(model, ids) -> torch.Tensor:
+    """What a model expects after token ids [1, T]: logits [V]."""
+    return model(ids).logits[0, -1]
