@@ -238,7 +238,8 @@ def _parsed(path) -> dict:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{where}, line {line}: not UTF-8. Save it as UTF-8.") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        said = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+        raise UserError(f"{where} is not valid YAML: {said}") from error
     if not isinstance(values, dict):
         raise UserError(f"{where} holds {_shown(values)}, expected lines `key: value`.")
     return values

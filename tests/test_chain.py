@@ -450,7 +450,7 @@ def test_the_comparison_says_whether_outputs_are_the_same(tmp_path, out):
         (["notebooks/conftest.py"], "is no notebook"),
         (["-p", "profil", "tiny", "notebooks/00_start_here.ipynb"], "no parameter 'profil'"),
         (["-p", "profile", "[a"], "-p profile: '[a' is not valid YAML"),
-        (["-p", "profile", "[a]"], "unknown profile"),
+        (["-p", "profile", "[a]"], "cannot name a file"),
         (["--profile", "tiny", "-p", "profile", "tiny-full"], "differ. Name one"),
         (["-p", "epsilon", "many"], "epsilon"),
         (["-p", "epsilon", "7"], "epsilon"),

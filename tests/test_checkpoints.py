@@ -289,7 +289,7 @@ def test_an_expert_too_many_is_left_over(tmp_path):
     ("spoil", "error", "message"),
     [
         (lambda f: (f / "config.json").write_text("[]"), DamagedFile, "holds list"),
-        (lambda f: (f / "config.json").write_text("[" * 99999), DamagedFile, "nested too deeply"),
+        (lambda f: (f / "config.json").write_text("[" * 99999), DamagedFile, "is not valid JSON"),
         (lambda f: (f / "config.json").write_bytes(b"\xff"), DamagedFile, "is not valid JSON"),
         (lambda f: (f / "tokenizer_config.json").write_text("3"), DamagedFile, "holds int"),
         (lambda f: config(f, num_hidden_layers=0), UserError, "num_hidden_layers is 0, expected 1"),

@@ -31,7 +31,7 @@ from tests.zoo import ZOO, build, tokenizer
 torch.set_num_threads(1)
 TOKENIZER = tokenizer()
 PROFILE = SimpleNamespace(
-    template="say: {instruction}\n", batch_size=3, max_new_tokens=7, run_code=False
+    template="say: {instruction}\n", batch_size=3, max_new_tokens=7, run_code=False, chat=False
 )
 TEXTS = [
     "add one",
@@ -232,7 +232,7 @@ def test_a_row_of_a_short_checker_has_a_small_budget_and_the_others_the_profiles
 def test_a_category_without_a_score_is_shown_as_not_a_number_and_not_missed():
     """CODE whose checker would run code, and may not."""
     rows = ROWS.assign(half="A", category=["CLS", "CODE"] * 3 + ["CODE"])
-    code = {"name": "unit_tests", "tests": "assert f(1) == 2"}
+    code = {"name": "unit_tests", "tests": ["assert f(1) == 2"]}
     rows["checker"] = [
         code if c == "CODE" else k for c, k in zip(rows["category"], rows["checker"], strict=True)
     ]

@@ -249,7 +249,7 @@ def test_a_planted_circuit_is_found_by_its_effect_and_missed_by_frequency():
         }
     )
     profile, read_here = (
-        SimpleNamespace(template="{instruction}\n", batch_size=4),
+        SimpleNamespace(template="{instruction}\n", batch_size=4, chat=False),
         lambda positions: read(positions, rows, "{instruction}\n"),
     )
     study = Study(profile, Pair("pair", "none", "none"), rows, {"tuned": (model, TOKENIZER)})

@@ -285,10 +285,7 @@ def _known(model_type) -> bool:
 
 
 def _object(path: Path) -> dict:
-    try:
-        found = read_json(path)
-    except RecursionError as error:
-        raise DamagedFile(f"{short(path)} is nested too deeply to be read.") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise DamagedFile(
             f"{short(path)} holds {type(found).__name__}, expected a JSON object. Copy it again."

@@ -152,7 +152,9 @@ def run_plan(options) -> int:
     "count",
     PROFILE,
     option("--job", help=argparse.SUPPRESS),
-    option("--variants", nargs="+", default=["base", "tuned"], choices=("base", "tuned")),
+    option(
+        "--variants", nargs="+", choices=("base", "tuned"), help="default: those that a pair has"
+    ),
     option(
         "--positions",
         nargs="+",
@@ -173,7 +175,7 @@ def run_count(options) -> int:
         todo = [
             (study, variant, positions)
             for study in studies(profile, rows).values()
-            for variant in options.variants
+            for variant in options.variants or study.variants
             for positions in options.positions
         ]
     with household():

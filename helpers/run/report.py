@@ -126,7 +126,7 @@ def pages() -> dict[Path, str]:
     text}. Nothing is written.
     """
     readme, sheet = ROOT / "README.md", DATA / "README.md"
-    folders = sorted((DATA / "published").iterdir(), key=lambda folder: folder.name != "tiny")
+    folders = sorted((DATA / "published").glob("*/"), key=lambda folder: folder.name != "tiny")
     blocks = {
         "cost": cost(read_json(DATA / "published" / "tiny" / "summary.json")),
         "claims": claims_table(folders),

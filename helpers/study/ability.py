@@ -108,7 +108,7 @@ def candidates(row, others) -> dict[str, bool]:
     else its own reference and `others`, those of its neighbours.
 
     >>> candidates({"reference": "no", "checker": {"name": "exact"}}, ["yes"])
-    {'no': True, 'yes': False}
+    {'yes': False, 'no': True}
     """
     checker = row["checker"]
     if "labels" not in checker:
