@@ -85,6 +85,11 @@ def pre_activations(bank, x, expert: int) -> torch.Tensor:
     return h + getattr(bank, name + "_bias")[expert] if bank.has_bias else h
 
 
+def normed(bank) -> bool:
+    """Whether experts have a norm of their own behind the down projection."""
+    return getattr(bank, "has_post_expert_norm", False)  # transformers before 5.23 lacks the flag
+
+
 def neuron_outputs(bank, x, expert: int) -> torch.Tensor:
     """What one expert's down projection reads when its inputs are x [n, D]: h [n, N]."""
     return activated(bank, pre_activations(bank, x, expert))[1]
@@ -135,7 +140,7 @@ def observed_experts(bank, hidden, index, weights):
     else:
         h = bank._apply_gate(h) if bank.has_gate else bank.act_fn(h)
     h = linear(h, "down_proj")  # [R, D]
-    if getattr(bank, "has_post_expert_norm", False):  # transformers 5.17 does not have the flag yet
+    if normed(bank):
         h = bank.post_expert_norm(h)
     h = h * weights.reshape(-1)[order, None]
     placed = torch.empty_like(h).index_copy_(0, order, h)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..analysis.sets import category_means, category_sets, contrast, frequency, lape, margin
-from ..capture.bank import expert_rows, neuron_outputs
+from ..capture.bank import expert_rows, neuron_outputs, normed
 from ..capture.interventions import Reference, columns, editable
 from ..capture.sites import find_sites, input_device
 from ..capture.tokens import Encoded, batches, encode
@@ -278,11 +278,7 @@ def _readable(model):
     sites = find_sites(model)
     for site in sites:
         bank = site.module if site.family == "expert" else None
-        if (
-            not editable(site)
-            or bank is not None
-            and (not bank.has_gate or bank.has_post_expert_norm)
-        ):
+        if not editable(site) or bank is not None and (not bank.has_gate or normed(bank)):
             raise UserError(
                 f"{site.name}: its neurons' outputs cannot be read here: weights offloaded, "
                 "quantised or sharded, or experts without a gate or with their own norm. Load it "
