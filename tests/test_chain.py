@@ -20,7 +20,7 @@ import pytest
 
 from helpers.config import load_profile
 from helpers.paths import ROOT
-from helpers.record import UserError
+from helpers.record import UserError, read_json, write_json
 from helpers.run import __main__ as command
 from helpers.run import chain, notebook, progress, report, stopping
 
@@ -437,6 +437,20 @@ def test_the_comparison_says_whether_outputs_are_the_same(tmp_path, out):
     assert chain.check([target]) == 0
     target.write_text(target.read_text().replace("42", "43"))
     assert chain.check([target]) == 1
+
+
+# what it cost
+
+
+def test_only_a_run_of_the_whole_chain_says_how_long_the_chain_takes(tmp_path, out):
+    out.mkdir(exist_ok=True)
+    write_json(out / "summary.json", {"wall_seconds": 600, "seconds": {"00_start_here": 9}})
+    run(book(tmp_path / "a.ipynb", "print(1)"))
+    found = read_json(out / "summary.json")
+    assert found["wall_seconds"] == 600
+    assert set(found["seconds"]) == {"00_start_here", "a"}
+    run(*(book(tmp_path / f"{name}.ipynb", "print(1)") for name in chain.NOTEBOOKS))
+    assert read_json(out / "summary.json")["wall_seconds"] < 600
 
 
 # the command line

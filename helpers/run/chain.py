@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from ..config import Profile, load_profile
 from ..paths import DATA, PROFILES, ROOT, figures_dir, results_dir, short
 from ..record import UserError, digest, read_json, versions, write_json
+from ..study.summary import NOTEBOOKS
 from .notebook import Execution, canonical, environment, read, save
 from .progress import Progress
 from .stopping import Stopped, household, run_stoppable
@@ -191,7 +192,7 @@ class Chain:
                 "seconds": before.get("seconds", {}) | seconds,
                 "peak_rss_mb": max(round(peak), before.get("peak_rss_mb", 0)),
             }
-            if not self.resumed:
+            if set(NOTEBOOKS) <= set(seconds) and not self.resumed:  # the whole chain, in one go
                 costs["wall_seconds"] = round(wall)
             write_json(summary, before | costs)
         self.record.unlink(missing_ok=True)

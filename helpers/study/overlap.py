@@ -178,12 +178,14 @@ def measured(overlaps: dict, measure, halves=None) -> Found:
     return Found(pd.DataFrame(rows), numbers)
 
 
-def joined(*found: Found) -> dict:
-    """The numbers of several findings, as `summary.write_part` takes them."""
-    numbers = {}
+def joined(*found: Found, **settings) -> dict:
+    """The numbers of several findings, as `summary.write_part` takes them; each pair's begin with
+    the `settings`.
+    """
+    numbers = {pair: dict(settings) for one in found for pair in one.numbers}
     for one in found:
         for pair, keys in one.numbers.items():
-            numbers.setdefault(pair, {}).update(keys)
+            numbers[pair].update(keys)
     return numbers
 
 
