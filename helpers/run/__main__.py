@@ -127,6 +127,7 @@ def run_publish(options) -> int:
     from . import report
 
     print(short(report.publish(options.profile)))
+    print(short(report.write_plans()))
     report.write_pages()
     return 0
 

@@ -2,40 +2,59 @@
 
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..capture.checkpoints import configuration
 from ..capture.gguf_files import BAD, one_line
 from ..capture.sites import find_sites
-from ..config import Pair, Profile
+from ..config import Pair, Profile, load_profile
 from ..hexainst.corpus import text
-from ..hexainst.schema import load_hexainst
 from ..record import UserError
+from ..study.study import rows_of
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LETTERS = 4  # in a token, about
+GROUPS = 4  # kinds of positions whose counts a pass gives: prompt, its two halves, response
 SPEED = 8e10  # operations a second of one quiet core in float32: 289 tokens/s of 135 M parameters
+# {profile: where it differs from the family's default configuration in transformers}; None where
+# the checkpoint itself can be had without a hub
+QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+QWEN |= {"num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}
+SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+SMOL |= {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
+EXAMPLES = {
+    "tiny": None,
+    "smollm2": ("llama", SMOL | {"tie_word_embeddings": True}),
+    "smollm2-pair": ("llama", SMOL | {"tie_word_embeddings": True}),
+    "qwen25-05b-pair": ("qwen2", QWEN),
+    "olmoe-pair": ("olmoe", {"intermediate_size": 1024}),
+    "llama2-7b": ("llama", {}),
+    "mistral-7b": ("mistral", {}),
+    "qwen15-moe": ("qwen2_moe", {}),
+}
 
 
-def costs(pair: Pair, profile: Profile, rows: pd.DataFrame) -> dict:
+def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict:
     """One pair's cost, from its configuration alone: parameters, memory, neurons, experts, counts
-    on disk, reading.
+    on disk, reading. config: its transformers configuration (default: the checkpoint's own).
 
     `memory GB` is one model's weights; notebooks 00 and 07 hold two. `analysis GB` is what
-    notebook 05 holds of counts. `passes` over all rows: four kinds of positions of base and tuned,
-    the twins, and those at equal length. `core hours` is what they take on one core, to a factor of
-    about two: 2 operations per parameter in use and token, four letters to a token, no generation.
+    notebook 05 holds of counts. `passes` over all rows, all kinds of positions in each: the pair's
+    models and the twins. `core hours` is what they take on one core, to a factor of about two: 2
+    operations per parameter in use and token, four letters to a token, no generation.
     `ablated sequences`: rows read by notebook 06 for its consensus and equal-size sets with their
     controls; its other experiments add about as many again, and generations.
     """
-    ref = pair.base or pair.tuned
-    model = _empty(ref, pair.base_revision if pair.base else pair.tuned_revision)
+    if config is None:
+        ref = (pair.base, pair.base_revision) if pair.base else (pair.tuned, pair.tuned_revision)
+        config = configuration(*ref)
+    model = _empty(config, pair.name)
     sites = find_sites(model)
     parameters = sum(p.numel() for p in model.parameters())
     neurons = sum(site.width * site.experts for site in sites)
     routed = sum(site.experts for site in sites if site.family == "expert")
-    counted, sets = 8 + profile.twins, 2 * (2 + bool(routed))
-    passes = counted + 4 + profile.twins
+    passes, sets = 1 + bool(pair.base) + profile.twins, 2 * (2 + bool(routed))
+    counted = GROUPS * passes
     letters = sum(len(text(row)) + len(row["reference"]) for row in rows.to_dict("records"))
     seconds = passes * letters / LETTERS * 2 * _in_use(model, sites) / SPEED
     # each set and its controls, in rows per category: own sets and some controls on all rows,
@@ -50,22 +69,21 @@ def costs(pair: Pair, profile: Profile, rows: pd.DataFrame) -> dict:
         "neurons": neurons,
         "routed experts": routed,
         "counts GB": counted * len(rows) * 2 * (neurons + routed) / 2**30,
-        "analysis GB": (2 + profile.twins) * len(rows) * 2 * (neurons + routed) / 2**30,
+        "analysis GB": passes * len(rows) * 2 * (neurons + routed) / 2**30,
         "passes": passes,
         "core hours": seconds / 3600,
         "ablated sequences": profile.ablation_rows * (sets * each[0] + scores * each[1]),
     }
 
 
-def _empty(ref: str, revision: str | None):
-    """The model of a checkpoint, without weights."""
-    config = configuration(ref, revision)
+def _empty(config, name: str):
+    """The model of a configuration, without weights."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except BAD as error:
         raise UserError(
-            f"{ref!r} is no causal language model by its configuration: {one_line(error)}"
+            f"{name}: no causal language model by its configuration: {one_line(error)}"
         ) from error
 
 
@@ -82,6 +100,21 @@ def _in_use(model, sites) -> float:
 
 def plan(profile: Profile) -> pd.DataFrame:
     """One row per pair of a profile; see `costs`."""
-    rows = load_hexainst(dataset=profile.dataset)
+    rows = rows_of(profile)
     table = [costs(pair, profile, rows) | {"instructions": len(rows)} for pair in profile.pairs]
     return pd.DataFrame(table).set_index("pair")
+
+
+def plans() -> pd.DataFrame:
+    """A row per pair of EXAMPLES' profiles: what the chain costs on models of very different size.
+    Needs no hub. Their data set is the AI half, and the human half where it was built.
+    """
+    table = []
+    for name, shape in EXAMPLES.items():
+        profile = load_profile(name)
+        rows = rows_of(profile)
+        config = AutoConfig.for_model(shape[0], **shape[1]) if shape else None
+        for pair in profile.pairs:
+            row = {"profile": name} | costs(pair, profile, rows, config)
+            table.append(row | {"instructions": len(rows)})
+    return pd.DataFrame(table)

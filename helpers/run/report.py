@@ -10,8 +10,21 @@ from ..hexainst import human
 from ..paths import DATA, HEXAINST, ROOT, checked, results_dir, short
 from ..record import UserError, atomic, read_json, write_json, write_table
 from ..study import ledger
+from .plan import plans
 
 PUBLISHED = ("tests.csv", "verdicts.csv")
+PLANNED = {  # README's columns: {title: (column of plans.csv, format)}
+    "profile": ("profile", "`{}`"),
+    "pair": ("pair", "{}"),
+    "parameters": ("parameters", "{:,.0f}"),
+    "neurons": ("neurons", "{:,}"),
+    "routed experts": ("routed experts", "{:,}"),
+    "weights, GB": ("memory GB", "{:.2f}"),
+    "counts on disk, GB": ("counts GB", "{:.1f}"),
+    "texts read": ("instructions", "{:,}"),
+    "times each": ("passes", "{}"),
+    "hours of one core": ("core hours", "{:.1f}"),
+}
 
 
 def fill(path: Path, blocks: dict[str, str]) -> str:
@@ -37,6 +50,23 @@ def cost(summary: dict) -> str:
         f"`make reproduce` took {minutes:.0f} minutes on two cores without a GPU, the environment "
         f"set up before; its largest process held {memory:.1f} GB."
     )
+
+
+def plans_table() -> str:
+    """A Markdown row per pair of data/published/plans.csv (see `write_plans`)."""
+    table = pd.read_csv(DATA / "published" / "plans.csv")
+    lines = ["| " + " | ".join(PLANNED) + " |", "|---" * len(PLANNED) + "|"]
+    for row in table.to_dict("records"):
+        cells = [form.format(row[name]) for name, form in PLANNED.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_plans() -> Path:
+    """Write data/published/plans.csv: what the chain costs, planned from configurations alone."""
+    path = DATA / "published" / "plans.csv"
+    write_table(path, plans())
+    return path
 
 
 def review_table() -> str:
@@ -71,22 +101,22 @@ def review_table() -> str:
 
 
 def claims_table(folders) -> str:
-    """A Markdown row per headline claim and kind of component: for each published folder (see
-    `publish`) the verdict, and each pair's effect on all data.
+    """A Markdown row per headline claim: for each published folder (see `publish`) the verdict, and
+    each pair's effect on all data; a line per kind of component where there are several.
     """
     claims = ledger.read_ledger()
     claims = claims[claims["headline"] == "yes"]
     parts = {Path(f).name: [pd.read_csv(Path(f) / name) for name in PUBLISHED] for f in folders}
-    head = ["claim", "components"]
+    head = ["claim"]
     for name, (tests, _) in parts.items():
         head += [f"verdict, {name}", *pd.unique(tests["pair"])]
     lines = [head, ["---"] * len(head)]
     for claim in claims.to_dict("records"):
-        for n, component in enumerate(claim["components"].split()):
-            line = ["as above" if n else claim["claim"], component]
-            for tests, verdicts in parts.values():
-                line += _cells(tests, verdicts, claim["id"], component)
-            lines.append(line)
+        components, line = claim["components"].split(), [claim["claim"]]
+        for tests, verdicts in parts.values():
+            cells = [_cells(tests, verdicts, claim["id"], component) for component in components]
+            line += [_stacked(components, cell) for cell in zip(*cells, strict=True)]
+        lines.append(line)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -97,6 +127,14 @@ def _cells(tests, verdicts, name, component) -> list[str]:
     found = found[found["half"] == "all"]
     cells = [f"**{verdict}**" for verdict in verdicts.loc[mine, "verdict"]] or ["-"]
     return cells + [_effect(found[found["pair"] == pair]) for pair in pd.unique(tests["pair"])]
+
+
+def _stacked(components, values) -> str:
+    """One table cell of several lines: the kind of component and its value, where there is one."""
+    if len(components) == 1:
+        return values[0]
+    named = [f"{c}: {v}" for c, v in zip(components, values, strict=True) if v != "-"]
+    return "<br>".join(named) or "-"
 
 
 def _effect(tests) -> str:
@@ -130,6 +168,7 @@ def pages() -> dict[Path, str]:
     blocks = {
         "cost": cost(read_json(DATA / "published" / "tiny" / "summary.json")),
         "claims": claims_table(folders),
+        "plans": plans_table(),
     }
     return {
         readme: fill(readme, blocks),
