@@ -217,6 +217,29 @@ def run_grid(options) -> int:
 
 
 @command(
+    "atlas",
+    PROFILE,
+    option("--pair", help="only this one, beside those that are finished"),
+    option("--score", default="contrast", type=one_of("config:SCORES")),
+    option("--share", type=float, help="of the neurons in a set (default: the profile's epsilon)"),
+)
+def run_atlas(options) -> int:
+    """Write a table of every neuron and expert that is in a category's set: frequencies, ranks,
+    tokens, effects."""
+    import torch
+
+    from ..study import atlas
+    from ..study.study import studies
+
+    profile = load_profile(options.profile)
+    torch.set_num_threads(profile.threads)
+    with household():
+        paths = atlas.write(studies(profile), options.pair, options.score, options.share)
+    print(*map(short, paths), sep="\n")
+    return 0
+
+
+@command(
     "train",
     option("--pair", type=PAIR),
     SEED,
