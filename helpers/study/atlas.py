@@ -73,7 +73,7 @@ def atlas(study: Study, score: str = "contrast", share: float | None = None, top
     Sets and effects are of the same rows: a description. Tests that choose on one half and measure
     on the other are `grid` and `needed`. (Ours.)
     """
-    _refuse(study, score)
+    refuse(study, score)
     share = study.profile.epsilon if share is None else share
     every = [_members(study, unit, score, share) for unit in study.units]
     table = pd.concat(every, ignore_index=True)
@@ -114,7 +114,8 @@ def own_study(
     return study
 
 
-def _refuse(study, score):
+def refuse(study, score: str) -> None:
+    """UserError for an unknown score or names of several words, NotTestable for one category."""
     if score not in SCORES:
         raise UserError(f"score is {score!r}, expected one of {', '.join(SCORES)}.")
     if len(study.categories) < 2:
@@ -147,16 +148,19 @@ def _size(study, unit, share) -> int:
     return set_size(counts.unit(unit)[0].size, share)
 
 
+def chosen(study, unit: str, score: str, share: float, variant: str = "tuned") -> tuple:
+    """(name of the score, scores [C, M], sets bool [C, M]) of one unit of counts; see `atlas`."""
+    name, scores = _scores(study, unit, score, variant)
+    return name, scores, category_sets(scores, _size(study, unit, share), study.profile.seed)
+
+
 def _members(study, unit, score, share) -> pd.DataFrame:
     """The rows of one unit, but for tokens and effects; place: where in the flattened unit."""
-    name, scores = _scores(study, unit, score)
-    size, seed = _size(study, unit, share), study.profile.seed
-    sets, order = category_sets(scores, size, seed), ranks(scores, seed) + 1  # [C, M]
-    before = None
+    name, scores, sets = chosen(study, unit, score, share)
+    order, before = ranks(scores, study.profile.seed) + 1, None  # [C, M]
     if study.has_base:
-        before = category_sets(_scores(study, unit, score, "base")[1], size, seed)
-    found = sets if before is None else sets | before
-    place = np.flatnonzero(found.any(0))
+        before = chosen(study, unit, score, share, "base")[2]
+    place = np.flatnonzero((sets if before is None else sets | before).any(0))
     table = _where(study, unit, place).assign(score=name)
     columns = _rates(study, _p(study, unit)[:, place])
     for code, category in enumerate(study.categories):
