@@ -19,12 +19,14 @@ from helpers.config import Pair, Profile
 from helpers.hexainst.corpus import wordings
 from helpers.record import DamagedFile, NotTestable, RecordMismatch, UserError
 from helpers.study import atlas
+from helpers.study.exports import sets_of_study
 from helpers.study.study import Study
 from tests.test_evaluate import TOKENIZER
 from tests.zoo import build
 
 TEMPLATE, SHARE, TOP, MEASURED = "say: {instruction}\n", 0.1, 2, 3
 FAMILIES = {"llama": {}, "qwen2_moe": {"mlp_only_layers": []}}
+UNITS = {"dense": "neuron", "expert": "neuron", "experts": "expert"}  # family: unit
 NAMES = ("red", "blue", "far away")  # labels of any kind
 
 
@@ -271,21 +273,58 @@ def test_effects_are_those_of_a_model_edited_by_hand(made):
         assert row.effect_low <= row.effect <= row.effect_high
 
 
-def test_the_control_is_another_component_of_the_layer_outside_the_set(made):
-    study, table = made.study, made.table
-    for unit, part in table[table["effect"].notna()].groupby("unit"):
-        row = part.iloc[0]
-        layer, own = row["layer"], row["effect_of"]
-        members = set(map(key_of, table[table[f"in_{own}"] & (table["unit"] == unit)].itertuples()))
-        others = [k for k in components(study, unit) if k[0] == layer and k not in members]
-        p = frequencies(study, unit)[(study.rows["category"] == own).to_numpy()].mean(0)
+def one_of(mask):
+    """(family, index) of a mask's only component."""
+    [(family, values)] = mask.items()
+    [place] = np.argwhere(values).tolist()
+    return family, place
+
+
+def test_controls_are_others_of_the_layer_outside_the_set(made, monkeypatch):
+    study, measured, plain = made.study, [], atlas.ablation_matrix
+    monkeypatch.setattr(
+        atlas,
+        "ablation_matrix",
+        lambda here, masks, *rest, **how: (
+            measured.append(masks) or plain(here, masks, *rest, **how)
+        ),
+    )
+    table = atlas.atlas(study, top=4 * TOP)
+    for masks in measured:
+        units = {one_of(mask)[0] for mask in masks.values()}
+        [unit] = [UNITS.get(family, family) for family in units]
         at = components(study, unit)
-        others.sort(key=lambda k: abs(p[at[k]] - p[at[key_of(row)]]))
-        near = others[:2] if unit == "expert" else others[:10]
-        gap = abs(p[at[near[-1]]] - p[at[key_of(row)]]) + 1e-9
-        near = [k for k in others if abs(p[at[k]] - p[at[key_of(row)]]) <= gap]  # ties, too
-        found = [rise(study, unit, key, own).mean() for key in near]
-        assert np.abs(np.array(found) - row["effect_control"]).min() < 2e-6
+        own = {place for place, kind in masks if kind == "own"}
+        rows = table[(table["unit"] == unit) & table["effect"].notna()]
+        rows = rows[[at[key_of(row)] in own for row in rows.itertuples()]]
+        [category] = set(rows["effect_of"])
+        barred = {
+            at[key_of(r)] for r in table[table[f"in_{category}"]].itertuples() if r.unit == unit
+        }
+        p = frequencies(study, unit)[(study.rows["category"] == category).to_numpy()].mean(0)
+        for (place, kind), mask in masks.items():
+            found = int(np.flatnonzero(next(iter(mask.values())).ravel())[0])
+            if kind == "own":
+                assert found == place
+                continue
+            layer = {k[0] for k, n in at.items() if n in (place, found)}
+            assert len(layer) == 1
+            assert found not in barred | {place}
+            free = [n for k, n in at.items() if k[0] in layer and n not in barred | {place}]
+            apart = np.sort(np.abs(p[free] - p[place]))[: 2 if unit == "expert" else 10]
+            assert abs(p[found] - p[place]) <= apart[-1] + 1e-6
+
+
+def test_a_controls_effect_is_that_of_a_model_edited_by_hand(made):
+    study = made.study
+    for unit, part in made.table[made.table["effect_control"].notna()].groupby("unit"):
+        row = part.iloc[0]
+        layer = [key for key in components(study, unit) if key[0] == row["layer"]]
+        p, at = frequencies(study, unit), components(study, unit)
+        mean = p[(study.rows["category"] == row["effect_of"]).to_numpy()].mean(0)
+        layer.sort(key=lambda key: abs(mean[at[key]] - mean[at[key_of(row)]]))
+        near = (rise(study, unit, key, row["effect_of"]).mean() for key in layer)
+        assert any(abs(found - row["effect_control"]) < 2e-6 for found in near)
 
 
 def test_own_texts_need_no_base_no_references_and_no_disk():
@@ -300,6 +339,8 @@ def test_own_texts_need_no_base_no_references_and_no_disk():
     assert set(table["part"]) <= {"general", "unique", "some"}
     study = atlas.own_study(model, TOKENIZER, texts, labels, counts, texts)
     assert atlas.atlas(study, top=1)["effect"].notna().sum() in (1, 2, 3)
+    sets = sets_of_study(study)
+    assert (sets.pair, sets.about["weights"]) == ("own", {"tuned": None})
     ranked = atlas.atlas(study, "contribution", top=0)
     assert set(ranked["score"]) == {"contribution"}
     with pytest.raises(UserError, match="labels"):

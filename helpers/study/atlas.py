@@ -111,6 +111,7 @@ def own_study(
     )
     study = Study(profile, profile.pairs[0], rows, {"tuned": (model, tokenizer)})
     study.once(("counts", "tuned", "prompt"), lambda: counts)
+    study.once(("checkpoint", "tuned"), lambda: {"ref": "own", "commit": None, "weights": None})
     return study
 
 
