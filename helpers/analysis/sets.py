@@ -184,7 +184,7 @@ def top_k(values, k: int, rule: str = "exact", seed=0) -> np.ndarray:
         )
     if rule == "quantile":
         return values >= np.partition(values, -k, axis=-1)[..., -k, None]
-    return _ranks(values, seed) < k
+    return ranks(values, seed) < k
 
 
 def top_sets(counts, epsilon, rule="quantile", seed=0, packed=False):
@@ -233,9 +233,9 @@ def top_sets(counts, epsilon, rule="quantile", seed=0, packed=False):
     return (PackedSets(sets, width) if packed else sets), report
 
 
-def _ranks(values, seed):
+def ranks(values, seed=0) -> np.ndarray:
     """Ranks along the last axis, 0 = largest; ties in seeded random order (by index, early ones
-    would win).
+    would win): `top_k` keeps ranks below k.
     """
     values = np.asarray(values, float)
     order = np.lexsort((np.random.default_rng(seed).random(values.shape), -values), axis=-1)
@@ -261,10 +261,10 @@ def share_experts(routing, share=0.5, seed=0) -> np.ndarray:
             f"share {share}, {(total <= 0).sum()} layers without tokens; expected 0 < share <= 1 "
             "and none."
         )
-    ranks, ordered = _ranks(routing, seed), np.empty(routing.shape)
-    np.put_along_axis(ordered, ranks, routing / total, axis=-1)
+    place, ordered = ranks(routing, seed), np.empty(routing.shape)
+    np.put_along_axis(ordered, place, routing / total, axis=-1)
     before = ordered.cumsum(-1) - ordered  # what the experts ranked higher carry
-    return np.take_along_axis(before < share - 1e-6, ranks, axis=-1)
+    return np.take_along_axis(before < share - 1e-6, place, axis=-1)
 
 
 def category_counts(sets, labels) -> np.ndarray:

@@ -220,6 +220,29 @@ def run_grid(options) -> int:
 
 
 @command(
+    "atlas",
+    PROFILE,
+    option("--pair", help="only this one, beside those that are finished"),
+    option("--score", default="contrast", type=one_of("config:SCORES")),
+    option("--share", type=float, help="of the neurons in a set (default: the profile's epsilon)"),
+)
+def run_atlas(options) -> int:
+    """Write a table of every neuron and expert that is in a category's set: frequencies, ranks,
+    tokens, effects."""
+    import torch
+
+    from ..study import atlas
+    from ..study.study import studies
+
+    profile = load_profile(options.profile)
+    torch.set_num_threads(profile.threads)
+    with household():
+        paths = atlas.write(studies(profile), options.pair, options.score, options.share)
+    print(*map(short, paths), sep="\n")
+    return 0
+
+
+@command(
     "train",
     option("--pair", type=PAIR),
     SEED,
@@ -312,12 +335,34 @@ def run_validate(options) -> int:
     return 1 if faults else 0
 
 
-@command("export", option("folder"))
+@command(
+    "export",
+    option("folder", nargs="?", help="HexaInst's AI half goes there"),
+    PROFILE,
+    option("--pair", help="a pair of the profile: its sets are written instead"),
+    option("--format", help="lsn, esft, safetensors or csv"),
+    option("--to", help="folder for the sets"),
+)
 def run_export(options) -> int:
-    """Write HexaInst's AI half as Parquet with its data card."""
-    from ..hexainst import schema
+    """Write HexaInst's AI half as Parquet with its data card; or the sets of a pair's atlas for
+    other programs."""
+    sets = (options.pair, options.format, options.to)
+    if (options.folder is None) != all(sets) or (options.folder and any(sets)):
+        raise UserError("export: give a FOLDER (HexaInst), or --pair, --format and --to (sets).")
+    if options.folder:
+        from ..hexainst import schema
 
-    print("\n".join(map(short, schema.export(options.folder))))
+        print("\n".join(map(short, schema.export(options.folder))))
+        return 0
+    from ..study import exports
+    from ..study.study import studies
+
+    every = studies(load_profile(options.profile))
+    if options.pair not in every:
+        raise UserError(f"pair {options.pair!r}: the profile has {', '.join(every)}. Name one.")
+    with household():
+        found = exports.sets_of_study(every[options.pair])
+    print(*map(short, exports.export(found, options.format, options.to)), sep="\n")
     return 0
 
 

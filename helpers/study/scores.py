@@ -265,10 +265,12 @@ def read_outputs(model, encoded: list[Encoded], tell, batch_size: int = 32) -> N
             mask, where = batch.count_mask.to(input_device(model)), np.array(batch.rows)
 
             def told(site, seen, mask=mask, where=where):
-                for e, row, _, h, token in _neurons(site, mask, seen):
+                for e, row, weight, h, token in _neurons(site, mask, seen):
                     at = (token % mask.shape[1]).cpu().numpy()
-                    key = (place[site.name], *e)
-                    tell(site.family, key, where[row.cpu().numpy()], at, h.float().cpu().numpy())
+                    key, who = (place[site.name], *e), where[row.cpu().numpy()]
+                    tell(site.family, key, who, at, h.float().cpu().numpy())
+                    if e:
+                        tell("experts", key, who, at, weight.float().cpu().numpy())
 
             with _watch(sites, told):
                 _read(model, batch)

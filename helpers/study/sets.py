@@ -213,18 +213,30 @@ def layer_shares(study, unit: str = "neurons") -> pd.DataFrame:
 
 
 def _line(values, numbers, profile, clusters):
-    found = attempt(
-        lambda: bootstrap(
-            lambda w: w @ values / w.sum(1, keepdims=True),
-            np.zeros(len(values)),
-            profile.resamples,
-            seed=profile.seed,
-            clusters=clusters,
-        )._asdict()
-    )
-    nothing = np.full(len(numbers), np.nan)  # no interval where rows are too few
-    bands = {name: found.get(name, nothing) for name in ("low", "high")}
-    return pd.DataFrame({"layer": numbers, "share": values.mean(0), **bands, "n": len(values)})
+    found = mean_interval(values, profile, clusters)
+    return pd.DataFrame({"layer": numbers, "share": found.pop("mean"), **found, "n": len(values)})
+
+
+def mean_interval(values, profile, clusters=None) -> dict[str, np.ndarray]:
+    """mean, low and high (95 %), each [M], of values [n, M] over rows, which are drawn in
+    clusters where these are given; low and high are NaN where there are too few.
+    """
+    mean, bands = values.mean(0), {}
+    for start in range(0, values.shape[1], 4096):  # the same draws for every block
+        block = values[:, start : start + 4096]
+        found = attempt(
+            lambda block=block: bootstrap(
+                lambda w: w @ block / w.sum(1, keepdims=True),
+                np.zeros(len(block)),
+                profile.resamples,
+                seed=profile.seed,
+                clusters=clusters,
+            )._asdict()
+        )
+        for name in ("low", "high"):
+            nothing = np.full(block.shape[1], np.nan)
+            bands.setdefault(name, []).append(found.get(name, nothing))
+    return {"mean": mean} | {name: np.concatenate(parts) for name, parts in bands.items()}
 
 
 def _layer_numbers(study, unit):
@@ -431,9 +443,14 @@ def largest_outputs(study, rows) -> tuple[np.ndarray, np.ndarray]:
             largest[place] = np.maximum(largest[place], np.abs(h).max(0))
 
     read_outputs(study.model()[0], _everything(study, rows), tell, study.profile.batch_size)
+    return largest.ravel(), beside_layer(largest)
+
+
+def beside_layer(largest) -> np.ndarray:
+    """Largest |h| [L, ...] over the median of the layer's neurons that wrote at all, flat [M]."""
     layers = largest.reshape(len(largest), -1)
     middle = np.array([np.median(layer[layer > 0]) if layer.any() else 1.0 for layer in layers])
-    return layers.ravel(), (layers / middle[:, None]).ravel()
+    return (layers / middle[:, None]).ravel()
 
 
 def strongest_tokens(study, neurons: dict[str, int], rows, most: int = 5) -> pd.DataFrame:
@@ -478,9 +495,14 @@ def _everything(study, rows):
 
 
 def _in_context(tokenizer, ids, at):
+    left, token, right = context(tokenizer, ids, at)
+    return f"{left} [{token}] {right}".replace("\n", "\\n").strip()
+
+
+def context(tokenizer, ids, at) -> list[str]:
+    """Token `at` of `ids` as text, between the four before it and the three behind it."""
     before, token, after = ids[max(0, at - 4) : at], ids[at : at + 1], ids[at + 1 : at + 4]
-    said = [tokenizer.decode(list(part)).strip() for part in (before, token, after)]
-    return f"{said[0]} [{said[1]}] {said[2]}".replace("\n", "\\n").strip()
+    return [tokenizer.decode(list(part)).strip() for part in (before, token, after)]
 
 
 # ---- in words
