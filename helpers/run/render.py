@@ -13,7 +13,8 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
 from .notebook import canonical, read
 
-FIGURE = re.compile(r"\*Figure ([\d.]+\w*)\. (.+?)(?<!\*)\*(?!\*)", re.S)
+FIGURE = re.compile(r"\*Figure (\d[\d.]*\w*)\. (.+?)(?=\n\s*\n|\Z)", re.S)  # to its paragraph's end
+STAR = re.compile(r"(?<!\*)\*(?!\*)")  # a caption is slanted as a whole: on its own it need not be
 SAVED = re.compile(r'save_figure\([^"]*?f?"([^"]+)"')
 LOUD = ("script", "iframe", "object", "embed", "link", "meta", "base", "form")
 
@@ -85,6 +86,8 @@ def led(html: str, lead: Callable[[str], str | None]) -> Markup:
     for table in soup.find_all("table"):
         box = {"class": "wide", "tabindex": "0", "role": "region", "aria-label": "table"}
         table.wrap(soup.new_tag("div", attrs=box))
+    for head in soup.select("thead th"):
+        head["scope"] = head.get("scope", "col")
     for box in soup.select("pre"):
         box["tabindex"] = "0"
     return Markup(soup)
@@ -113,8 +116,8 @@ class Book:
         number, caption = "", ""
         for cell in self.node.cells:
             if cell.cell_type == "markdown":
-                for number, caption in FIGURE.findall(cell.source):  # noqa: B007
-                    pass
+                if captions := FIGURE.findall(cell.source):
+                    number, caption = captions[-1][0], STAR.sub("", captions[-1][1])
                 continue
             for name in SAVED.findall(cell.get("source", "")):
                 yield re.sub(r"\{.*?\}", "*", name), number, caption

@@ -1,5 +1,5 @@
-"""A static site of what a profile found: findings, figures, notebooks, atlas, explorer, glossary. It
-opens from the disk, without a server or a network.
+"""A static site of what a profile found: findings, figures, notebooks, atlas, ablations, glossary.
+It opens from the disk, without a server or a network.
 
 The folder is written beside its place and moved there whole; a folder that holds anything the site
 did not write is refused.
@@ -10,6 +10,8 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -80,7 +82,9 @@ class Source:
 
     @property
     def there(self) -> bool:
-        return bool(self.tables or self.figures or self.atlas or any(b.executed for b in self.books))
+        return bool(
+            self.tables or self.figures or self.atlas or any(b.executed for b in self.books)
+        )
 
 
 def _read(path: Path, *columns) -> pd.DataFrame:
@@ -112,16 +116,19 @@ def sources(name: str) -> list[Source]:
 
 
 def findings(source: Source) -> dict:
-    """The ledger for the start page: a sentence per headline claim, their table, and all others."""
+    """The ledger for the start page: [(headline claim, its rows)], all their rows, all others'."""
     if source.tables is None:
         return {}
     claims, (tests, verdicts) = ledger.read_ledger(), source.tables
     known = claims[claims["id"].isin(verdicts["id"])]
-    heads = known[known["headline"] == "yes"]
+    head, others = (
+        claim_rows(known[known["headline"].eq("yes") == yes], tests, verdicts)
+        for yes in (True, False)
+    )
     return {
-        "sentences": ledger.sentences(known, verdicts),
-        "headline": claim_rows(heads, tests, verdicts),
-        "others": claim_rows(known[known["headline"] != "yes"], tests, verdicts),
+        "said": [(claim, list(rows)) for claim, rows in groupby(head, itemgetter("claim"))],
+        "headline": head,
+        "others": others,
         "pairs": list(pd.unique(tests["pair"])),
     }
 
@@ -142,18 +149,17 @@ def drawn(source: Source) -> list[dict]:
     """The figures with number and caption, as the notebook that draws each has them. One that none
     of them draws is of an older run: left out.
     """
+    listed = [(book, *figure) for book in source.books for figure in book.figures]
     found = []
     for path in source.figures:
-        captions = (
-            (book, number, caption)
-            for book in source.books
-            for pattern, number, caption in book.figures
-            if PurePosixPath(path.stem).match(pattern)
-        )
-        book, number, caption = next(captions, (None, "", ""))
-        if book or not source.books:
-            found.append({"path": path, "book": book, "number": number, "caption": caption})
-    return found
+        fits = [n for n, one in enumerate(listed) if PurePosixPath(path.stem).match(one[1])]
+        if fits or not source.books:
+            at = fits[0] if fits else 0
+            book, _, number, caption = listed[at] if fits else (None, "", "", "")
+            found.append(
+                {"at": at, "path": path, "book": book, "number": number, "caption": caption}
+            )
+    return sorted(found, key=itemgetter("at", "path"))
 
 
 def alt(figure: dict) -> str:

@@ -146,11 +146,11 @@
         ...cells.map(v => make("td", v, { class: "number" })),
       ]);
     });
-    const head = ["category (✓ in its set)", "p", "0 … 1", "95 % interval", "score", "rank"];
+    const head = ["category", "p", "0 … 1", "95 % interval", "score", "rank"];
     return make("div", [
       make("h3", `${name(i)} of ${word("pair", i)}`),
       make("p", facts(i, bounds)),
-      make("div", [wide(grid("How often it is active", head, lines), "p by category"), wide(layers(i), "p by layer")], { class: "parts" }),
+      make("div", [wide(grid("How often it is active (✓: in its set)", head, lines), "p by category"), wide(layers(i), "p by layer")], { class: "parts" }),
       make("h3", "Where it is strongest"),
       tokens.length ? make("ol", tokens.map(token), { class: "tokens" }) : make("p", "No tokens were kept."),
     ], { class: "card", role: "group", "aria-label": `Card of ${name(i)}` });
@@ -161,23 +161,25 @@
     if (word("fate", i)) said.push(`under tuning: ${word("fate", i)}`);
     if (data.massive[i]) said.push("massive activation");
     said.push(data.effect[i] === null ? "no effect was measured"
-      : `effect${word("effect_of", i) ? " of " + word("effect_of", i) : ""}: ${short(data.effect[i])} [${short(low)}, ${short(high)}], control ${short(data.effect_control[i])}`);
+      : `effect${word("effect_of", i) ? ` (${word("effect_of", i)})` : ""}: ${short(data.effect[i])} [${short(low)}, ${short(high)}], control ${short(data.effect_control[i])}`);
     return said.join(" · ") + ".";
   }
   function layers(i) {
     const own = data.layer[i], key = `${word("pair", i)}|${word("unit", i)}`;
     const lines = data.means[key].map(([layer, ...p]) => make("tr", [
-      make("th", "L" + layer + (layer === own ? " (this one)" : ""), { scope: "row" }),
+      make("th", layer === own ? ["L" + layer + " ◂", make("span", "this one", { class: "unseen" })] : "L" + layer, { scope: "row" }),
       ...(layer === own ? data.p.map(column => column[i]) : p).map((v, k) => make("td", make("span", (v / 1000).toFixed(2), { class: "unseen" }), {
         class: "heat", style: `--p:${v / 1000}`, title: `${categories[k]}: ${(v / 1000).toFixed(2)}`,
       })),
     ], layer === own ? { class: "own" } : {}));
-    return grid("p by layer: this one's in its layer, else the mean of those listed", ["layer", ...categories], lines);
+    return grid("p by layer (◂: this one's own; else the mean of those listed)", ["layer", ...categories], lines);
   }
   function token([row_, position, token_, left, right, value]) {
-    const seen = String(token_).trim() === "" ? String(token_).replace(/\n/g, "↵").replace(/ /g, "␣") || "∅" : String(token_);
+    const [, before, core, after] = /^(\s*)([^]*?)(\s*)$/.exec(String(token_));
+    const blank = core === "" ? before.replace(/\n/g, "↵").replace(/\s/g, "␣") || "∅" : null;
+    const mark = make("mark", make("bdi", blank ?? core));
     return make("li", [
-      make("bdi", [String(left), make("mark", make("bdi", seen)), String(right)]), " ",
+      make("bdi", [String(left), blank ? "" : before, mark, after, String(right)]), " ",
       make("small", `row ${row_}, position ${position}, value ${short(typeof value === "number" ? value : null)}`),
     ]);
   }
