@@ -28,7 +28,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 
 # Recipes are single commands where they run long: make starts those without a shell between, so a signal to make reaches them.
 .DEFAULT_GOAL := help
-.PHONY: help env lab reproduce test lint refresh models trajectory grid hexainst-human bench bench-peers bench-analysis bench-chain plan clean
+.PHONY: help env lab reproduce test lint refresh models trajectory grid hexainst-human bench bench-peers bench-analysis bench-chain plan site clean
 
 help: ## print this list
 	@echo "make TARGET [PROFILE=$(PROFILE)]"; grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -96,6 +96,9 @@ bench-chain: $(READY) ## the chain's own cost
 
 plan: $(READY) ## what PROFILE will cost: neurons, passes, disk
 	$(PY) -m helpers.run plan --profile $(PROFILE)
+
+site: $(READY) ## write a static site of what PROFILE found (data/results/site, or TO=FOLDER): findings, figures, notebooks, atlas
+	$(PY) -m helpers.run site --profile $(PROFILE) $(if $(TO),--to '$(TO)')
 
 hexainst-human: $(READY) ## fetch the human half's sources, or take them from LOCAL=FOLDER, and build data/hexainst/human.jsonl
 	$(PY) -m helpers.run human $(if $(LOCAL),--local $(LOCAL))

@@ -590,6 +590,6 @@ def test_generated_blocks_say_what_the_files_say():
 
 def test_a_claim_about_categories_says_how_many_hold_and_how_they_spread():
     tests = pd.DataFrame({"supported": [True, False, True], "effect": [0.5, -0.1, 0.25]})
-    assert report._effect(tests) == "2 of 3: -0.100 to 0.500"
+    assert report.effect_cell(tests) == "2 of 3: -0.100 to 0.500"
     one = pd.DataFrame({"effect": [0.5], "low": [0.4], "high": [0.6], "null": [0.1]})
-    assert report._effect(one) == "0.500 [0.400, 0.600] / 0.100"
+    assert report.effect_cell(one) == "0.500 [0.400, 0.600] / 0.100"

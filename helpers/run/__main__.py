@@ -132,6 +132,19 @@ def run_publish(options) -> int:
     return 0
 
 
+@command(
+    "site",
+    PROFILE,
+    option("--to", metavar="FOLDER", help="new, empty, or a former site (data/results/site)"),
+)
+def run_site(options) -> int:
+    """Write a static site of a profile's findings, figures, notebooks and atlas."""
+    from . import site
+
+    print(short(site.build(options.profile, options.to) / "index.html"))
+    return 0
+
+
 @command("check", BOOKS, TOGETHER)
 def run_check(options) -> int:
     """Compare the committed notebooks' outputs with fresh ones (strict nbval)."""

@@ -126,7 +126,7 @@ def _cells(tests, verdicts, name, component) -> list[str]:
     found = tests[(tests["id"] == name) & (tests["components"] == component)]
     found = found[found["half"] == "all"]
     cells = [f"**{verdict}**" for verdict in verdicts.loc[mine, "verdict"]] or ["-"]
-    return cells + [_effect(found[found["pair"] == pair]) for pair in pd.unique(tests["pair"])]
+    return cells + [effect_cell(found[found["pair"] == pair]) for pair in pd.unique(tests["pair"])]
 
 
 def _stacked(components, values) -> str:
@@ -137,7 +137,7 @@ def _stacked(components, values) -> str:
     return "<br>".join(named) or "-"
 
 
-def _effect(tests) -> str:
+def effect_cell(tests) -> str:
     if not len(tests):
         return "-"
     if len(tests) > 1:
