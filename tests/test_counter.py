@@ -15,7 +15,7 @@ from helpers.capture.counter import count_positive, watching
 from helpers.capture.counts import Counts
 from helpers.capture.selfcheck import self_check
 from helpers.capture.sites import UnreadableModel, find_sites
-from helpers.capture.tokens import Encoded, batches
+from helpers.capture.tokens import Encoded, token_batches
 from helpers.record import UserError
 
 FIRST = ("gate_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in", "input_linear")
@@ -94,10 +94,10 @@ def looped(site, first, args, counted):
     return (neurons if site.family == "expert" else neurons[0]), routed
 
 
-def run(model, encoded, size, side="right") -> Counts:
+def run(model, encoded, size, side="right") -> Counts:  # of at most `size` of the longest
     parts, order = [], []
     with watching(model) as counter:
-        for batch in batches(encoded, size, side):
+        for batch in token_batches(encoded, size * max(LENGTHS), side):
             parts.append(counter(batch.input_ids, batch.attention_mask, batch.count_mask))
             order.append(batch.rows)
     return Counts.join(parts, order)

@@ -10,6 +10,7 @@ import torch
 
 from ..record import UserError
 from .bank import observed
+from .budget import reading
 from .counts import Counts
 from .sites import Site, UnreadableModel, find_sites, input_device, returning_dicts
 
@@ -141,7 +142,7 @@ class Counter:
             inputs["position_ids"] = (attended.cumsum(1) - 1).clamp(min=0)
         device = input_device(self.model)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        with returning_dicts(self.model):
+        with returning_dicts(self.model), reading(self.model, ids, attended, "counts"):
             return self.trunk(**inputs, use_cache=False).last_hidden_state
 
     def _faults(self, ids, attended, counted):

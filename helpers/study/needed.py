@@ -238,7 +238,7 @@ class Needed:
                 f"{template.replace('{instruction}', text)} {reference}"
                 for text, reference in zip(texts(rows), rows["reference"], strict=True)
             ]
-            settings = {"batch_size": self.profile.batch_size, "seed": self.profile.seed}
+            settings = {"batch_tokens": self.profile.batch_tokens, "seed": self.profile.seed}
             self.means[half] = reference_activations(*self.study.model(), read, **settings)
         return self.means[half]
 
