@@ -194,12 +194,14 @@ def run_count(options) -> int:
     option("--headline", action="store_true", help="only the table by category, headline cells"),
 )
 def run_grid(options) -> int:
-    """Compute what is missing of a profile's grid of ablations; once all is there, its tables."""
+    """Compute what is missing of a profile's grid of ablations; once all is there, its tables.
+    Under torchrun or `accelerate launch` its cells are dealt out to the processes.
+    """
     import torch
 
     from ..capture.budget import kept_in
     from ..hexainst import schema
-    from ..study import grid
+    from ..study import counting, grid
     from ..study.study import studies
 
     profile = load_profile(options.profile)
@@ -212,6 +214,8 @@ def run_grid(options) -> int:
             some = (grid.HEADLINE, [profile.epsilon]) if options.headline else (None, None)
             found |= grid.cells(every[name], *some, compute_missing=not options.finished)
             every[name].close()
+    if counting.processes()[0]:
+        return 0  # the first process writes
     if options.headline:
         print(grid.write_categories(every, found))
         return 0

@@ -19,8 +19,8 @@ WHERE = ("everywhere", "all but the first", "prompt", "response")  # where an ab
 
 @torch.no_grad()
 def _nll(model, prepared: list[Batch], places: Places | None = None, where=()) -> np.ndarray:
-    found = []
-    for i, batch in enumerate(prepared):
+    found, bar = [], tqdm(prepared, "losses", delay=5, leave=False, unit=" batches")
+    for i, batch in enumerate(bar):
         if places is not None:
             places.mask = where[i]
         found.append(sequence_losses(model, batch))
