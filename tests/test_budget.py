@@ -78,7 +78,9 @@ def test_an_answer_is_its_prompt_and_what_was_generated(ledger):
 
 
 def test_the_minimum_is_each_text_once_for_each_state_of_the_model(ledger):
-    """Two sets and no set: each row three times is the least; the same again is twice that."""
+    """Two sets and no set: each row three times is the least. The same again is read by another
+    study of the model, which remembers nothing, and costs twice that.
+    """
     study = study_of(zoo.build("llama"))
     model = study.model()[0]
     budget.named(model, "pair tuned")
@@ -89,12 +91,32 @@ def test_the_minimum_is_each_text_once_for_each_state_of_the_model(ledger):
     assert {line["model"] for line in lines} == {"pair tuned"}
     found = budget.spent(lines, ())[()]
     assert (found["tokens"], found["minimum"]) == (3 * once, 3 * once)
-    ablation_matrix(study, masks, "zero")
+    ablation_matrix(study_of(model), masks, "zero")
     again = budget.spent(budget.lines_of(ledger), ())[()]
     assert (again["tokens"], again["minimum"], again["ratio"]) == (6 * once, 3 * once, 2)
     ablation_matrix(study, masks, "mean", reference=reference(model))
     other = budget.spent(budget.lines_of(ledger), ())[()]
     assert other["minimum"] == 5 * once  # another operator, another model; intact it is the same
+
+
+def test_what_a_set_costs_is_remembered_for_these_rows_and_the_model_as_it_is(ledger):
+    study = study_of(zoo.build("llama"))
+    model, part = study.model()[0], study.take([0, 2, 3])
+    masks = {"small": neuron_mask(model, 0.05), "large": neuron_mask(model, 0.5)}
+    first, of_part = ablation_matrix(study, masks, "zero"), ablation_matrix(part, masks, "zero")
+    count = len(budget.lines_of(ledger))
+    again = ablation_matrix(study, {"renamed": masks["large"]}, "zero")
+    assert (again["renamed"] == first["large"]).all()
+    assert again.attrs == first.attrs
+    assert ablation_matrix(study.take([0, 2, 3]), masks, "zero").equals(of_part)
+    assert len(budget.lines_of(ledger)) == count
+    elsewhere = ablation_matrix(study, masks, "zero", where="response")
+    assert not elsewhere.equals(first)
+    with ablate(model, neuron_mask(model, 0.3), "zero"):
+        other = ablation_matrix(study, masks, "zero", allow_inert=True)
+    assert other.attrs != first.attrs
+    assert not other.equals(first)
+    assert ablation_matrix(study, masks, "zero").equals(first)
 
 
 def reference(model):

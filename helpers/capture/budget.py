@@ -40,18 +40,32 @@ def named(model, name: str) -> None:
     _names[model] = name
 
 
+def mark(*how) -> str:
+    """A digest of strings, numbers, arrays, and dicts of arrays.
+
+    >>> mark("zero", {"dense": np.array([True])}) == mark("zero", {"dense": np.array([False])})
+    False
+    """
+    found = blake2b(digest_size=6)
+    for part in how:
+        for name, value in sorted(part.items()) if isinstance(part, dict) else [("", part)]:
+            found.update(f"{name}{np.shape(value)}".encode())
+            found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
+
+
+def state(model) -> str:
+    """What is done to a model now: its digests, joined; empty if nothing is."""
+    return "+".join(_altered.get(model, ()))
+
+
 @contextmanager
 def altered(model, *how):
     """While open, the model's passes are those of another model: `how` says of which, in strings,
     numbers, arrays, and dicts of arrays.
     """
-    mark = blake2b(digest_size=6)
-    for part in how:
-        for name, value in sorted(part.items()) if isinstance(part, dict) else [("", part)]:
-            mark.update(name.encode())
-            mark.update(np.ascontiguousarray(value).tobytes())
     marks = _altered.setdefault(model, [])
-    marks.append(mark.hexdigest())
+    marks.append(mark(*how))
     try:
         yield
     finally:
@@ -72,7 +86,7 @@ def reading(model, ids, mask, purpose: str):
     texts = [row[at] for row, at in zip(rows, mask.cpu().numpy() == 1, strict=True)]
     line = {
         "model": _names.get(model, type(model).__name__),
-        "altered": "+".join(_altered.get(model, ())),
+        "altered": state(model),
         "purpose": purpose,
         "lengths": [len(text) for text in texts],
         "texts": [blake2b(text.tobytes(), digest_size=6).hexdigest() for text in texts],

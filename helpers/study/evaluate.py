@@ -2,12 +2,14 @@
 and their scores.
 """
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ..capture.budget import altered
+from ..capture.budget import altered, mark, state
 from ..capture.interventions import Places, ablate
 from ..capture.losses import sequence_losses
 from ..capture.tokens import Batch, encode, token_batches
@@ -101,25 +103,40 @@ def ablation_matrix(
     every ablated set.
 
     masks: {name: component mask}. Returns float64 [I, sets], index the ids, columns the names;
-    the intact NLL is the list attrs["baseline"]. References are encoded once for all. `options` go
-    to `ablate`. where: at which tokens the set is ablated, one of WHERE. Raises RuntimeError if a
-    non-empty set changes no row at all; `allow_inert`
-    permits sets that may be dead.
+    the intact NLL is the list attrs["baseline"]. References are encoded once for all, and the study
+    remembers what a set costs these rows. `options` go to `ablate`. where: at which tokens the set
+    is ablated, one of WHERE. Raises RuntimeError if a non-empty set changes no row at all;
+    `allow_inert` permits sets that may be dead.
     """
     model, rows = study.model(variant)[0], study.rows
     encoded = study.encoded("reference" if eos else "response", variant)
     prepared = list(token_batches(encoded, study.profile.batch_tokens))
-    baseline, increase = _nll(model, prepared), {}
     places, masks_at = _places(study, variant, prepared, where)
+
+    def ablated(mask):
+        with ablate(model, mask, operator, where=places, **options), altered(model, where):
+            return _nll(model, prepared, places, masks_at)
+
+    known = partial(_known, study, (variant, eos, mark(study.places)), model)
+    baseline, increase = known("intact", lambda: _nll(model, prepared)), {}
     for name in tqdm(masks, f"{study.name} ablations", delay=5, leave=False, unit=" sets"):
-        how = ablate(model, masks[name], operator, where=places, **options)
-        with how, altered(model, where):
-            increase[name] = _nll(model, prepared, places, masks_at) - baseline
+        # what a reference holds has no name to remember it by
+        key = None if "reference" in options else (where, operator, mark(masks[name], options))
+        increase[name] = known(key, partial(ablated, masks[name])) - baseline
         inert = allow_inert or not any(np.any(part) for part in masks[name].values())
         _believable(increase[name], name, inert)
     frame = pd.DataFrame(increase, index=pd.Index(rows["id"], name="id"))
     frame.attrs["baseline"] = baseline.tolist()
     return frame
+
+
+def _known(study, rows, model, key, compute):
+    """`compute()`, or what the study remembers under this key of these rows; nothing is while the
+    model is altered, nor under None.
+    """
+    if key is None or state(model):
+        return compute()
+    return study.whole.once(("losses", *rows, key), compute)
 
 
 def _places(study, variant, prepared, where) -> tuple:
