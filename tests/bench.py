@@ -121,6 +121,14 @@ def capture(model, ids):
         counter(ids)
 
 
+def opening(model, ids):
+    """Putting the hooks on and taking them off, and one token: what a count pays once, however many
+    batches follow.
+    """
+    with watching(model) as counter:
+        counter(ids[:1, :1])
+
+
 def position_groups(ids):
     """All positions, the even ones, the odd ones and the first quarter: [B, 4, T]."""
     at = torch.arange(ids.shape[1], device=ids.device)
@@ -230,22 +238,26 @@ def share_of_hooks(model, ids, rounds) -> float:
     """The part of capture's CPU time that is spent counting; steadier than a ratio of two forward
     passes.
     """
-    inside, count_positive = [0.0], counting.count_positive
+    inside = [0.0]
+    names = ("count_positive", "count_masked")
+    before = {name: getattr(counting, name) for name in names}
 
-    def timed(*args):
+    def timed(count, *args):
         start = time.process_time()
-        found = count_positive(*args)
+        found = count(*args)
         inside[0] += time.process_time() - start
         return found
 
-    counting.count_positive = timed
+    for name, count in before.items():
+        setattr(counting, name, partial(timed, count))
     try:
         start = time.process_time()
         for _ in range(rounds):
             capture(model, ids)
         return inside[0] / (time.process_time() - start)
     finally:
-        counting.count_positive = count_positive
+        for name, count in before.items():
+            setattr(counting, name, count)
 
 
 def peak(run) -> int:
@@ -359,6 +371,7 @@ def full(rounds, length) -> dict:
                 "capture": partial(capture, model, ids),
                 "capture, 4 groups": partial(capture_groups, model, ids),
                 "capture, 4 passes": partial(capture_passes, model, ids),
+                "opening": partial(opening, model, ids),
             },
             rounds,
             clock,
