@@ -91,8 +91,9 @@ bench-peers: ## the same beside nnsight and TransformerLens, in an environment o
 bench-analysis: $(READY) ## analysis at the paper's scale: 1,200 instructions, up to 2.2 million neurons (6 GB of disk)
 	$(PY) -m tests.bench --analysis
 
-bench-chain: $(READY) ## the chain's own cost
-	$(PY) -m tests.bench --chain
+bench-chain: $(READY) ## tokens that PROFILE's last chain read, stage by stage, beside the least (runs the chain if none has)
+	@ls data/results/$(PROFILE)/notebooks/*.tokens.jsonl >/dev/null 2>&1 || $(PY) -m helpers.run chain --profile $(PROFILE) $(CHAIN)
+	$(PY) -m tests.bench --chain $(PROFILE)
 
 plan: $(READY) ## what PROFILE will cost: neurons, passes, disk
 	$(PY) -m helpers.run plan --profile $(PROFILE)

@@ -154,7 +154,6 @@ class Profile:
     pairs: several(Pair, "pairs, each with a name and its models")
     seed: whole(0, 2**32 - 1) = 0
     template: text(10_000, AfterValidator(_once)) = "Instruction: {instruction}\nResponse:"
-    batch_size: whole(1, 2**16) = 32
     max_new_tokens: whole(1, 2**17) = 48
     threads: Cores = 1
     processes: Cores = 1

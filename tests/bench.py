@@ -5,7 +5,8 @@ One process, one thread, methods interleaved. CPU seconds, because the machine m
 for each method the median over the rounds of its ratio to the plain forward pass of the same
 round. Weights are random. Peers are measured where they are installed (`make bench-peers`).
 `--full`: the paper's shapes on a GPU. `--analysis`: sets, their overlaps and consensus at the
-paper's scale, from synthetic counts on disk (6 GB of it, some minutes).
+paper's scale, from synthetic counts on disk (6 GB of it, some minutes). `--chain`: what the last
+chain of a profile read, from the ledgers beside its executed notebooks.
 """
 
 import argparse
@@ -31,13 +32,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from helpers.analysis.sets import consensus, top_sets
 from helpers.analysis.similarity import jaccard_matrix
 from helpers.capture import counter as counting
+from helpers.capture.budget import lines_of, spent
 from helpers.capture.counter import watching
 from helpers.capture.counts import Counts, Shards
 from helpers.capture.interventions import ablate
 from helpers.capture.sites import find_sites
 from helpers.capture.tokens import Encoded
-from helpers.paths import DATA
-from helpers.record import read_json, versions, write_json
+from helpers.paths import DATA, results_dir
+from helpers.record import UserError, read_json, versions, write_json
 from helpers.study.answers import continuations
 from tests import zoo
 
@@ -117,6 +119,14 @@ def capture(model, ids):
     """Ours: neurons, experts and routing."""
     with watching(model) as counter:
         counter(ids)
+
+
+def opening(model, ids):
+    """Putting the hooks on and taking them off, and one token: what a count pays once, however many
+    batches follow.
+    """
+    with watching(model) as counter:
+        counter(ids[:1, :1])
 
 
 def position_groups(ids):
@@ -228,22 +238,26 @@ def share_of_hooks(model, ids, rounds) -> float:
     """The part of capture's CPU time that is spent counting; steadier than a ratio of two forward
     passes.
     """
-    inside, count_positive = [0.0], counting.count_positive
+    inside = [0.0]
+    names = ("count_positive", "count_masked")
+    before = {name: getattr(counting, name) for name in names}
 
-    def timed(*args):
+    def timed(count, *args):
         start = time.process_time()
-        found = count_positive(*args)
+        found = count(*args)
         inside[0] += time.process_time() - start
         return found
 
-    counting.count_positive = timed
+    for name, count in before.items():
+        setattr(counting, name, partial(timed, count))
     try:
         start = time.process_time()
         for _ in range(rounds):
             capture(model, ids)
         return inside[0] / (time.process_time() - start)
     finally:
-        counting.count_positive = count_positive
+        for name, count in before.items():
+            setattr(counting, name, count)
 
 
 def peak(run) -> int:
@@ -357,6 +371,7 @@ def full(rounds, length) -> dict:
                 "capture": partial(capture, model, ids),
                 "capture, 4 groups": partial(capture_groups, model, ids),
                 "capture, 4 passes": partial(capture_passes, model, ids),
+                "opening": partial(opening, model, ids),
             },
             rounds,
             clock,
@@ -452,6 +467,32 @@ def show_analysis(table) -> None:
             print(f"{name:28} {row['seconds']:7.1f} s, {row['cpu_seconds']:7.1f} s of CPU")
 
 
+def chain(profile: str) -> dict:
+    """{"<notebook> <purpose>": what was read there}, then "all" of it: a text that two stages read
+    counts once in the last line's minimum, and once in each stage's own.
+    """
+    ledgers = sorted((results_dir(profile) / "notebooks").glob("*.tokens.jsonl"))
+    if not ledgers:
+        raise UserError(f"no chain of {profile} has run: make reproduce PROFILE={profile}.")
+    read = [line | {"stage": path.name[:2]} for path in ledgers for line in lines_of(path)]
+    for line in read:
+        line["purpose"] += " (ablated)" if line["altered"] else ""
+    stages = spent(read, ("stage", "purpose"))
+    table = {" ".join(key): row for key, row in sorted(stages.items())}
+    return table | {"all": spent(read, ()).get((), {})}
+
+
+def show_chain(table) -> None:
+    """Print the table of `chain`."""
+    heads = ("tokens", "minimum", "ratio", "padding", "seconds")
+    print(f"{'notebook, purpose':28}" + "".join(f"{head:>12}" for head in heads))
+    for name, row in table.items():
+        print(
+            f"{name:28}{row['tokens']:12,}{row['minimum']:12,}{row['ratio']:12.2f}"
+            f"{row['padding']:12.1%}{row['seconds']:12.1f}"
+        )
+
+
 def show(table) -> None:
     """Print the table; a ratio is to the plain forward pass of the same model and batch."""
     for shape, found in table.items():
@@ -475,6 +516,7 @@ def main(argv=None) -> int:
     kind.add_argument(
         "--analysis", action="store_true", help="sets, overlaps and consensus at the paper's scale"
     )
+    kind.add_argument("--chain", metavar="PROFILE", help="what the profile's last chain has read")
     options = parser.parse_args(argv)
     if options.full and not torch.cuda.is_available():
         print(f"--full needs a GPU, torch {torch.__version__} sees none", file=sys.stderr)
@@ -482,7 +524,10 @@ def main(argv=None) -> int:
     torch.set_num_threads(1)
     path = DATA / "results" / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if options.analysis:
+    if options.chain:
+        name, table = f"chain {options.chain}", chain(options.chain)
+        show_chain(table)
+    elif options.analysis:
         name, table = "analysis", analysis()
         show_analysis(table)
     else:

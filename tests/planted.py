@@ -79,7 +79,7 @@ def study(data=None, **settings) -> Study:
     """The planted model as the tuned one of a pair, its prompts counted; nothing is on disk."""
     data, loaded = rows() if data is None else data, (model(), zoo.tokenizer())
     pair = Pair("pair", "none", "none")
-    profile = Profile("planted", "none", (pair,), template=TEMPLATE, batch_size=16, **settings)
+    profile = Profile("planted", "none", (pair,), template=TEMPLATE, batch_tokens=512, **settings)
     made = Study(profile, pair, data, {"tuned": loaded})
     counts = count(*loaded, texts(data), template=TEMPLATE)
     made.once(("counts", "tuned", "prompt"), lambda: counts)

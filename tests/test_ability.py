@@ -20,7 +20,7 @@ PROFILE = SimpleNamespace(
     name="p",
     chat=False,
     template="say: {instruction}\n",
-    batch_size=3,
+    batch_tokens=120,
     run_code=False,
     ablation_rows=3,
 )

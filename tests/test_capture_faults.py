@@ -24,7 +24,7 @@ from helpers.capture.interventions import ablate, editable, neuron_weights, tran
 from helpers.capture.losses import GroupLoss, token_losses
 from helpers.capture.selfcheck import left_padding_is_neutral, self_check
 from helpers.capture.sites import UnreadableModel, find_sites
-from helpers.capture.tokens import Encoded, batches, encode, encode_groups, token_batches
+from helpers.capture.tokens import Encoded, encode, encode_groups, token_batches
 from helpers.record import UserError
 
 # ---- an MLP that no site reads
@@ -139,7 +139,7 @@ def test_counts_do_not_depend_on_the_default_device():
     encoded = [Encoded(tuple(range(3, 3 + n)), (True,) * n) for n in (4, 9)]
     expected = run(model, encoded, 2)
     with torch.device("meta"):
-        made = [next(batches(encoded, 2)), next(token_batches(encoded, 99))]
+        made = [next(token_batches(encoded, 20)), next(token_batches(encoded, 99))]
         assert all(b.input_ids.device.type == b.count_mask.device.type == "cpu" for b in made)
         mask = neuron_mask(model)
     torch.set_default_device("cpu")
@@ -406,10 +406,10 @@ def test_what_is_no_list_of_texts_is_refused(texts):
         (["ok"], {"responses": [[1.5]]}, "list of token ids"),
         (["<bos><eos>"], {}, "no counted token"),
         (["ok"], {"template": None}, "must hold"),
-        (["ok"], {"batch_size": 0}, "batch_size is 0"),
-        (["ok"], {"batch_size": -1}, "batch_size is -1"),
-        (["ok"], {"batch_size": 1.5}, "batch_size is 1.5"),
-        (["ok"], {"batch_size": True}, "batch_size is True"),
+        (["ok"], {"batch_tokens": 0}, "batch_tokens is 0"),
+        (["ok"], {"batch_tokens": -1}, "batch_tokens is -1"),
+        (["ok"], {"batch_tokens": 1.5}, "batch_tokens is 1.5"),
+        (["ok"], {"batch_tokens": True}, "batch_tokens is True"),
     ],
 )
 def test_texts_and_sizes_that_cannot_be_counted_are_refused(texts, options, told):

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from helpers.capture import bank, counter
 from helpers.capture.bank import observed
 from helpers.capture.count import count_activations, count_encoded, count_groups
-from helpers.capture.counter import count_positive, watching
+from helpers.capture.counter import count_positive, count_routed, watching
 from helpers.capture.counts import Counts
 from helpers.capture.selfcheck import self_check
 from helpers.capture.sites import UnreadableModel, find_sites
-from helpers.capture.tokens import Encoded, batches
+from helpers.capture.tokens import Encoded, token_batches
 from helpers.record import UserError
 
 FIRST = ("gate_proj", "gate_up_proj", "dense_h_to_4h", "c_fc", "fc1", "fc_in", "input_linear")
@@ -94,10 +94,10 @@ def looped(site, first, args, counted):
     return (neurons if site.family == "expert" else neurons[0]), routed
 
 
-def run(model, encoded, size, side="right") -> Counts:
+def run(model, encoded, size, side="right") -> Counts:  # of at most `size` of the longest
     parts, order = [], []
     with watching(model) as counter:
-        for batch in batches(encoded, size, side):
+        for batch in token_batches(encoded, size * max(LENGTHS), side):
             parts.append(counter(batch.input_ids, batch.attention_mask, batch.count_mask))
             order.append(batch.rows)
     return Counts.join(parts, order)
@@ -214,6 +214,61 @@ def test_in_bf16_batching_moves_few_counts_by_one():
     one, many = (run(model, encoded, size).neurons["dense"].astype(int) for size in (1, 8))
     assert (one != many).mean() < 0.05
     assert np.abs(one - many).max() <= 2
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+def test_experts_counted_as_one_product_equal_a_loop(groups, monkeypatch):
+    """As on a GPU, in float16: pairs in any order, masks that overlap, few cells at a time."""
+    monkeypatch.setattr(counter, "_on_cpu", lambda device: False)
+    draw = torch.Generator().manual_seed(groups)
+    size, length, k, experts, width = 3, 7, 2, 5, 4
+    a = torch.randn(size * length * k, width, generator=draw)
+    rows = torch.arange(size * length).repeat_interleave(k)
+    ids = torch.cat([torch.randperm(experts, generator=draw)[:k] for _ in range(size * length)])
+    masks = (torch.rand(size, groups, length, generator=draw) < 0.6).float()
+    expected = torch.zeros(size, groups, experts, width)
+    for pair in range(len(a)):
+        b, t = divmod(int(rows[pair]), length)
+        for p in range(groups):
+            if masks[b, p, t]:
+                expected[b, p, ids[pair]] += a[pair] > 0
+    mixed = torch.randperm(len(a), generator=draw)
+    for cells in (2**19, 7):
+        monkeypatch.setitem(counter.BLOCK, "cpu", cells)
+        found = count_routed(a[mixed], ids[mixed], rows[mixed], masks, experts)
+        assert found.dtype == torch.float16
+        assert torch.equal(found.float(), expected)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss"]
+)
+def test_a_gpus_way_of_counting_gives_the_same_counts(family, sequences, monkeypatch):
+    model = zoo.build(family)
+    expected = {size: run(model, sequences, size) for size in (7, 32)}
+    draw = np.random.default_rng(1)
+    grouped = [
+        Encoded(
+            e.ids,
+            e.counted,
+            {n: tuple((draw.random(len(e.ids)) < n / 6).tolist()) for n in range(6)},
+        )
+        for e in sequences
+    ]
+    alone = count_groups(model, grouped, 64)
+    monkeypatch.setattr(counter, "_on_cpu", lambda device: False)
+    for size, counts in expected.items():
+        assert differing(run(model, sequences, size), counts) == 0
+    for name, counts in count_groups(model, grouped, 64).items():
+        assert differing(counts, alone[name]) == 0
+
+
+def test_float16_counts_where_it_is_exact_and_nowhere_else(monkeypatch):
+    """2049 ones, which float16 would round to 2048."""
+    monkeypatch.setattr(counter, "_on_cpu", lambda device: False)
+    for length in (2048, 2049):
+        found = counter.count_masked(torch.ones(1, length, 1), torch.ones(1, 1, length))
+        assert found.item() == length
 
 
 def test_count_positive_is_blind_to_block_size(monkeypatch):

@@ -66,7 +66,7 @@ def setting(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path.joinpath(*names))
     monkeypatch.setattr(room, "SHARD", 3)
     pair = Pair("pair", str(checkpoint), str(checkpoint))
-    return Profile("test", "none", (pair,), batch_size=2, batch_tokens=64, max_new_tokens=5), pair
+    return Profile("test", "none", (pair,), batch_tokens=64, max_new_tokens=5), pair
 
 
 def capture(profile, pair, variant, positions, rows):
@@ -88,7 +88,7 @@ def by_hand(model, tokenizer, text):
 
 def test_five_lines_count_any_model_on_any_strings():
     model, tokenizer = zoo.build("llama"), zoo.tokenizer()
-    counts = count(model, tokenizer, TEXTS, batch_size=2)
+    counts = count(model, tokenizer, TEXTS, batch_tokens=64)
     for i, text in enumerate(TEXTS):
         assert counts.tokens[i] == len(text)
         assert (counts.neurons["dense"][i] == by_hand(model, tokenizer, text)).all()
@@ -387,7 +387,7 @@ def profile_of_two(tmp_path):
     zoo.build("qwen2_moe").save_pretrained(checkpoint)
     zoo.tokenizer().save_pretrained(checkpoint)
     pair = Pair("pair", str(checkpoint), str(checkpoint))
-    profile = Profile(f"test-{os.getpid()}", "none", (pair,), batch_size=2, processes=2)
+    profile = Profile(f"test-{os.getpid()}", "none", (pair,), batch_tokens=64, processes=2)
     yield profile, pair
     shutil.rmtree(results_dir(profile.name), ignore_errors=True)
 

@@ -409,7 +409,7 @@ def run(checkpoint, folder, pause=0.0, patch=setattr):
         [{"instruction": f"add {i} and {2 * i}.", "input": "", "reference": "x"} for i in range(12)]
     )
     pair = Pair("pair", str(checkpoint), str(checkpoint))
-    Study(Profile("test", "none", (pair,), batch_size=2), pair, rows).counts("base")
+    Study(Profile("test", "none", (pair,), batch_tokens=64), pair, rows).counts("base")
 
 
 def test_a_killed_run_keeps_its_shards_and_ends_with_the_same_bytes(tmp_path, monkeypatch):

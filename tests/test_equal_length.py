@@ -12,6 +12,7 @@ import zoo
 from helpers.analysis import nulls
 from helpers.analysis import similarity as overlap
 from helpers.analysis.sets import PackedSets, nominal_size, top_sets
+from helpers.capture import budget
 from helpers.capture.count import count_encoded, count_groups
 from helpers.capture.tokens import Encoded, encode
 from helpers.config import Pair, Profile
@@ -178,3 +179,22 @@ def test_too_short_instructions_are_not_testable(setting):
         draw(study, "tuned", 200)
     with pytest.raises(UserError, match="1 to 255"):
         draw(study, "tuned", 300)
+
+
+def test_several_sizes_are_drawn_in_one_pass_and_are_those_drawn_alone(setting, monkeypatch):
+    study, folder = setting
+    study.counts("tuned")
+    ledger = folder / "x.tokens.jsonl"
+    monkeypatch.setenv(budget.LEDGER, str(ledger))
+    draw(study, "tuned", SIZE, (SIZE, 3))
+    draw(study, "tuned", 3, (SIZE, 3))
+    [row] = budget.spent(budget.lines_of(ledger)).values()
+    assert row["tokens"] == sum(len(e.ids) for e in study.reading("tuned"))
+    places = [path for size in (SIZE, 3) for path in sorted(folder.rglob(f"drawn-{size}/*.*"))]
+    together = [path.read_bytes() for path in places]
+    assert len(together) >= 8
+    for path in places:
+        path.unlink()
+    for size in (3, SIZE):
+        draw(study, "tuned", size)
+    assert [path.read_bytes() for path in places] == together

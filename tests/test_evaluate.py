@@ -31,7 +31,7 @@ from tests.zoo import ZOO, build, tokenizer
 torch.set_num_threads(1)
 TOKENIZER = tokenizer()
 PROFILE = SimpleNamespace(
-    template="say: {instruction}\n", batch_size=3, max_new_tokens=7, run_code=False, chat=False
+    template="say: {instruction}\n", batch_tokens=120, max_new_tokens=7, run_code=False, chat=False
 )
 TEXTS = [
     "add one",
@@ -55,7 +55,7 @@ ROWS = pd.DataFrame(
 )
 
 
-SPEECH = (PROFILE.template, PROFILE.batch_size, PROFILE.max_new_tokens)
+SPEECH = (PROFILE.template, PROFILE.batch_tokens, PROFILE.max_new_tokens)
 
 
 def study_of(model, rows=ROWS):
@@ -205,9 +205,11 @@ def test_a_set_without_any_effect_is_not_passed_over_in_silence():
 def test_a_loss_that_is_no_number_does_not_pass_for_an_effect():
     """NaN differs from everything, so it would count as having acted."""
     model = build("llama")
+    study = study_of(model)
+    reference_nll(study)
     model.lm_head.weight.data[3] = torch.nan
     with pytest.raises(RuntimeError, match="'all' made the loss of some row NaN"):
-        ablation_matrix(study_of(model), {"all": neuron_mask(model)}, "zero", allow_inert=True)
+        ablation_matrix(study, {"all": neuron_mask(model)}, "zero", allow_inert=True)
 
 
 def test_a_row_of_a_short_checker_has_a_small_budget_and_the_others_the_profiles():

@@ -2,12 +2,18 @@
 cells say.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from helpers.config import Pair, Profile
 from helpers.hexainst.schema import CATEGORIES
+from helpers.paths import ROOT
 from helpers.record import DamagedFile, NotTestable, RecordMismatch
 from helpers.study import grid
 from helpers.study.ablation import pooled
@@ -128,7 +134,7 @@ def test_tables_say_what_the_cells_say_and_the_committed_ones_come_back(world, f
     assert grid.committed(studies) is None
     paths = grid.write(studies, found)
     again, again_matrices, by_category, record = grid.tables(studies)
-    assert len(by_category) == 3 * 6  # the headline size alone
+    assert len(by_category) == 3 * 6  # of the headline size alone
     mean = by_category[(by_category["size"] == 0.05) & (by_category["half"] == "B")]
     assert set(mean["category"]) == set(CATEGORIES)
     assert np.allclose(again["critical"], table["critical"])
@@ -182,3 +188,52 @@ def test_a_cells_sets_are_chosen_on_the_half_it_is_not_measured_on(world, folder
         found = np.unpackbits(arrays["sets"], axis=-1, count=240).astype(bool)
         assert (found == chosen[study.other(half)]).all()
         assert len(arrays["labels"]) == 30
+
+
+RANK = """
+import sys
+from pathlib import Path
+import pandas as pd, torch
+from helpers.config import Pair, Profile
+from helpers.study import counting, grid, study
+from tests.test_grid import PROFILE
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+grid.results_dir = lambda name: folder / "out" / name
+study.counts_dir = lambda *names: (folder / "out").joinpath(*names)
+made, compute = [], grid.compute
+grid.compute = lambda *args: made.append(args[1]) or compute(*args)
+pair = Pair("pair", str(folder / "model"), str(folder / "model"))
+whole = study.Study(Profile(pairs=(pair,), **PROFILE), pair, pd.read_pickle(folder / "rows"))
+found = grid.cells(whole)
+rank, world, _ = counting.processes()
+(folder / f"rank-{rank}-of-{world}").write_text(f"{len(made)} {len(found)}")
+"""
+
+
+def test_cells_dealt_to_two_processes_are_those_of_one_to_the_byte(tmp_path):
+    """Each process computes its half of the cells, and both come back with all of them."""
+    for part in (planted.model(), zoo.tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+    planted.rows(6).to_pickle(tmp_path / "rows")
+    (tmp_path / "rank.py").write_text(RANK)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--rdzv-backend=c10d"]
+    run += ["--rdzv-endpoint=localhost:0"]
+    kept = {}
+    for number in (2, 1):
+        command = [*run, f"--nproc-per-node={number}", str(tmp_path / "rank.py"), str(tmp_path)]
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        kept[number] = contents(tmp_path / "out")
+        if number == 2:
+            stopped = next(tmp_path.rglob("*0.1-B.safetensors"))
+            stopped.unlink()
+            subprocess.run(
+                command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            )
+            assert contents(tmp_path / "out") == kept[2]
+            shutil.rmtree(tmp_path / "out")
+    assert kept[1] == kept[2]
+    assert len(kept[1]) == 2 * 4
+    said = {path.name: path.read_text() for path in tmp_path.glob("rank-*")}
+    assert said == {"rank-0-of-1": "4 4", "rank-0-of-2": "0 4", "rank-1-of-2": "1 4"}

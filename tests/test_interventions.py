@@ -322,7 +322,7 @@ def test_an_empty_mask_is_a_no_op():
     ):
         with ablate(model, mask, operator):
             assert torch.equal(logits(model), before)
-            assert hooks(model) <= 1
+            assert hooks(model) <= 2  # whether the model, or its trunk, ran at all
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from helpers.capture import checkpoints
 from helpers.capture.loading import check_pair, fingerprint, load_model, locate, random_twin
 from helpers.capture.sites import UnreadableModel, find_sites
-from helpers.capture.tokens import Encoded, batches, check_tokenizer, encode
+from helpers.capture.tokens import Encoded, check_tokenizer, encode, token_batches
 from helpers.record import DamagedFile, UserError
 from helpers.study.answers import continuations
 
@@ -582,7 +582,7 @@ def test_batches_hold_every_sequence_once_under_its_own_mask():
     ]
     for side in ("right", "left"):
         rows = []
-        for b in batches(encoded, 2, side):
+        for b in token_batches(encoded, 60, side):
             rows += b.rows
             for i, row in enumerate(b.rows):
                 keep = b.attention_mask[i] == 1
@@ -610,6 +610,6 @@ def test_generation_is_greedy_whatever_the_batch_and_the_models_own_settings(fam
                 ids.pop()
                 break
         expected.append(ids[len(e.ids) :])
-    assert continuations(model, encoded, max_new_tokens=12, batch_size=3) == expected
-    assert continuations(model, encoded, max_new_tokens=12, batch_size=1) == expected
+    assert continuations(model, encoded, max_new_tokens=12, batch_tokens=120) == expected
+    assert continuations(model, encoded, max_new_tokens=12, batch_tokens=1) == expected
     assert model.generation_config.repetition_penalty == 3.0

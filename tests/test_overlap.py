@@ -169,7 +169,7 @@ def study_of(folder, monkeypatch, base="qwen2_moe", halves=("A", "B"), short=Fal
     ]
     pair = Pair("pair", None if base == "llama" else str(other), str(path))
     settings = {"resamples": 40, "twins": 2, "draws": 2, "epsilon": 0.2}
-    profile = Profile("test", "none", (pair,), batch_size=8, **settings)
+    profile = Profile("test", "none", (pair,), batch_tokens=256, **settings)
     return {"pair": overlap.Overlap(Study.of(profile, pair, pd.DataFrame(rows)))}
 
 

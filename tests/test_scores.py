@@ -32,7 +32,7 @@ def read(positions, rows=ROWS, template=PROFILE.template):
 
 
 def blame(model, positions="all", rows=ROWS):
-    return attribution(model, read("reference", rows), read(positions, rows), PROFILE.batch_size)
+    return attribution(model, read("reference", rows), read(positions, rows), PROFILE.batch_tokens)
 
 
 FAMILIES = [
@@ -69,7 +69,7 @@ def test_contribution_is_the_length_of_what_the_neuron_adds_to_its_mlps_output(f
         for f in {s.family for s in sites}
     }
     for positions in ("prompt", "response"):
-        found = contribution(model, read(positions), PROFILE.batch_size)
+        found = contribution(model, read(positions), PROFILE.batch_tokens)
         responses = list(ROWS["reference"]) if positions == "response" else None
         texts = [
             t + ("\n" + i if i else "")
@@ -193,7 +193,7 @@ def test_reference_means_and_draws_are_those_of_a_plain_loop(family):
     with torch.no_grad():
         [model(input_ids=torch.tensor([TOKENIZER(t)["input_ids"]])) for t in texts]
     expected = {key: torch.stack(values) for key, values in rows.items()}
-    found = reference_activations(build(family), TOKENIZER, texts, batch_size=3, draws=16)
+    found = reference_activations(build(family), TOKENIZER, texts, batch_tokens=120, draws=16)
     for (name, e), values in expected.items():
         at = () if e is None else (e,)
         torch.testing.assert_close(found.mean[name][at], values.mean(0), atol=1e-5, rtol=1e-4)
@@ -202,7 +202,7 @@ def test_reference_means_and_draws_are_those_of_a_plain_loop(family):
         nearest = torch.cdist(drawn, values, compute_mode="donot_use_mm_for_euclid_dist")
         assert nearest.min(1).values.max() < 1e-3
         assert len(set(nearest.argmin(1).tolist())) == len(drawn)
-    again = reference_activations(build(family), TOKENIZER, texts, batch_size=3, draws=16)
+    again = reference_activations(build(family), TOKENIZER, texts, batch_tokens=120, draws=16)
     assert all(torch.equal(found.draws[n], again.draws[n]) for n in found.draws)
 
 
@@ -249,7 +249,7 @@ def test_a_planted_circuit_is_found_by_its_effect_and_missed_by_frequency():
         }
     )
     profile, read_here = (
-        SimpleNamespace(template="{instruction}\n", batch_size=4, chat=False),
+        SimpleNamespace(template="{instruction}\n", batch_tokens=120, chat=False),
         lambda positions: read(positions, rows, "{instruction}\n"),
     )
     study = Study(profile, Pair("pair", "none", "none"), rows, {"tuned": (model, TOKENIZER)})

@@ -49,7 +49,7 @@ def tuned_of_planted():
 def pair_of(base, tuned, rows=None, **settings):
     """A study of two models in memory, counted at all positions, at even and at odd ones."""
     rows = planted.rows(6) if rows is None else rows
-    settings = {"resamples": 200, "controls": 3, "ablation_rows": 5, "batch_size": 16} | settings
+    settings = {"resamples": 200, "controls": 3, "ablation_rows": 5, "batch_tokens": 512} | settings
     pair = Pair("pair", "none", "none")
     profile = Profile("planted", "none", (pair,), template=planted.TEMPLATE, **settings)
     models = {name: (model, zoo.tokenizer()) for name, model in (("base", base), ("tuned", tuned))}

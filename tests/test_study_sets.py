@@ -21,7 +21,7 @@ from tests.test_evaluate import TOKENIZER
 from tests.zoo import build
 
 PROFILE = SimpleNamespace(
-    name="p", chat=False, template="say: {instruction}\n", batch_size=4, resamples=200, seed=0
+    name="p", chat=False, template="say: {instruction}\n", batch_tokens=120, resamples=200, seed=0
 )
 PROFILE.epsilon, PROFILE.epsilons, PROFILE.tau, PROFILE.taus = 0.4, (0.2, 0.4), 0.5, (0.5, 1.0)
 EACH = 6  # rows of a category and half

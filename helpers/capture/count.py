@@ -12,7 +12,7 @@ from ..record import UserError
 from .counter import Counter, watching
 from .counts import Counts
 from .selfcheck import self_check
-from .tokens import batches, check_tokenizer, encode, list_of, token_batches
+from .tokens import check_tokenizer, encode, list_of, token_batches
 
 _checked: WeakSet = WeakSet()
 
@@ -40,7 +40,7 @@ def count(
     model,
     tokenizer,
     texts,
-    batch_size: int = 32,
+    batch_tokens: int = 8192,
     *,
     template: str = "{instruction}",
     responses=None,
@@ -54,17 +54,17 @@ def count(
     check_tokenizer(tokenizer, model)
     texts = list_of(texts, "texts")
     encoded = encode(tokenizer, texts, template=template, responses=responses)
-    return count_encoded(model, encoded, batch_size)
+    return count_encoded(model, encoded, batch_tokens)
 
 
-def count_encoded(model, encoded, batch_size: int = 32, progress=None) -> Counts:
+def count_encoded(model, encoded, batch_tokens: int = 8192, progress=None) -> Counts:
     """Counts of encoded sequences, in their order; `progress` is a tqdm bar to move instead of one
     of its own.
     """
     _refuse_nothing(encoded)
     parts, order = [], []
     with count_activations(model) as counter, _bar(len(encoded), progress) as bar:
-        for batch in batches(encoded, batch_size):
+        for batch in token_batches(encoded, batch_tokens):
             parts.append(counter(batch.input_ids, batch.attention_mask, batch.count_mask))
             order.append(batch.rows)
             bar.update(len(batch.rows))
@@ -123,7 +123,7 @@ def flips(model, encoded, counts: Counts) -> dict[str, int]:
     """How many cells of the first instructions differ when each is read alone: rounding can move a
     gate across zero.
     """
-    alone = count_encoded(model, encoded, batch_size=1).arrays()
+    alone = count_encoded(model, encoded, batch_tokens=1).arrays()
     pairs = [
         (alone[name].astype(int), c[: len(encoded)].astype(int))
         for name, c in counts.arrays().items()

@@ -10,6 +10,7 @@ import torch
 
 from ..record import UserError
 from .bank import observed
+from .budget import reading
 from .counts import Counts
 from .sites import Site, UnreadableModel, find_sites, input_device, returning_dicts
 
@@ -21,6 +22,7 @@ ROUNDING = {  # what two ways to one number may differ by, of the largest
     torch.bfloat16: 4e-2,
 }
 LONGEST = 2**16 - 1  # tokens of one instruction that uint16 can count
+HALF = 2**11  # float16 holds whole numbers up to here
 
 
 def count_positive(x, group, groups: int):
@@ -45,10 +47,10 @@ def count_positive(x, group, groups: int):
 
 def count_masked(x, masks):
     """How many masked tokens are positive, per column: x [B, T, N], masks [B, P, T] of 0 and 1 ->
-    float32 [B, P, N].
+    [B, P, N], float32 (on a GPU float16 where that is exact).
 
     One product of masks and 0/1 cells, a block of rows or columns at a time; exact, as above,
-    however the P masks overlap. (Ours.)
+    however the P masks overlap: every partial sum is a whole number that the dtype holds. (Ours.)
 
     >>> x = torch.tensor([[[1., -1.], [2., 0.], [3., 3.]]])
     >>> count_masked(x, torch.tensor([[[1, 1, 0], [0, 1, 1]]]))
@@ -56,15 +58,55 @@ def count_masked(x, masks):
              [2., 1.]]])
     """
     size, length, width = x.shape
-    masks = masks.to(torch.float32)
-    out = torch.empty(size, masks.shape[1], width, dtype=torch.float32, device=x.device)
+    masks = masks.to(dtype := _exact(x.device, length))
+    out = torch.empty(size, masks.shape[1], width, dtype=dtype, device=x.device)
     cells = max(1, BLOCK.get(x.device.type, 2**26) // length)  # columns of one row at a time
     rows, columns = max(1, cells // width), min(width, cells)
     for b in range(0, size, rows):
         for n in range(0, width, columns):
-            part = (x[b : b + rows, :, n : n + columns] > 0).to(torch.float32)
+            part = (x[b : b + rows, :, n : n + columns] > 0).to(dtype)
             out[b : b + rows, :, n : n + columns] = masks[b : b + rows] @ part
     return out
+
+
+def count_routed(a, ids, rows, masks, experts: int):
+    """How many masked tokens are positive in the expert that they were routed to: a [R, N] of R =
+    B*T*K (token, expert) pairs in any order, ids [R] expert, rows [R] token, masks [B, P, T] ->
+    [B, P, E, N], dtype as above.
+
+    The pairs of one instruction stand together, so that all groups and experts are one product
+    whose left side says which pair counts where. Most of it is zeros, which tensor cores pass by
+    faster than anything can be scattered. (Ours.)
+
+    >>> a, one = torch.tensor([[1., -1.], [2., 3.]]), torch.ones(1, 1, 2)
+    >>> count_routed(a, torch.tensor([0, 1]), torch.tensor([0, 1]), one, 2)
+    tensor([[[[1., 0.],
+              [1., 1.]]]])
+    """
+    size, groups, length = masks.shape
+    pairs = len(a) // size  # T*K, of one instruction
+    order = torch.argsort(rows, stable=True)
+    cells = (a > 0)[order].view(size, pairs, -1)
+    chosen = ids[order].view(size, 1, pairs) == torch.arange(experts, device=a.device)[:, None]
+    token = rows[order].view(size, 1, pairs) % length
+    where = masks.gather(2, token.expand(-1, groups, -1)).to(torch.bool)  # [B, P, T*K]
+    step = max(1, BLOCK.get(a.device.type, 2**26) // chosen.numel())  # groups at a time
+    parts = [
+        count_masked(cells, (some[:, :, None] & chosen[:, None]).flatten(1, 2))
+        for some in where.split(step, 1)
+    ]
+    return torch.cat(parts, 1).unflatten(1, (groups, experts))
+
+
+def _exact(device, most: int):
+    """The narrowest dtype in which matrices of 0 and 1 are multiplied exactly, up to `most`; the
+    CPU has no fast one but float32.
+    """
+    return torch.float16 if most <= HALF and not _on_cpu(device) else torch.float32
+
+
+def _on_cpu(device) -> bool:
+    return device.type == "cpu"
 
 
 class Counter:
@@ -97,8 +139,9 @@ class Counter:
             self._refuse_moved(ids, attended)
         self.hidden = self._forward(ids, attended, masks)
         tokens = masks.sum(2)  # [B, P]
-        self._verify(self.hidden[attended.to(self.hidden.device) == 1], ids.numel(), tokens)
-        groups = [self._collect(tokens[:, p], p) for p in range(tokens.shape[1])]
+        finite = self.hidden.isfinite().all(-1) | (attended.to(self.hidden.device) == 0)  # [B, T]
+        self._verify(finite.all(), ids.numel(), tokens)
+        groups = self._collect(tokens)
         return groups if counted.dim() == 3 else groups[0]
 
     def _start(self, ids, masks):
@@ -141,7 +184,7 @@ class Counter:
             inputs["position_ids"] = (attended.cumsum(1) - 1).clamp(min=0)
         device = input_device(self.model)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        with returning_dicts(self.model):
+        with returning_dicts(self.model), reading(self.model, ids, attended, "counts"):
             return self.trunk(**inputs, use_cache=False).last_hidden_state
 
     def _faults(self, ids, attended, counted):
@@ -224,23 +267,30 @@ class Counter:
             self.rows[site.name] += len(a) // self.chosen
             if self.rows[site.name] != self.size * self.length:
                 return  # _verify says so
-            masks, nowhere = self._masks(a.device), self.size * site.experts
-            cell = ids * self.size + rows // self.length  # an expert's tokens of one instruction
-            shape, found = (site.experts, self.size, site.width), []
-            for p in range(self.groups):
-                inside = masks[:, p].reshape(-1)[rows] > 0
-                if self.groups == 1:
-                    part = count_positive(a, cell.where(inside, nowhere), nowhere)
-                else:  # groups may be small: only their own rows are looked at
-                    part = count_positive(a[inside], cell[inside], nowhere)
-                found.append(part.to(self.kept).view(shape).transpose(0, 1))
-            self.found[site.name] = torch.stack(found, 1)  # [B, P, E, N]
-            most = self.found[site.name].amax(-1)
-            self.impossible.append((most > self.routed[site.name]).any())
+            if _on_cpu(a.device):
+                found = self._scattered(site, ids, rows, a)
+            else:
+                found = count_routed(a, ids, rows, self._masks(a.device), site.experts)
+            self.found[site.name] = found.to(self.kept)  # [B, P, E, N]
+            self.impossible.append((found.amax(-1) > self.routed[site.name]).any())
 
         return observer
 
-    def _verify(self, last, tokens, counted):
+    def _scattered(self, site, ids, rows, a):
+        """What `count_routed` gives, by adding up each group's own rows: least work on a CPU."""
+        masks, nowhere = self._masks(a.device), self.size * site.experts
+        cell = ids * self.size + rows // self.length  # an expert's tokens of one instruction
+        shape, found = (site.experts, self.size, site.width), []
+        for p in range(self.groups):
+            inside = masks[:, p].reshape(-1)[rows] > 0
+            if self.groups == 1:
+                part = count_positive(a, cell.where(inside, nowhere), nowhere)
+            else:  # groups may be small: only their own rows are looked at
+                part = count_positive(a[inside], cell[inside], nowhere)
+            found.append(part.to(self.kept).view(shape).transpose(0, 1))
+        return torch.stack(found, 1)
+
+    def _verify(self, finite, tokens, counted):
         """Every site saw every token once; sum of f = K; p_e <= f_e; nothing was NaN (which is not
         > 0).
         """
@@ -255,33 +305,48 @@ class Counter:
                 raise RuntimeError(
                     f"{name}: its routed tokens do not add up to {self.chosen} experts per token."
                 )
-        if any(bool(wrong) for wrong in self.impossible):
+        if any(bool(torch.stack(found).any()) for found in _by_device(self.impossible)):
             raise RuntimeError("a neuron was active on more tokens than were routed to its expert.")
-        if not last.isfinite().all():
+        if not finite:
             raise UserError(
                 "the last hidden state is not finite: a NaN would count as inactive in silence. "
                 "Load the model in float32 or bfloat16, and check its weights."
             )
 
-    def _collect(self, tokens, p: int) -> Counts:
-        """The Counts of position group p, in which the sequences have tokens [B]."""
-
-        def table(found, sites):
-            return np.stack(
-                [found[s.name][:, p].to(self.kept).cpu().numpy().astype(np.uint16) for s in sites],
-                axis=1,
-            )
-
+    def _collect(self, tokens) -> list[Counts]:
+        """The Counts of each position group, in which the sequences have tokens [B, P]."""
         families = {
             f: [s for s in self.sites if s.family == f] for f in ("dense", "shared", "expert")
         }
         families = {f: sites for f, sites in families.items() if sites}
-        return Counts(
-            tokens.numpy().astype(np.int32),
-            {f: table(self.found, sites) for f, sites in families.items()},
-            table(self.routed, families["expert"]) if "expert" in families else None,
-            {f: tuple(s.layer for s in sites) for f, sites in families.items()},
-        )
+        layers = {f: tuple(s.layer for s in sites) for f, sites in families.items()}
+        return [
+            Counts(
+                tokens[:, p].numpy().astype(np.int32),
+                {f: self._table(self.found, sites, p) for f, sites in families.items()},
+                self._table(self.routed, families["expert"], p) if "expert" in families else None,
+                layers,
+            )
+            for p in range(tokens.shape[1])
+        ]
+
+    def _table(self, found, sites, p) -> np.ndarray:
+        """What the sites of one family found of one group, uint16 [B, L, ...]: moved as a whole, a
+        copy of its own that holds no other group's memory.
+        """
+        parts = [found[s.name][:, p].to(self.kept) for s in sites]
+        parts = parts if len(_by_device(parts)) == 1 else [part.cpu() for part in parts]
+        table = torch.stack(parts, 1).cpu().numpy()
+        same = table.dtype == np.int16  # no number in it is negative
+        return table.view(np.uint16) if same else table.astype(np.uint16)
+
+
+def _by_device(tensors) -> list[list]:
+    """The same tensors, those of each device together."""
+    found = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return list(found.values())
 
 
 def _ones_like(ids):

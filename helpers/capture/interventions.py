@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..record import UserError
 from . import bank
+from .budget import altered
 from .sites import find_sites
 
 NEURON_OPERATORS, EXPERT_OPERATORS = ("zero", "mean", "resample"), ("reroute", "drop")
@@ -185,7 +186,10 @@ def ablate(
             else:
                 value = _replacement(site, operator, reference, seed + number)
                 _edit_neurons(stack, site, part, value, fired, where)
-        stack.callback(model.register_forward_hook(lambda *_: ran.append(True)).remove)
+        for whole in {model, model.base_model}:  # losses run the trunk alone
+            stack.callback(whole.register_forward_hook(lambda *_: ran.append(True)).remove)
+        if parts:
+            stack.enter_context(altered(model, operator, seed, mask))
         yield
         if ran and hooked - fired:
             raise RuntimeError(
@@ -405,4 +409,6 @@ def transplant(model, donor, mask):
                 at = part.to(view.device)
                 stack.callback(view.__setitem__, at, view[at])  # view[at] is a copy
                 view[at] = given[name][part.to(given[name].device)].to(view)
+        if sources:
+            stack.enter_context(altered(model, "transplant", mask))
         yield

@@ -6,8 +6,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..record import UserError
+from .budget import reading
 from .counter import ROUNDING
 from .sites import UnreadableModel, input_device, returning_dicts
 
@@ -17,19 +19,43 @@ MULTIPLY, DIVIDE, CAP = (
     ("logits_scaling",),
     "final_logit_softcapping",
 )
+AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in a head
 _heads: WeakKeyDictionary = WeakKeyDictionary()  # model -> (scale, cap), proven once
 
 
-@torch.no_grad()
+def sequence_losses(model, batch, purpose: str = "losses") -> torch.Tensor:
+    """Mean negative log-likelihood of each row's counted tokens, nats per token, float64 [B], of
+    one pass over a batch; keeps the autograd graph.
+
+    A first token has nothing before it and never counts. Raises UserError for a row without a
+    token whose loss could be counted. (Ours.)
+    """
+    counted = batch.count_mask.clone()
+    counted[:, 0] = 0
+    if not (tokens := counted.sum(1)).all():
+        raise UserError(
+            "a row has no token whose loss could be counted: no reference, or a single token "
+            "without BOS. Remove the row."
+        )
+    _shape_of(model)  # runs the model: before the pass that is noted
+    device, ids, mask = input_device(model), batch.input_ids, batch.attention_mask
+    with returning_dicts(model), reading(model, ids, mask, purpose):
+        hidden = model.base_model(
+            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+        ).last_hidden_state
+        losses = token_losses(model, hidden, ids, counted)
+    return losses.double().sum(1).cpu() / tokens
+
+
 def token_losses(model, hidden, ids, mask) -> torch.Tensor:
     """Negative log-likelihood of each token in the mask given those before it, nats, float32
     [B, T], 0 elsewhere.
 
     hidden: the trunk's last hidden state [B, T, D]; ids, mask [B, T]. A first token has nothing
     before it and never counts. Memory does not grow with T: logits are made for masked tokens
-    only, CELLS at a time. The first time a model is seen, its head on hidden states is held against
-    its own logits (scaled: Cohere, Granite; capped: Gemma 2). Raises UnreadableModel if it gives
-    something else. (Ours.)
+    only, CELLS at a time; with autograd they are made again on the way back. The first time a model
+    is seen, its head on hidden states is held against its own logits (scaled: Cohere, Granite;
+    capped: Gemma 2). Raises UnreadableModel if it gives something else. (Ours.)
     """
     if hidden.shape[:2] != ids.shape or ids.shape != mask.shape:
         raise UserError(
@@ -41,10 +67,12 @@ def token_losses(model, hidden, ids, mask) -> torch.Tensor:
     states = hidden[:, :-1][at.to(hidden.device)]  # [n, D]
     wanted = ids[:, 1:][at.to(ids.device)].to(hidden.device)
     step = max(1, CELLS // model.get_output_embeddings().weight.shape[0])
+
+    def some(states, wanted):
+        return F.cross_entropy(_logits(model, states, *shape), wanted, reduction="none")
+
     parts = [
-        F.cross_entropy(
-            _logits(model, states[i : i + step], *shape), wanted[i : i + step], reduction="none"
-        )
+        checkpoint(some, states[i : i + step], wanted[i : i + step], **AGAIN)
         for i in range(0, len(states), step)
     ]
     losses = torch.zeros(ids.shape, dtype=torch.float32, device=hidden.device)
@@ -64,6 +92,7 @@ class GroupLoss:
         self.total = torch.zeros(size, dtype=torch.float64, device="cpu")
         self.tokens = torch.zeros(size, dtype=torch.long, device="cpu")
 
+    @torch.no_grad()
     def __call__(self, batch, hidden) -> None:
         """Take in one batch and its last hidden state."""
         if self.group not in batch.names:
@@ -88,6 +117,7 @@ def _logits(model, states, scale, cap):
     return (cap * torch.tanh(logits / cap) if cap else logits).to(states.device)
 
 
+@torch.no_grad()
 def _shape_of(model) -> tuple[float, float]:
     """(scale, cap) of the head's output, 0 for no cap: proven against the model's own logits."""
     if model in _heads:
@@ -99,6 +129,11 @@ def _shape_of(model) -> tuple[float, float]:
     with returning_dicts(model):
         own = model(input_ids=ids, use_cache=False).logits[0]  # [8, V]
         states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    if not own.isfinite().all():
+        raise UserError(
+            f"{type(model).__name__} gives logits that are not finite: no losses. Load it in "
+            "float32 or bfloat16, and check its weights."
+        )
     text, scale = model.config.get_text_config(decoder=True), 1.0
     for name in MULTIPLY:
         scale *= getattr(text, name, None) or 1

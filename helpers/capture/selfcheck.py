@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from .bank import activated, gate_part, observed, pre_activations
+from .budget import reading
 from .counter import ROUNDING, ready_sites, watching
 from .sites import UnreadableModel, input_device, returning_dicts
 from .tokens import Encoded, padded
@@ -45,7 +46,7 @@ def self_check(model) -> None:
 def _run(model, ids):
     device = input_device(model)
     inputs = {"input_ids": ids.to(device), "attention_mask": MASK.to(device), "use_cache": False}
-    with returning_dicts(model):
+    with returning_dicts(model), reading(model, ids, MASK, "checks"):
         model.base_model(**inputs)
 
 

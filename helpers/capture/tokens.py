@@ -234,38 +234,32 @@ def _holds(spans, start, end) -> tuple[bool, ...]:
     return tuple(s is not None and max(s[0], start) < min(s[1], end) for s in spans)
 
 
-def batches(encoded: list[Encoded], batch_size: int = 32, side: str = "right"):
-    """Yield Batches of at most `batch_size` sequences of like length, longest first, padded on
-    `side`.
+def token_batches(
+    encoded: list[Encoded], batch_tokens: int = 8192, side: str = "right", ahead: int = 0
+):
+    """Yield Batches of at most `batch_tokens` tokens, padding included, longest sequences first,
+    padded on `side`; one longer than that is alone. ahead: how many tokens will be generated behind
+    each, which count as well. (Ours.)
 
     Padding is what the attention mask says it is, never a token id (it is filled with id 0).
-    """
-    _refuse_size(batch_size, "batch_size")
-    order = _longest_first(encoded)
-    parts = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-    return (padded(encoded, rows, side) for rows in parts)
-
-
-def token_batches(encoded: list[Encoded], batch_tokens: int = 8192, side: str = "right"):
-    """Yield Batches of at most `batch_tokens` tokens, padding included, longest sequences first;
-    one longer than that is alone. (Ours.)
 
     A batch takes the same memory whatever the lengths, and at most a twentieth of it is padding
     (but for one that is small anyway).
     """
     _refuse_size(batch_tokens, "batch_tokens")
-    return (padded(encoded, rows, side) for rows in _within(encoded, batch_tokens))
+    return (padded(encoded, rows, side) for rows in _within(encoded, batch_tokens, ahead))
 
 
-def _within(encoded, budget):
-    rows, tokens = [], 0
+def _within(encoded, budget, ahead):
+    rows, tokens, longest = [], 0, 0
     for row in _longest_first(encoded):
-        length = len(encoded[row].ids)
-        size = (len(rows) + 1) * len(encoded[rows[0]].ids) if rows else 0  # with this row
+        length = len(encoded[row].ids) + ahead
+        size = (len(rows) + 1) * longest if rows else 0  # with this row
         wasteful = size - tokens - length > PADDING * size and size > budget * SMALL
         if size > budget or wasteful:
             yield rows
             rows, tokens = [], 0
+        longest = longest if rows else length
         rows.append(row)
         tokens += length
     if rows:

@@ -178,6 +178,7 @@ def run_plan(options) -> int:
 )
 def run_count(options) -> int:
     """A profile's counts; under `accelerate launch` its shards are dealt out to the processes."""
+    from ..capture.budget import kept_in
     from ..hexainst import schema
     from ..study.study import Study, studies
 
@@ -185,6 +186,7 @@ def run_count(options) -> int:
         todo = [Study.from_job(options.job)]
     else:
         profile = replace(load_profile(options.profile), processes=1)
+        kept_in(results_dir(profile.name) / "count.tokens.jsonl")
         rows = schema.load_hexainst(dataset=profile.dataset)
         todo = [
             (study, variant, positions)
@@ -208,22 +210,28 @@ def run_count(options) -> int:
     option("--headline", action="store_true", help="only the table by category, headline cells"),
 )
 def run_grid(options) -> int:
-    """Compute what is missing of a profile's grid of ablations; once all is there, its tables."""
+    """Compute what is missing of a profile's grid of ablations; once all is there, its tables.
+    Under torchrun or `accelerate launch` its cells are dealt out to the processes.
+    """
     import torch
 
+    from ..capture.budget import kept_in
     from ..hexainst import schema
-    from ..study import grid
+    from ..study import counting, grid
     from ..study.study import studies
 
     profile = load_profile(options.profile)
     torch.set_num_threads(profile.threads)
     every = studies(profile, schema.load_hexainst(dataset=profile.dataset))
+    kept_in(results_dir(profile.name) / "grid.tokens.jsonl")
     found = {}
     with household():
         for name in options.pairs or every:
             some = (grid.HEADLINE, [profile.epsilon]) if options.headline else (None, None)
             found |= grid.cells(every[name], *some, compute_missing=not options.finished)
             every[name].close()
+    if counting.processes()[0]:
+        return 0  # the first process writes
     if options.headline:
         print(grid.write_categories(every, found))
         return 0
@@ -405,7 +413,7 @@ def main(argv=None) -> int:
     except UserError as error:
         said, code = f"error: {error}", 1
     except MemoryError:
-        said, code = "error: out of memory. Lower batch_size in the profile, then run again.", 1
+        said, code = "error: out of memory. Lower batch_tokens in the profile, then run again.", 1
     except BrokenPipeError:  # whoever read the output has gone, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

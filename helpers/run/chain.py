@@ -170,7 +170,7 @@ class Chain:
             for file in folder.rglob("*")
             if file.is_file() and file.stat().st_mtime_ns >= since
         ]
-        passing = (".log", ".failed.ipynb")
+        passing = (".log", ".failed.ipynb", ".tokens.jsonl")
         kept = [n for n in wrote if not Path(n).name.startswith(".") and not n.endswith(passing)]
         self.done[book.name] = {"key": self.keys[book.path], "wrote": kept, "seconds": seconds}
         write_json(self.record, self.done)

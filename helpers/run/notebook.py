@@ -18,6 +18,7 @@ from papermill import inspect_notebook
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from ..capture.budget import LEDGER
 from ..paths import NOTEBOOKS, ROOT, short
 from ..record import UserError, atomic
 from .progress import Progress
@@ -136,12 +137,14 @@ class Execution:
     """One notebook on its way into `target`.
 
     `target` is replaced only when every cell ran; a failed run is kept beside it as
-    <name>.failed.ipynb. Stderr of cells and kernel goes to <name>.log.
+    <name>.failed.ipynb. Stderr of cells and kernel goes to <name>.log, what its models read to
+    <name>.tokens.jsonl (see capture.budget).
     """
 
     def __init__(self, path: Path, target: Path, parameters: dict):
         self.path, self.target, self.name = path, target, path.stem
         self.failed, self.log = target.with_suffix(".failed.ipynb"), target.with_suffix(".log")
+        self.ledger = target.with_suffix(".tokens.jsonl").absolute()
         self.book, self.at = with_parameters(path, parameters), 0
         self.client, self.interrupted = None, False
 
@@ -151,6 +154,7 @@ class Execution:
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self.failed.unlink(missing_ok=True)
+            self.ledger.unlink(missing_ok=True)
             with open(self.log, "wb", buffering=0) as log:
                 progress.start(self.name, len(numbers(self.book)), self.log)
                 await self._cells(folder, progress, log)
@@ -192,8 +196,9 @@ class Execution:
             log=QUIET,
         )
         self.client.on_stderr = stderr
+        env = environment(folder) | {LEDGER: str(self.ledger)}
         try:
-            await self.client.async_execute(env=environment(folder), stdout=log, stderr=log)
+            await self.client.async_execute(env=env, stdout=log, stderr=log)
         except CellExecutionError as error:
             if not self.interrupted:
                 save(self.book, self.failed)
@@ -204,7 +209,7 @@ class Execution:
         except DeadKernelError as error:
             raise UserError(
                 f"{short(self.path)}, cell {self.at}: its kernel died, most likely for lack of "
-                "memory. Lower batch_size in the profile, then run again; finished counts are "
+                "memory. Lower batch_tokens in the profile, then run again; finished counts are "
                 f"kept. Log: {short(self.log)}"
             ) from error
         except RuntimeError as error:

@@ -138,7 +138,7 @@ def _losses(study, variant, pairs) -> np.ndarray:
     read = texts(study.rows)
     prompts, answers = [read[i] for i, _ in pairs], [answer for _, answer in pairs]
     encoded = encode(tokenizer, prompts, template=study.template, responses=answers)
-    return nll(model, encoded, study.profile.batch_size)
+    return nll(model, encoded, study.profile.batch_tokens)
 
 
 def _after_nothing(study, variant) -> np.ndarray:
@@ -153,7 +153,7 @@ def _after_nothing(study, variant) -> np.ndarray:
     around = head + "{instruction}" + tail[len(words) :]
     answers = study.rows["reference"].to_list()
     encoded = encode(tokenizer, [words] * len(answers), template=around, responses=answers)
-    return nll(model, encoded, study.profile.batch_size)
+    return nll(model, encoded, study.profile.batch_tokens)
 
 
 def _mean(values):

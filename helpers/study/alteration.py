@@ -641,7 +641,7 @@ def _transplants(study):
             chosen, here = halves(study)[study.other(half)], study.half(half).measured()
             order = np.argsort(-change[chosen].mean(0).ravel(), kind="stable")
             read = [here.encoded("reference", name) for name in names]
-            size, rng = study.profile.batch_size, np.random.default_rng(study.profile.seed)
+            size, rng = study.profile.batch_tokens, np.random.default_rng(study.profile.seed)
 
             def loss(mask, host=host, donor=donor, read=read[0], size=size):
                 with transplant(host, donor, mask):

@@ -4,8 +4,9 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from ..capture.budget import reading
 from ..capture.sites import input_device
-from ..capture.tokens import Encoded, batches
+from ..capture.tokens import Encoded, token_batches
 from .reading import encode_rows
 
 # An answer that passes one of these checkers is short: a label, a name, a number with little around
@@ -24,7 +25,7 @@ def new_tokens(row, most: int) -> int:
 
 
 def answer_ids(
-    model, tokenizer, rows, template: str, batch_size: int, max_new_tokens: int
+    model, tokenizer, rows, template: str, batch_tokens: int, max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy answers to the rows' prompts as token ids, in row order, each within `new_tokens`."""
     encoded = encode_rows(tokenizer, rows, template)
@@ -32,7 +33,7 @@ def answer_ids(
     for size in sorted(set(most)):
         here = [i for i, budget in enumerate(most) if budget == size]
         some = [encoded[i] for i in here]
-        found = continuations(model, some, max_new_tokens=size, batch_size=batch_size)
+        found = continuations(model, some, max_new_tokens=size, batch_tokens=batch_tokens)
         out |= dict(zip(here, found, strict=True))
     return [out[i] for i in range(len(encoded))]
 
@@ -43,16 +44,16 @@ def spoken(tokenizer, ids: list[list[int]]) -> list[str]:
 
 
 def greedy_answers(
-    model, tokenizer, rows, template: str, batch_size: int, max_new_tokens: int
+    model, tokenizer, rows, template: str, batch_tokens: int, max_new_tokens: int
 ) -> list[str]:
     """`answer_ids` as text."""
-    ids = answer_ids(model, tokenizer, rows, template, batch_size, max_new_tokens)
+    ids = answer_ids(model, tokenizer, rows, template, batch_tokens, max_new_tokens)
     return spoken(tokenizer, ids)
 
 
 @torch.no_grad()
 def continuations(
-    model, encoded: list[Encoded], *, max_new_tokens: int, batch_size: int = 32
+    model, encoded: list[Encoded], *, max_new_tokens: int, batch_tokens: int = 8192
 ) -> list[list[int]]:
     """Greedy continuations as token ids, without the end-of-sequence token; order as given.
     Sampling and penalties that a chat model's own generation settings name are put aside
@@ -70,14 +71,13 @@ def continuations(
     )
     bar = tqdm(total=len(encoded), desc="answers", unit=" instructions", delay=5, leave=False)
     try:
-        for batch in batches(encoded, batch_size, side="left"):
-            ids = model.generate(
-                batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
-            )
-            for row, new in zip(
-                batch.rows, ids[:, batch.input_ids.shape[1] :].tolist(), strict=True
-            ):
-                out[row] = new[: next((i for i, t in enumerate(new) if t in stops), len(new))]
+        for batch in token_batches(encoded, batch_tokens, "left", ahead=max_new_tokens):
+            ids, mask = batch.input_ids, batch.attention_mask
+            with reading(model, ids, mask, "answers") as behind:
+                told = model.generate(ids.to(device), attention_mask=mask.to(device))
+                for row, new in zip(batch.rows, told[:, ids.shape[1] :].tolist(), strict=True):
+                    out[row] = new[: next((i for i, t in enumerate(new) if t in stops), len(new))]
+                    behind.append(len(out[row]))
             bar.update(len(batch.rows))
     finally:
         model.generation_config = own

@@ -103,32 +103,17 @@ def processes():
 
 
 def launch(job: dict, number: int) -> None:
-    """Run `count --job` in `number` processes under accelerate; this one waits. `job` is JSON."""
+    """Run `count --job` in `number` processes under torchrun; this one waits. `job` is JSON.
+
+    Not `accelerate launch`: without GPUs and MPI that starts one process, whatever the number.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(job))
+        run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={number}"]
+        free = ["--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "accelerate.commands.launch",
-                "--num_processes",
-                str(number),
-                "--num_machines",
-                "1",
-                "--mixed_precision",
-                "no",
-                "--dynamo_backend",
-                "no",
-                "--main_process_port",
-                "0",
-                *([] if torch.cuda.is_available() else ["--cpu"]),
-                "-m",
-                COMMAND,
-                "count",
-                "--job",
-                str(path),
-            ],
+            [*run, *free, "-m", COMMAND, "count", "--job", str(path)],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
         )

@@ -5,6 +5,7 @@ I' instructions with enough tokens, D draws, M components of a unit. What neuron
 token is kept, which thinning finished counts would lose.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -148,32 +149,43 @@ def draw_path(study, variant: str, size: int, k: int):
     return study.folder(variant, f"drawn-{size}") / f"drawn-{k:05d}.safetensors"
 
 
-def draw(study, variant: str = "tuned", size: int = 16) -> Drawn:
+def draw(study, variant: str = "tuned", size: int = 16, beside=()) -> Drawn:
     """One model of a pair on `size` positions drawn `draws` times (the profile's) from each of a
     whole study's rows; from disk if there.
 
     One file per shard of instructions, with its record: an interrupted run goes on where it was.
-    Those of SIZE positions are made by the pass that makes the counts.
+    Those of SIZE positions are made by the pass that makes the counts, those of the sizes `beside`
+    by the pass that makes these.
     """
     if study.whole is not study:
         raise UserError("draw: a part of a study; draws are those of the whole. Use study.whole.")
     study.counts(variant)
-    profile, made, parts = study.profile, draw_settings(study, variant, size), []
+    profile, parts = study.profile, []
 
-    def compute(rows):
+    def compute(rows, k):
+        others = [n for n in beside if not draw_path(study, variant, n, k).exists()]
         model, encoded = study.reader(variant)[0], study.take(list(rows)).reading(variant)
-        prompts = [Encoded(e.ids, e.counted, {"prompt": e.counted}) for e in encoded]
-        drawn = Draws(rows, size, profile.draws, profile.epsilon, profile.seed)
-        some = with_draws(prompts, rows, size, profile.draws, profile.seed)
+        some = [Encoded(e.ids, e.counted, {"prompt": e.counted}) for e in encoded]
+        every = {}
+        for n in dict.fromkeys([size, *others]):
+            every[n] = Draws(rows, n, profile.draws, profile.epsilon, profile.seed)
+            some = with_draws(some, rows, n, profile.draws, profile.seed)
         for batch, counts in passes(model, some, profile.batch_tokens):
-            drawn(batch, counts)
-        return drawn.arrays(), {}
+            for drawn in every.values():
+                drawn(batch, counts)
+        own = every.pop(size).arrays(), {}
+        for n, drawn in every.items():
+            kept(n, k, lambda drawn=drawn: (drawn.arrays(), {}))
+        return own
+
+    def kept(n, k, compute):
+        path = draw_path(study, variant, n, k)
+        return cached(path, draw_settings(study, variant, n), compute)[0]
 
     starts, label = range(0, len(study.rows), SHARD), f"{study.name} {variant} drawn"
     for k, first in enumerate(tqdm(starts, label, delay=2, leave=False, unit=" shards")):
         rows = range(first, min(first + SHARD, len(study.rows)))
-        path = draw_path(study, variant, size, k)
-        parts.append(cached(path, made, lambda rows=rows: compute(rows))[0])
+        parts.append(kept(size, k, partial(compute, rows, k)))
     return _joined([part for part in parts if len(part["rows"])], size, f"{study.name} {variant}")
 
 

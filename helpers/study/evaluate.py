@@ -2,71 +2,42 @@
 and their scores.
 """
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
+from ..capture.budget import altered, mark, state
 from ..capture.interventions import Places, ablate
-from ..capture.sites import input_device
-from ..capture.tokens import Batch, batches, encode
+from ..capture.losses import sequence_losses
+from ..capture.tokens import Batch, encode, token_batches
 from ..hexainst.checkers import check
 from ..record import UserError
 
 WHERE = ("everywhere", "all but the first", "prompt", "response")  # where an ablation acts
 
 
-def nll_of(model, batch: Batch) -> torch.Tensor:
-    """Mean negative log-likelihood of each row's counted tokens, nats per token, float64 [B];
-    keeps the autograd graph.
-
-    A first token has nothing before it and never counts. Only the logits from the first counted
-    token on are made.
-    """
-    device = input_device(model)
-    ids, counted = batch.input_ids.to(device), batch.count_mask[:, 1:].bool().to(device)  # [B, T-1]
-    tokens = counted.sum(1)
-    if not tokens.all():
-        raise UserError(
-            "a row has no token whose loss could be counted: no reference, or a single token "
-            "without BOS. Remove the row."
-        )
-    first = int(counted.any(0).nonzero()[0])
-    logits = model(
-        input_ids=ids,
-        attention_mask=batch.attention_mask.to(device),
-        use_cache=False,
-        logits_to_keep=ids.shape[1] - first,
-    ).logits[:, first - ids.shape[1] : -1]  # [B, T-1-first, V]
-    counted = counted[:, first:]
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    loss = F.cross_entropy(
-        logits[counted].to(wide), ids[:, first + 1 :][counted], reduction="none"
-    ).cpu()
-    total = torch.zeros(len(ids), dtype=torch.float64)
-    return total.index_add(0, counted.nonzero()[:, 0].cpu(), loss.double()) / tokens.cpu()
-
-
 @torch.no_grad()
 def _nll(model, prepared: list[Batch], places: Places | None = None, where=()) -> np.ndarray:
-    found = []
-    for i, batch in enumerate(prepared):
+    found, bar = [], tqdm(prepared, "losses", delay=5, leave=False, unit=" batches")
+    for i, batch in enumerate(bar):
         if places is not None:
             places.mask = where[i]
-        found.append(nll_of(model, batch))
-    found = torch.cat(found).cpu().numpy()
+        found.append(sequence_losses(model, batch))
+    found = torch.cat(found).numpy()
     out = np.empty_like(found)
     out[[row for batch in prepared for row in batch.rows]] = found
     return out
 
 
-def nll(model, encoded, batch_size: int = 32) -> np.ndarray:
+def nll(model, encoded, batch_tokens: int = 8192) -> np.ndarray:
     """Teacher-forced mean NLL per counted token of each sequence, in nats, float64 [I], in order.
 
     Sequences of like length share a batch, padded on the right.
     """
-    return _nll(model, list(batches(encoded, batch_size)))
+    return _nll(model, list(token_batches(encoded, batch_tokens)))
 
 
 def reference_nll(study, variant: str = "tuned", eos: bool = True) -> np.ndarray:
@@ -74,14 +45,14 @@ def reference_nll(study, variant: str = "tuned", eos: bool = True) -> np.ndarray
     is one of its tokens (see encode_rows). False is for models never tuned on it.
     """
     encoded = study.encoded("reference" if eos else "response", variant)
-    return nll(study.model(variant)[0], encoded, study.profile.batch_size)
+    return nll(study.model(variant)[0], encoded, study.profile.batch_tokens)
 
 
-def plain_text_nll(model, tokenizer, texts, batch_size: int = 32) -> np.ndarray:
+def plain_text_nll(model, tokenizer, texts, batch_tokens: int = 8192) -> np.ndarray:
     """Mean NLL per token of each bare text (no template, no eos), nats, float64 [texts]: is it
     language that broke?
     """
-    return nll(model, encode(tokenizer, list(texts)), batch_size)
+    return nll(model, encode(tokenizer, list(texts)), batch_tokens)
 
 
 def task_scores(rows, answers, run_code: bool = False) -> np.ndarray:
@@ -132,24 +103,40 @@ def ablation_matrix(
     every ablated set.
 
     masks: {name: component mask}. Returns float64 [I, sets], index the ids, columns the names;
-    the intact NLL is the list attrs["baseline"]. References are encoded once for all. `options` go
-    to `ablate`. where: at which tokens the set is ablated, one of WHERE. Raises RuntimeError if a
-    non-empty set changes no row at all; `allow_inert`
-    permits sets that may be dead.
+    the intact NLL is the list attrs["baseline"]. References are encoded once for all, and the study
+    remembers what a set costs these rows. `options` go to `ablate`. where: at which tokens the set
+    is ablated, one of WHERE. Raises RuntimeError if a non-empty set changes no row at all;
+    `allow_inert` permits sets that may be dead.
     """
     model, rows = study.model(variant)[0], study.rows
     encoded = study.encoded("reference" if eos else "response", variant)
-    prepared = list(batches(encoded, study.profile.batch_size))
-    baseline, increase = _nll(model, prepared), {}
+    prepared = list(token_batches(encoded, study.profile.batch_tokens))
     places, masks_at = _places(study, variant, prepared, where)
+
+    def ablated(mask):
+        with ablate(model, mask, operator, where=places, **options), altered(model, where):
+            return _nll(model, prepared, places, masks_at)
+
+    known = partial(_known, study, (variant, eos, mark(study.places)), model)
+    baseline, increase = known("intact", lambda: _nll(model, prepared)), {}
     for name in tqdm(masks, f"{study.name} ablations", delay=5, leave=False, unit=" sets"):
-        with ablate(model, masks[name], operator, where=places, **options):
-            increase[name] = _nll(model, prepared, places, masks_at) - baseline
+        # what a reference holds has no name to remember it by
+        key = None if "reference" in options else (where, operator, mark(masks[name], options))
+        increase[name] = known(key, partial(ablated, masks[name])) - baseline
         inert = allow_inert or not any(np.any(part) for part in masks[name].values())
         _believable(increase[name], name, inert)
     frame = pd.DataFrame(increase, index=pd.Index(rows["id"], name="id"))
     frame.attrs["baseline"] = baseline.tolist()
     return frame
+
+
+def _known(study, rows, model, key, compute):
+    """`compute()`, or what the study remembers under this key of these rows; nothing is while the
+    model is altered, nor under None.
+    """
+    if key is None or state(model):
+        return compute()
+    return study.whole.once(("losses", *rows, key), compute)
 
 
 def _places(study, variant, prepared, where) -> tuple:
@@ -185,8 +172,8 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
     after = rows.groupby("category")["instruction"].transform(lambda x: np.roll(x, -1))
     given = rows.groupby("category")["input"].transform(lambda x: np.roll(x, -1))
     other = study.reading_of(rows.assign(instruction=after, input=given), variant)
-    size = study.profile.batch_size
-    prepared = [list(batches(e, size)) for e in (study.encoded("reference", variant), other)]
+    size = study.profile.batch_tokens
+    prepared = [list(token_batches(e, size)) for e in (study.encoded("reference", variant), other)]
     intact = [_nll(model, some) for some in prepared]
     lost = np.zeros((len(rows), len(masks)))
     for n, name in enumerate(tqdm(masks, f"{study.name} gains", delay=5, leave=False)):

@@ -31,6 +31,7 @@ from ..record import (
     write_table,
 )
 from .ablation import KINDS, draws_of, measure, own_effect, pooled
+from .counting import processes
 from .scores import SEES_REFERENCE, sets_of, standing
 
 GRID, TABLES = DATA / "grid", ("", "-matrices", "-categories")
@@ -105,22 +106,32 @@ def cells(study, scores=None, sizes=None, compute_missing=True) -> dict:
     """{(pair, score, size, half): (arrays, record)} of one pair: from disk where a cell is
     finished, else computed and kept, or left out if `compute_missing` is False.
 
+    Several processes (see counting.processes) deal the cells out among them, and each returns all.
     Raises RecordMismatch for a cell made under other settings, NotTestable where there is one half
     only.
     """
-    out, todo = {}, cells_of(study.profile, scores, sizes)
-    bar = tqdm(
-        total=len(todo) * len(study.halves), desc=f"{study.name} grid", unit=" cells", delay=5
-    )
-    for score, size in todo:
-        for half in study.halves:
-            path = cell_path(study.profile.name, study.name, score, size, half)
-            want, key = expected(study, score, size, half), (study.name, score, size, half)
-            if compute_missing or path.exists():
-                out[key] = cached(path, want, lambda want=want: compute(study, want))
-            bar.update()
-    bar.close()
-    return out
+    every = [
+        (*cell, half) for cell in cells_of(study.profile, scores, sizes) for half in study.halves
+    ]
+    rank, world, wait = processes()
+    if compute_missing and world > 1:
+        study.counts()  # all count together
+        for cell in tqdm(every[rank::world], f"{study.name} grid", delay=5, unit=" cells"):
+            _cell(study, *cell)
+        wait()
+    bar = tqdm(every, f"{study.name} grid", delay=5, unit=" cells")
+    names = study.profile.name, study.name
+    return {
+        (study.name, *cell): _cell(study, *cell)
+        for cell in bar
+        if compute_missing or cell_path(*names, *cell).exists()
+    }
+
+
+def _cell(study, score, size, half):
+    path = cell_path(study.profile.name, study.name, score, size, half)
+    want = expected(study, score, size, half)
+    return cached(path, want, lambda: compute(study, want))
 
 
 def summary(parts: dict, resamples: int, seed: int) -> dict:

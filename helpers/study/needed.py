@@ -238,7 +238,7 @@ class Needed:
                 f"{template.replace('{instruction}', text)} {reference}"
                 for text, reference in zip(texts(rows), rows["reference"], strict=True)
             ]
-            settings = {"batch_size": self.profile.batch_size, "seed": self.profile.seed}
+            settings = {"batch_tokens": self.profile.batch_tokens, "seed": self.profile.seed}
             self.means[half] = reference_activations(*self.study.model(), read, **settings)
         return self.means[half]
 
@@ -397,8 +397,9 @@ class Needed:
         """
         parts = {name: {} for name in ("category", *GROUPINGS)}
         for half in self.halves:
+            output = written(self.study.half(self.study.other(half)))
             for name in parts:
-                parts[name][half] = self._specific(name, half)
+                parts[name][half] = self._specific(name, half, output)
         rows = []
         for some in (self.halves, *([half] for half in self.halves)):
             level = some[0] if len(some) == 1 else "all"
@@ -418,14 +419,16 @@ class Needed:
             rows.append(row | {"beyond": float(beyond[0]), "low": low, "high": high, "p": p})
         return pd.DataFrame(rows)
 
-    def _specific(self, name, half) -> tuple[np.ndarray, np.ndarray]:
-        """(effect minus random [n, G], group of each measured row [n]) of one grouping."""
+    def _specific(self, name, half, output) -> tuple[np.ndarray, np.ndarray]:
+        """(effect minus random [n, G], group of each measured row [n]) of one grouping;
+        output [I, M]: what the neurons write on the rows that sets are chosen on.
+        """
         other, here = self.study.half(self.study.other(half)), self.here(half)
         if name == "category":
             sets, groups = self.sets("contribution", half), here.labels
         else:
             chosen, groups = groups_of(name, other.rows, here.rows, len(self.study.categories))
-            scores = category_scores("contribution", written(other), chosen)
+            scores = category_scores("contribution", output, chosen)
             size = max(1, round(self.profile.epsilon * scores.shape[1]))
             sets = category_sets(scores, size, self.profile.seed)
         counts = self.study.counts()

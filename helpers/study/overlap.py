@@ -141,12 +141,15 @@ class Overlap:
             return np.mean([self.equal(twin, unit) for twin in self.twins], axis=0)
         return self.drawn(variant, DRAWN)[unit]
 
-    def drawn(self, variant: str, size: int) -> dict:
-        """{unit: similarity minus null} on `size` drawn positions, [I', I'] each."""
-        return self.study.once(("equal", variant, size), lambda: self._drawn(variant, size))
+    def drawn(self, variant: str, size: int, beside=()) -> dict:
+        """{unit: similarity minus null} on `size` drawn positions, [I', I'] each; beside: sizes
+        that will be asked for too.
+        """
+        key = ("equal", variant, size)
+        return self.study.once(key, lambda: self._drawn(variant, size, beside))
 
-    def _drawn(self, variant, size):
-        drawn = equal_length.draw(self.study, variant, size)
+    def _drawn(self, variant, size, beside):
+        drawn = equal_length.draw(self.study, variant, size, beside)
         epsilon, seed = self.profile.epsilon, self.profile.seed
         return {
             unit: np.mean(list(equal_length.similarities(drawn, unit)), axis=0)
@@ -795,13 +798,13 @@ def over_length(overlaps: dict, sizes=(8, 16, 32)) -> pd.DataFrame:
     rows = []
     for pair, overlap in overlaps.items():
         for size in sizes:
-            found = attempt(partial(_gaps_at, overlap, size))
+            found = attempt(partial(_gaps_at, overlap, size, sizes))
             rows.append({"pair": pair, "positions": size, "note": ""} | found)
     return pd.DataFrame(rows)
 
 
-def _gaps_at(overlap, size) -> dict:
-    found, which = overlap.drawn("tuned", size), np.flatnonzero(overlap.lengths >= size)
+def _gaps_at(overlap, size, sizes) -> dict:
+    found, which = overlap.drawn("tuned", size, sizes), np.flatnonzero(overlap.lengths >= size)
     y, names = overlap.labels[which], overlap.wordings[which]
     gaps = {f"gap, {unit}": wording_overlap_of(S, y, names) for unit, S in found.items()}
     return {"instructions": len(which), **gaps}

@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from ..analysis.sets import category_means, category_sets, contrast, frequency, lape, margin
 from ..capture.bank import expert_rows, neuron_outputs, normed
+from ..capture.budget import reading
 from ..capture.interventions import Reference, columns, editable
+from ..capture.losses import sequence_losses
 from ..capture.sites import find_sites, input_device
-from ..capture.tokens import Encoded, batches, encode
+from ..capture.tokens import Encoded, encode, token_batches
 from ..config import SCORES
 from ..record import UserError
-from .evaluate import nll_of
 from .reading import same_beginning
 
 SEES_REFERENCE = ("attribution", "contribution-response")
@@ -86,14 +87,14 @@ def active(study, variant: str = "tuned") -> np.ndarray:
 def written(study, positions: str = "prompt", variant: str = "tuned") -> np.ndarray:
     """`contribution` of a pair's neurons to each row, float32 [I, M], at positions by name."""
     encoded, model = study.encoded(positions, variant), study.model(variant)[0]
-    return _neurons_of(contribution(model, encoded, study.profile.batch_size))
+    return _neurons_of(contribution(model, encoded, study.profile.batch_tokens))
 
 
 def blamed(study, variant: str = "tuned") -> np.ndarray:
     """`attribution` of a pair's neurons to each row's loss, over all positions, float32 [I, M]."""
     references, every = (study.encoded(at, variant) for at in ("reference", "all"))
     model = study.model(variant)[0]
-    return _neurons_of(attribution(model, references, every, study.profile.batch_size))
+    return _neurons_of(attribution(model, references, every, study.profile.batch_tokens))
 
 
 def sets_of(standing, score, size, seed=0) -> np.ndarray:
@@ -109,7 +110,7 @@ def _neurons_of(found):
     return own.reshape(len(own), -1)
 
 
-def contribution(model, encoded: list[Encoded], batch_size: int = 32) -> dict[str, np.ndarray]:
+def contribution(model, encoded: list[Encoded], batch_tokens: int = 8192) -> dict[str, np.ndarray]:
     """|h| times the norm of the neuron's down column, mean over the counted positions: how much it
     writes to the residual stream.
 
@@ -122,7 +123,7 @@ def contribution(model, encoded: list[Encoded], batch_size: int = 32) -> dict[st
     place, out = _empty(sites, len(encoded))
     norms = {site.name: columns(site).float().norm(dim=-1) for site in sites}  # [N] or [E, N]
     with torch.no_grad():
-        for batch in _batches(encoded, batch_size, "contribution"):
+        for batch in _batches(encoded, batch_tokens, "contribution"):
             mask, where = batch.count_mask.to(input_device(model)), np.array(batch.rows)
 
             def add(site, seen, mask=mask, where=where):
@@ -138,7 +139,7 @@ def contribution(model, encoded: list[Encoded], batch_size: int = 32) -> dict[st
 
 
 def attribution(
-    model, references: list[Encoded], marked: list[Encoded], batch_size: int = 32
+    model, references: list[Encoded], marked: list[Encoded], batch_tokens: int = 8192
 ) -> dict[str, np.ndarray]:
     """Minus h times the gradient of the reference's NLL with respect to h, summed over positions;
     shapes as above.
@@ -151,7 +152,7 @@ def attribution(
     sites = _readable(model)
     same_beginning(marked, references)
     place, out = _empty(sites, len(references))
-    for batch in _batches(references, batch_size, "attribution"):
+    for batch in _batches(references, batch_tokens, "attribution"):
         mask = torch.zeros_like(batch.input_ids, device=input_device(model))
         for b, row in enumerate(batch.rows):
             counted = marked[row].counted
@@ -169,9 +170,9 @@ def attribution(
     return out
 
 
-def _batches(encoded, batch_size, label):
+def _batches(encoded, batch_tokens, label):
     with tqdm(total=len(encoded), desc=label, delay=5, leave=False, unit=" instructions") as bar:
-        for batch in batches(encoded, batch_size):
+        for batch in token_batches(encoded, batch_tokens):
             yield batch
             bar.update(len(batch.rows))
 
@@ -183,7 +184,7 @@ def _gradients(model, sites, batch, kept):
     )
     try:
         with torch.enable_grad(), _watch(sites, lambda site, seen: kept.update({site: seen})):
-            loss = nll_of(model, batch).sum()
+            loss = sequence_losses(model, batch, "scores").sum()
     finally:
         leaf.remove()
     return torch.autograd.grad(loss, [seen[-1] for seen in kept.values()])
@@ -191,16 +192,16 @@ def _gradients(model, sites, batch, kept):
 
 def _read(model, batch):
     device = input_device(model)
-    model(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        use_cache=False,
-        logits_to_keep=1,
-    )
+    with reading(model, batch.input_ids, batch.attention_mask, "scores"):
+        model.base_model(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            use_cache=False,
+        )
 
 
 def reference_activations(
-    model, tokenizer, texts, batch_size: int = 32, draws: int = 64, seed: int = 0
+    model, tokenizer, texts, batch_tokens: int = 8192, draws: int = 64, seed: int = 0
 ) -> Reference:
     """Mean of h over all tokens of reference texts (BOS left out), and `draws` single positions to
     resample from.
@@ -233,7 +234,7 @@ def reference_activations(
             bank[key] = tickets[best], kept[best]
 
     with torch.no_grad(), _watch(sites, add):
-        for batch in _batches(encode(tokenizer, list(texts)), batch_size, "reference texts"):
+        for batch in _batches(encode(tokenizer, list(texts)), batch_tokens, "reference texts"):
             mask = batch.count_mask.to(input_device(model))
             _read(model, batch)
 
@@ -251,7 +252,7 @@ def reference_activations(
     )
 
 
-def read_outputs(model, encoded: list[Encoded], tell, batch_size: int = 32) -> None:
+def read_outputs(model, encoded: list[Encoded], tell, batch_tokens: int = 8192) -> None:
     """Read sequences, and tell of every neuron's output h (what the down projection reads) at the
     counted positions: tell(family, place, row [n], token [n], h [n, N]).
 
@@ -261,7 +262,7 @@ def read_outputs(model, encoded: list[Encoded], tell, batch_size: int = 32) -> N
     sites = _readable(model)
     place, _ = _empty(sites, 0)
     with torch.no_grad():
-        for batch in _batches(encoded, batch_size, "outputs"):
+        for batch in _batches(encoded, batch_tokens, "outputs"):
             mask, where = batch.count_mask.to(input_device(model)), np.array(batch.rows)
 
             def told(site, seen, mask=mask, where=where):

@@ -442,7 +442,7 @@ def largest_outputs(study, rows) -> tuple[np.ndarray, np.ndarray]:
         if kind == family and len(h):
             largest[place] = np.maximum(largest[place], np.abs(h).max(0))
 
-    read_outputs(study.model()[0], _everything(study, rows), tell, study.profile.batch_size)
+    read_outputs(study.model()[0], _everything(study, rows), tell, study.profile.batch_tokens)
     return largest.ravel(), beside_layer(largest)
 
 
@@ -469,7 +469,7 @@ def strongest_tokens(study, neurons: dict[str, int], rows, most: int = 5) -> pd.
                 found[role] += zip(h[:, neuron].tolist(), row.tolist(), token.tolist(), strict=True)
 
     model, tokenizer = study.model()
-    read_outputs(model, read, tell, study.profile.batch_size)
+    read_outputs(model, read, tell, study.profile.batch_tokens)
     category, out = study.rows["category"].to_numpy()[rows], []
     for role, seen in found.items():
         name = neuron_name(study, neurons[role])

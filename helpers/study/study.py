@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from ..capture.budget import named
 from ..capture.checkpoints import fingerprint, locate
 from ..capture.count import flips, passes
 from ..capture.counts import Counts, Shards
@@ -216,6 +217,7 @@ class Study:
         if variant not in self._spare:
             self._spare.clear()  # before the next one takes its place
             self._spare[variant] = open_model(self.pair, variant, self.profile.seed)
+            named(self._spare[variant][0], f"{self.name} {variant}")
         return self._spare[variant]
 
     def close(self) -> None:
@@ -442,7 +444,7 @@ class Study:
         return greedy_answers(*self.model(variant), self.rows, *self._speech())
 
     def _speech(self):
-        return self.template, self.profile.batch_size, self.profile.max_new_tokens
+        return self.template, self.profile.batch_tokens, self.profile.max_new_tokens
 
     # ---- other processes
 

@@ -163,7 +163,7 @@ def accuracy(model, tokenizer, per_category: int) -> dict:
     for half in world.HALVES:
         rows, right = world.evaluation(half, per_category=per_category), defaultdict(list)
         prompts = encode(tokenizer, [text(row) for row in rows], template=Profile.template)
-        answers = continuations(model, prompts, max_new_tokens=24, batch_size=60)
+        answers = continuations(model, prompts, max_new_tokens=24, batch_tokens=8192)
         for row, ids in zip(rows, answers, strict=True):
             right[row["category"]].append(
                 check(row, tokenizer.decode(ids, skip_special_tokens=True))

@@ -180,9 +180,9 @@ def measure(profile, pair, rows: pd.DataFrame, folder) -> tuple[dict, dict]:
             )
         loaded = load_model(str(folder / step)) if expected else base
         check_pair(base, loaded)
-        counts.append(count(*loaded, texts, profile.batch_size, template=profile.template))
+        counts.append(count(*loaded, texts, profile.batch_tokens, template=profile.template))
         answers = greedy_answers(
-            *loaded, rows, profile.template, profile.batch_size, profile.max_new_tokens
+            *loaded, rows, profile.template, profile.batch_tokens, profile.max_new_tokens
         )
         correct.append(task_scores(rows, answers, profile.run_code))
     sets = [top_sets(c.unit("neurons"), profile.epsilon)[0] for c in counts]

@@ -1,0 +1,138 @@
+"""What models have read: a line for every forward pass, in the file that SPARCOM_TOKENS names, and
+what the least would have been.
+
+Nothing is written where the environment names no file, and nothing that is measured depends on it.
+A line of the ledger is JSON: model, altered (a digest of what was done to the model, empty if
+nothing was), purpose, lengths and texts (tokens and digest of each sequence, padding left out), new
+(tokens generated behind each), padded (tokens with padding), seconds. It is appended in one piece,
+so any number of processes may write one file.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ..paths import short
+from ..record import DamagedFile
+
+LEDGER = "SPARCOM_TOKENS"  # the environment variable
+_names: WeakKeyDictionary = WeakKeyDictionary()  # model -> what the ledger calls it
+_altered: WeakKeyDictionary = WeakKeyDictionary()  # model -> digests of what is done to it now
+
+
+def kept_in(path) -> None:
+    """From now on this process and those it starts write the ledger `path`, unless the environment
+    names another.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault(LEDGER, str(Path(path).absolute()))
+
+
+def named(model, name: str) -> None:
+    """What the ledger calls a model from now on; else it is its class."""
+    _names[model] = name
+
+
+def mark(*how) -> str:
+    """A digest of strings, numbers, arrays, and dicts of arrays.
+
+    >>> mark("zero", {"dense": np.array([True])}) == mark("zero", {"dense": np.array([False])})
+    False
+    """
+    found = blake2b(digest_size=6)
+    for part in how:
+        for name, value in sorted(part.items()) if isinstance(part, dict) else [("", part)]:
+            found.update(f"{name}{np.shape(value)}".encode())
+            found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
+
+
+def state(model) -> str:
+    """What is done to a model now: its digests, joined; empty if nothing is."""
+    return "+".join(_altered.get(model, ()))
+
+
+@contextmanager
+def altered(model, *how):
+    """While open, the model's passes are those of another model: `how` says of which, in strings,
+    numbers, arrays, and dicts of arrays.
+    """
+    marks = _altered.setdefault(model, [])
+    marks.append(mark(*how))
+    try:
+        yield
+    finally:
+        marks.pop()
+
+
+@contextmanager
+def reading(model, ids, mask, purpose: str):
+    """Around one forward pass over ids [B, T], of which mask [B, T] is no padding: its line in the
+    ledger, once it has ended well. Yields a list for the numbers of tokens generated behind each
+    sequence, [B]; it may stay empty.
+    """
+    path, new, start = os.environ.get(LEDGER), [], time.perf_counter()
+    yield new
+    if not path:
+        return
+    seconds, rows = time.perf_counter() - start, ids.cpu().numpy()
+    texts = [row[at] for row, at in zip(rows, mask.cpu().numpy() == 1, strict=True)]
+    line = {
+        "model": _names.get(model, type(model).__name__),
+        "altered": state(model),
+        "purpose": purpose,
+        "lengths": [len(text) for text in texts],
+        "texts": [blake2b(text.tobytes(), digest_size=6).hexdigest() for text in texts],
+        "new": new,
+        "padded": rows.size + len(rows) * max(new, default=0),
+        "seconds": round(seconds, 6),
+    }
+    with open(path, "ab", buffering=0) as ledger:
+        ledger.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+
+def lines_of(path) -> list[dict]:
+    """The lines of one ledger. Raises DamagedFile for a file that is none."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise DamagedFile(f"{short(path)} is no ledger of tokens: {error}. Delete it.") from error
+
+
+def spent(lines: list[dict], by=("purpose",)) -> dict[tuple, dict]:
+    """{values of the keys `by`: sums}: passes, tokens (padding left out), minimum (each sequence
+    read once by each model, altered or not; an answer is another sequence than its prompt), ratio
+    of the two, padding (share of all tokens), seconds. (Ours.)
+
+    >>> line = {"model": "m", "altered": "", "purpose": "losses", "lengths": [3, 1],
+    ...         "texts": ["a", "b"], "new": [], "padded": 6, "seconds": 0.5}
+    >>> found = spent([line, line])["losses",]
+    >>> found["tokens"], found["minimum"], round(found["padding"], 2)
+    (8, 4, 0.33)
+    """
+    totals, least = {}, {}
+    for line in lines:
+        key = tuple(line[name] for name in by)
+        total = totals.setdefault(key, Counter())
+        lengths = np.array(line["lengths"]) + np.array(line["new"] or 0)
+        total.update(passes=1, tokens=int(lengths.sum()))
+        total.update(padded=line["padded"], seconds=line["seconds"])
+        state = line["model"], line["altered"], bool(line["new"])
+        texts = least.setdefault(key, {})
+        texts |= {(*state, text): n for text, n in zip(line["texts"], lengths, strict=True)}
+    return {
+        key: dict(total)
+        | {
+            "minimum": (minimum := int(sum(least[key].values()))),
+            "ratio": total["tokens"] / minimum,
+            "padding": 1 - total["tokens"] / total["padded"],
+        }
+        for key, total in totals.items()
+    }
