@@ -292,6 +292,17 @@ def _single(pair: Pair) -> Pair:
     return dataclasses.replace(pair, base=None, base_revision=None) if one == other else pair
 
 
+def defaults(**given) -> Profile:
+    """The settings of a run without a file: every default is a profile's, but for those `given`,
+    which are named and checked as in a profile. Raises UserError.
+
+    >>> defaults(controls=5).controls, defaults().epsilon
+    (5, 0.05)
+    """
+    alone = {"name": "own", "dataset": "own", "pairs": (Pair(name="own", tuned="given"),)}
+    return _made(Profile, alone | given, "settings")
+
+
 def load_profile(name: str, **overrides) -> Profile:
     """Read notebooks/profiles/<name>.yaml; `overrides` replace single keys (None means: keep the
     file's).

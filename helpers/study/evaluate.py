@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from ..bars import bar
 from ..capture.interventions import Places, ablate
 from ..capture.sites import input_device
 from ..capture.tokens import Batch, batches, encode
@@ -142,7 +142,7 @@ def ablation_matrix(
     prepared = list(batches(encoded, study.profile.batch_size))
     baseline, increase = _nll(model, prepared), {}
     places, masks_at = _places(study, variant, prepared, where)
-    for name in tqdm(masks, f"{study.name} ablations", delay=5, leave=False, unit=" sets"):
+    for name in bar(masks, f"{study.name} ablations", delay=5, unit=" sets"):
         with ablate(model, masks[name], operator, where=places, **options):
             increase[name] = _nll(model, prepared, places, masks_at) - baseline
         inert = allow_inert or not any(np.any(part) for part in masks[name].values())
@@ -189,7 +189,7 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
     prepared = [list(batches(e, size)) for e in (study.encoded("reference", variant), other)]
     intact = [_nll(model, some) for some in prepared]
     lost = np.zeros((len(rows), len(masks)))
-    for n, name in enumerate(tqdm(masks, f"{study.name} gains", delay=5, leave=False)):
+    for n, name in enumerate(bar(masks, f"{study.name} gains", delay=5)):
         with ablate(model, masks[name], operator):
             own, others = (_nll(model, some) for some in prepared)
         lost[:, n] = (own - intact[0]) - (others - intact[1])
