@@ -22,6 +22,15 @@ from .study import Study
 
 HALVES = ("A", "B")
 ROWS = 100  # texts of a label in each half, as many as HexaInst's; `rows` of the settings
+SETTINGS = (
+    *("epsilon", "seed", "template", "chat", "batch_size", "resamples"),
+    *("controls", "controls_all_rows", "ablation_rows"),
+)  # what of a profile decides an ablation table
+
+
+def settings_of(profile) -> dict:
+    """A profile's settings as `ablation_table` takes them."""
+    return {name: getattr(profile, name) for name in SETTINGS}
 
 
 class Own(Study):
@@ -106,7 +115,7 @@ def ablation_table(
     >>> found = ablation_table(model, tokenizer, texts, labels, controls=2)
     >>> found[["ablated", "measured", "n"]].values.tolist()[:2]
     [['pets', 'pets', 4], ['pets', 'sums', 4]]
-    >>> print(found["note"][0][:65])
+    >>> print(found["note"][0][:61])
     not testable: group 0 has 2 instructions; expected at least 5
     """
     if score not in (*SCORES, "contribution") and references is None:
