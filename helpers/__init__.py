@@ -1,16 +1,20 @@
 """SPARCOM: which neurons and experts of a language model serve which kind of instruction.
 
-The public face: `load_model`, `count`, `find_sets`, `overlap`, `ablate`. Everything else stands in
-the packages; see README.md in this folder.
+The public face: `load_model`, `count`, `find_sets`, `overlap`, `ablation_table` (tables),
+`draw_sets`, `draw_ablation` (figures), `ablate` (a context). Everything else stands in the
+packages; see README.md in this folder.
 """
 
 from importlib import import_module
 
 FACE = {
     "load_model": "capture.loading",
-    "count": "capture.count",
+    "count": "study.quick",
     "find_sets": "study.quick",
     "overlap": "study.quick",
+    "ablation_table": "study.own",
+    "draw_sets": "plots.own",
+    "draw_ablation": "plots.own",
     "ablate": "capture.interventions",
 }
 __all__ = list(FACE)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from .paths import NAME, PROFILES, checked, resolve, short
+from .paths import CLONE, NAME, PROFILES, checked, profile_files, resolve, short
 from .record import UserError
 
 SCORES = ("frequency", "lape", "contrast", "attribution", "contribution", "contribution-response")
@@ -292,6 +292,17 @@ def _single(pair: Pair) -> Pair:
     return dataclasses.replace(pair, base=None, base_revision=None) if one == other else pair
 
 
+def defaults(**given) -> Profile:
+    """The settings of a run without a file: every default is a profile's, but for those `given`,
+    which are named and checked as in a profile. Raises UserError.
+
+    >>> defaults(controls=5).controls, defaults().epsilon
+    (5, 0.05)
+    """
+    alone = {"name": "own", "dataset": "own", "pairs": (Pair(name="own", tuned="given"),)}
+    return _made(Profile, alone | given, "settings")
+
+
 def load_profile(name: str, **overrides) -> Profile:
     """Read notebooks/profiles/<name>.yaml; `overrides` replace single keys (None means: keep the
     file's).
@@ -303,13 +314,15 @@ def load_profile(name: str, **overrides) -> Profile:
     >>> load_profile("tiny").epsilon
     0.05
     """
-    path = PROFILES / f"{checked(name, 'profile')}.yaml"
-    if not path.is_file():
-        have = sorted(p.stem for p in PROFILES.glob("*.yaml"))
+    have = profile_files()
+    if checked(name, "profile") not in have:
+        where = short(PROFILES / f"{name}.yaml") if CLONE else f"{name}.yaml here or in profiles/"
         raise UserError(
-            f"unknown profile {name!r}: {short(path)} does not exist. Profiles: {', '.join(have)}. "
-            "Copy own-model.yaml to make one."
+            f"unknown profile {name!r}: {where} does not exist. Profiles: "
+            f"{', '.join(sorted(have))}. Copy {short(have.get('own-model', 'own-model.yaml'))} to "
+            "make one."
         )
+    path = have[name]
     given = {key: value for key, value in overrides.items() if value is not None}
     values, where = _parsed(path) | given | {"name": name}, short(path)
     if given:

@@ -1,16 +1,32 @@
-"""Where things lie. Nothing here reads, writes or creates anything."""
+"""Where things lie. Nothing here reads, writes or creates anything.
+
+In a clone of the repository everything lies in the clone. The package `sparcom`, installed from it,
+brings this code and the profiles alone: run inside a clone it uses that clone, elsewhere the
+current directory takes its place, so results go to ./data/results and figures to ./figures.
+"""
 
 import os
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+
+def _clone(*folders) -> Path | None:
+    """The first of these folders that is a clone of the repository."""
+    parts = ("helpers", "notebooks/profiles", "data")
+    return next((f for f in folders if all((f / part).is_dir() for part in parts)), None)
+
+
+PACKAGE = Path(__file__).resolve().parent
+CLONE = _clone(PACKAGE.parent, Path.cwd())  # None where there is none around
+ROOT = CLONE or Path.cwd()
+COMMAND = "sparcom" if __name__.startswith("sparcom.") else "python -m helpers.run"
 DATA = ROOT / "data"
 MODELS = DATA / "models"
 CACHE = DATA / "cache" / "models"  # fetched and converted checkpoints; git-ignored
 HEXAINST = DATA / "hexainst"
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
+SHIPPED = PACKAGE / "profiles"  # of an installed package: copies of the clone's
 FIGURES = ROOT / "figures"
 CLAIMS = DATA / "claims.csv"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
@@ -49,6 +65,14 @@ def resolve(path) -> Path:
     True
     """
     return ROOT / os.path.expanduser(path)
+
+
+def profile_files() -> dict[str, Path]:
+    """{name: file} of every profile: a clone's; elsewhere those in ./notebooks/profiles, ./profiles
+    or the current directory, and the ones that came with the package.
+    """
+    folders = [PROFILES] if CLONE else [SHIPPED, Path.cwd(), ROOT / "profiles", PROFILES]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def results_dir(profile: str) -> Path:

@@ -51,7 +51,9 @@ def study_of(family, base=True):
     }
     pair = Pair("pair", "a" if base else None, "b")
     settings = {"template": TEMPLATE, "epsilon": SHARE, "ablation_rows": MEASURED}
-    profile = Profile(name="p", dataset="d", pairs=(pair,), batch_size=4, resamples=50, **settings)
+    profile = Profile(
+        name="p", dataset="d", pairs=(pair,), batch_tokens=160, resamples=50, **settings
+    )
     study = Study(profile, pair, rows_of(), models)
     for name, (model, tokenizer) in models.items():
         made = count(model, tokenizer, list(study.rows["instruction"]), template=TEMPLATE)

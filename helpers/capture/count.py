@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from weakref import WeakSet
 
 import numpy as np
-from tqdm import tqdm
 
+from ..bars import bar
 from ..record import UserError
-from .counter import Counter, watching
+from .counter import Counter, longest, watching
 from .counts import Counts
 from .selfcheck import self_check
 from .tokens import check_tokenizer, encode, list_of, token_batches
@@ -54,21 +54,36 @@ def count(
     check_tokenizer(tokenizer, model)
     texts = list_of(texts, "texts")
     encoded = encode(tokenizer, texts, template=template, responses=responses)
+    refuse_long(model, encoded)
     return count_encoded(model, encoded, batch_tokens)
+
+
+def refuse_long(model, encoded) -> None:
+    """Raise UserError for sequences that are longer than the model can read: which, how long."""
+    most = longest(model)
+    long = {row: len(e.ids) for row, e in enumerate(encoded) if len(e.ids) > most}
+    if long:
+        named = ", ".join(f"text {row} has {size}" for row, size in [*long.items()][:5])
+        raise UserError(
+            f"{len(long)} of {len(encoded)} texts are longer than the {most} tokens that "
+            f"{type(model).__name__} can read, template included: {named}"
+            f"{' tokens, ...' if len(long) > 5 else ' tokens'}. Shorten them or leave them out."
+        )
 
 
 def count_encoded(model, encoded, batch_tokens: int = 8192, progress=None) -> Counts:
     """Counts of encoded sequences, in their order; `progress` is a tqdm bar to move instead of one
-    of its own.
+    of its own. Each batch's counts go to their place at once: memory holds one table of uint16.
     """
     _refuse_nothing(encoded)
-    parts, order = [], []
-    with count_activations(model) as counter, _bar(len(encoded), progress) as bar:
+    kept = None
+    with count_activations(model) as counter, _bar(len(encoded), progress) as moved:
         for batch in token_batches(encoded, batch_tokens):
-            parts.append(counter(batch.input_ids, batch.attention_mask, batch.count_mask))
-            order.append(batch.rows)
-            bar.update(len(batch.rows))
-    return Counts.join(parts, order)
+            part = counter(batch.input_ids, batch.attention_mask, batch.count_mask)
+            kept = part.room(len(encoded)) if kept is None else kept
+            kept.put(batch.rows, part)
+            moved.update(len(batch.rows))
+    return kept
 
 
 def count_groups(
@@ -95,13 +110,13 @@ def passes(model, encoded, batch_tokens: int = 8192, observers=(), progress=None
     _refuse_nothing(encoded)
     if not encoded[0].groups:
         raise UserError("there are sequences without position groups; use encode_groups.")
-    with count_activations(model) as counter, _bar(len(encoded), progress) as bar:
+    with count_activations(model) as counter, _bar(len(encoded), progress) as moved:
         for batch in token_batches(encoded, batch_tokens):
             counts = counter(batch.input_ids, batch.attention_mask, batch.group_mask)
             hidden, counter.hidden = counter.hidden, None
             for observe in observers:
                 observe(batch, hidden)
-            bar.update(len(batch.rows))
+            moved.update(len(batch.rows))
             yield batch.rows, dict(zip(batch.names, counts, strict=True))
 
 
@@ -115,8 +130,8 @@ def _bar(total, given):
     if given is not None:
         yield given
         return
-    with tqdm(total=total, desc="counting", unit=" instructions", delay=2, leave=False) as bar:
-        yield bar
+    with bar(None, "counting", total=total, unit=" instructions", delay=2) as own:
+        yield own
 
 
 def flips(model, encoded, counts: Counts) -> dict[str, int]:

@@ -189,8 +189,7 @@ class Counter:
 
     def _faults(self, ids, attended, counted):
         rows = self.model.get_input_embeddings().num_embeddings
-        text = self.model.config.get_text_config(decoder=True)
-        longest = min(getattr(text, "max_position_embeddings", None) or LONGEST, LONGEST)
+        most = longest(self.model)
         fits = ids.dim() == 2 and ids.shape == attended.shape and counted.dim() in (2, 3)
         fits = fits and counted.shape[:: counted.dim() - 1] == ids.shape
         if not fits or not ids.numel() or not counted.numel():
@@ -209,9 +208,9 @@ class Counter:
                 f"token id {int(ids.max())} lies outside its {rows} embeddings: use the model's "
                 "own tokenizer"
             )
-        elif attended.sum(1).max() > longest:
+        elif attended.sum(1).max() > most:
             yield (
-                f"a sequence has {int(attended.sum(1).max())} tokens, more than the {longest} that "
+                f"a sequence has {int(attended.sum(1).max())} tokens, more than the {most} that "
                 "can be read: shorten it or leave it out"
             )
 
@@ -347,6 +346,12 @@ def _by_device(tensors) -> list[list]:
     for tensor in tensors:
         found.setdefault(tensor.device, []).append(tensor)
     return list(found.values())
+
+
+def longest(model) -> int:
+    """The most tokens of one sequence that the model can read and uint16 can count."""
+    text = model.config.get_text_config(decoder=True)
+    return min(getattr(text, "max_position_embeddings", None) or LONGEST, LONGEST)
 
 
 def _ones_like(ids):

@@ -66,6 +66,17 @@ class Counts:
         """The component mask (see `ablation`) of a unit's `members`, bool [M] with M = L x ..."""
         return {self.family(unit): np.asarray(members).reshape(self.unit(unit).shape[1:])}
 
+    def room(self, size: int) -> "Counts":
+        """Empty counts of `size` instructions, of these components: to be filled by `put`."""
+        arrays = self.arrays().items()
+        empty = {name: np.empty((size, *a.shape[1:]), a.dtype) for name, a in arrays}
+        return Counts.of(empty, self.layers)
+
+    def put(self, rows, part: "Counts") -> None:
+        """Write the counts of some instructions in their place."""
+        for kept, new in zip(self.arrays().values(), part.arrays().values(), strict=True):
+            kept[rows] = new
+
     @classmethod
     def of(cls, arrays, layers) -> "Counts":
         """The inverse of `arrays`."""

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import GgufConfig
 
 from .. import paths
+from ..bars import seen
 from ..record import DamagedFile, UserError, atomic, read_json, sha256, write_json
 
 REF = re.compile(
@@ -49,13 +50,18 @@ def say(line: str) -> None:
 
 @contextmanager
 def quiet():
-    """Without transformers' own reports, of many lines: what they hold is said in one."""
-    before = logging.get_verbosity()
+    """Without transformers' own reports, of many lines: what they hold is said in one. Its bars are
+    seen where ours are (see `bars`)."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not seen(sys.stderr):
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @lru_cache(maxsize=256)

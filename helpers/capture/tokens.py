@@ -147,6 +147,14 @@ def list_of(values, what: str) -> list:
     return list(values)
 
 
+def texts_of(values, what: str) -> list[str]:
+    """The values of a list as texts. Raises UserError, which names the first that is none."""
+    texts = list_of(values, f"{what}s")
+    for row, text in enumerate(texts):
+        _refuse_text(text, f"{what} {row}")
+    return texts
+
+
 def _refuse_text(text, where) -> None:
     if not isinstance(text, str) or not text.strip():
         raise UserError(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..paths import HEXAINST, resolve, short
+from ..paths import COMMAND, HEXAINST, resolve, short
 from ..record import UserError, atomic
 from . import checkers
 from .corpus import matched, text, tokens
@@ -278,7 +278,7 @@ def load(path) -> pd.DataFrame:
         shown = "; ".join(f"line {number}: {fault}" for number, fault in faults[:3])
         raise UserError(
             f"{short(path)} has {len(faults)} faults: {shown}. "
-            f"`python -m helpers.run validate {short(path)}` prints all."
+            f"`{COMMAND} validate {short(path)}` prints all."
         )
     return pd.DataFrame(rows, columns=list(SCHEMA))
 

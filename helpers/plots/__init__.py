@@ -2,7 +2,7 @@
 `plots.overlap.waterfall(table)`.
 """
 
-from . import ablation, alteration, claims, data, diagram, overlap, sets
+from . import ablation, alteration, claims, data, diagram, overlap, own, sets
 from .style import matrices, save_figure
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "diagram",
     "matrices",
     "overlap",
+    "own",
     "save_figure",
     "sets",
 ]

@@ -1,4 +1,5 @@
-"""The one command line: `python -m helpers.run COMMAND`; the Makefile's targets call it.
+"""The one command line: `python -m helpers.run COMMAND`, installed `sparcom COMMAND`; the
+Makefile's targets call it.
 
 Exit codes: 0 done; 1 bad input, in one line on stderr, or faults found in a data set; 2 a wrong
 command line; 130 after Ctrl-C, 143 after SIGTERM.
@@ -20,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from ..config import Profile, load_profile
-from ..paths import NOTEBOOKS, results_dir, short
+from ..paths import CLONE, COMMAND, NOTEBOOKS, ROOT, results_dir, short
 from ..record import UserError
 from .stopping import Stopped, handled, household, stop
 
@@ -387,18 +388,36 @@ def run_export(options) -> int:
     return 0
 
 
+# What a command needs that only a clone of the repository holds.
+IN_CLONE = dict.fromkeys(("chain", "refresh", "check"), "the notebooks")
+IN_CLONE |= dict.fromkeys(("train", "trajectory"), "the tiny world's texts")
+IN_CLONE |= {"publish": "the README", "human": "the recipe in data/hexainst"}
+ALIASES = {"chain": ["reproduce"]}
+
+
 def command_line() -> argparse.ArgumentParser:
     """Every command with its options."""
+    where = "Results go to data/results, figures to figures, under "
+    where += f"the repository, {ROOT}." if CLONE else f"the current directory, {ROOT}."
     parser = argparse.ArgumentParser(
-        prog="python -m helpers.run", description=__doc__.split("\n")[0]
+        prog=COMMAND, description=__doc__.split(":")[0] + ".", epilog=where
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (function, options) in COMMANDS.items():
-        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        added.set_defaults(function=function)
+        others = {"aliases": ALIASES.get(name, ()), "description": function.__doc__}
+        added = commands.add_parser(name, help=function.__doc__, **others)
+        added.set_defaults(function=function, command=name)
         for names, settings in options:
             added.add_argument(*names, **settings)
     return parser
+
+
+def _refuse_outside(name: str) -> None:
+    if CLONE is None and name in IN_CLONE:
+        raise UserError(
+            f"{COMMAND} {name} needs {IN_CLONE[name]}, which are no part of the package. Clone the "
+            "repository and run it inside."
+        )
 
 
 def main(argv=None) -> int:
@@ -407,6 +426,7 @@ def main(argv=None) -> int:
         with handled(stop):
             try:
                 options = command_line().parse_args(argv)
+                _refuse_outside(options.command)
                 return options.function(options)
             finally:
                 sys.stdout.flush()

@@ -276,7 +276,7 @@ def _tokens(study, table) -> pd.DataFrame:
             numbers.append(number)
     model, tokenizer = study.model()
     read, strongest = study.encoded(), _Strongest(wanted)
-    read_outputs(model, first_seen(read), strongest, study.profile.batch_size)
+    read_outputs(model, first_seen(read), strongest, study.profile.batch_tokens)
     massive = {family: _massive(strongest.largest, counts, family) for family in wanted}
     rows = [
         {

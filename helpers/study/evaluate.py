@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
+from ..bars import bar
 from ..capture.budget import altered, mark, state
 from ..capture.interventions import Places, ablate
 from ..capture.losses import sequence_losses
@@ -21,8 +21,8 @@ WHERE = ("everywhere", "all but the first", "prompt", "response")  # where an ab
 
 @torch.no_grad()
 def _nll(model, prepared: list[Batch], places: Places | None = None, where=()) -> np.ndarray:
-    found, bar = [], tqdm(prepared, "losses", delay=5, leave=False, unit=" batches")
-    for i, batch in enumerate(bar):
+    found = []
+    for i, batch in enumerate(bar(prepared, "losses", delay=5, unit=" batches")):
         if places is not None:
             places.mask = where[i]
         found.append(sequence_losses(model, batch))
@@ -119,7 +119,7 @@ def ablation_matrix(
 
     known = partial(_known, study, (variant, eos, mark(study.places)), model)
     baseline, increase = known("intact", lambda: _nll(model, prepared)), {}
-    for name in tqdm(masks, f"{study.name} ablations", delay=5, leave=False, unit=" sets"):
+    for name in bar(masks, f"{study.name} ablations", delay=5, unit=" sets"):
         # what a reference holds has no name to remember it by
         key = None if "reference" in options else (where, operator, mark(masks[name], options))
         increase[name] = known(key, partial(ablated, masks[name])) - baseline
@@ -176,7 +176,7 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
     prepared = [list(token_batches(e, size)) for e in (study.encoded("reference", variant), other)]
     intact = [_nll(model, some) for some in prepared]
     lost = np.zeros((len(rows), len(masks)))
-    for n, name in enumerate(tqdm(masks, f"{study.name} gains", delay=5, leave=False)):
+    for n, name in enumerate(bar(masks, f"{study.name} gains", delay=5)):
         with ablate(model, masks[name], operator):
             own, others = (_nll(model, some) for some in prepared)
         lost[:, n] = (own - intact[0]) - (others - intact[1])

@@ -1,36 +1,83 @@
-"""The public face's two analyses: your model, your texts, your labels, as tidy tables."""
+"""The public face's counts and tables: your model, your texts, your labels, without a profile."""
 
 import numpy as np
 import pandas as pd
 
 from ..analysis.generality import category_scores
 from ..analysis.nulls import expected_jaccard, rate_null
-from ..analysis.sets import category_sets, codes, frequency, nominal_size, set_size, top_sets
+from ..analysis.sets import (
+    category_means,
+    category_sets,
+    frequency,
+    nominal_size,
+    set_size,
+    top_sets,
+)
 from ..analysis.similarity import category_matrix, gap, jaccard_matrix
-from ..analysis.stats import bootstrap, length_strata, permutation_test
+from ..analysis.stats import SMALLEST, bootstrap, length_strata, permutation_test
+from ..capture.count import count as count_texts
 from ..capture.counts import Counts
-from ..record import UserError
+from ..capture.tokens import chat_template, list_of
+from ..config import defaults
+from ..record import NotTestable, UserError
 
 SCORES = ("frequency", "lape", "contrast")  # those that counts alone can give
+MOST = 50  # labels
+COMPARED = 1200  # texts held against one another, as many as HexaInst has
+CELLS = 2**24  # frequencies in memory at once (64 MiB)
+DEFAULT = defaults()
 
 
-def find_sets(counts: Counts, labels, score: str = "contrast", share: float = 0.05) -> pd.DataFrame:
-    """The `share` of the neurons that a score ranks first for each label: a row per neuron and
-    label, with label, layer, neuron (its place in the layer; in a sparse model expert, too), rank
-    and the neuron's mean activation frequency p in [0, 1] under that label.
+def count(model, tokenizer, texts, responses=None, **settings) -> Counts:
+    """Counts of the texts' own tokens (of the responses', where given), each read as a profile's
+    instruction is: in its template, or in the model's chat format.
 
-    counts of I texts (see `count`), labels [I] of any kind, 2 to 50 different ones. Raises
-    UserError for labels of another length or an unknown score, NotTestable for a single label.
-    (Ours; the paper's sets of single instructions are those of `top_sets`.)
+    texts: a list, a column, a generator of I strings. `settings` are a profile's: `template`
+    ("{instruction}" reads the bare text), `chat`, `batch_size`. Counts are uint16 [I, ...]. Raises
+    UserError for what cannot be read: no list, no text, an empty one, one that is too long.
+    (Paper, sec. counting.)
+
+    >>> from helpers import count, load_model
+    >>> model, tokenizer = load_model("data/models/tiny-dense/tuned")
+    >>> counts = count(model, tokenizer, ["ada has a cat .", "what is 2 plus 3 ?"])
+    >>> counts.tokens.tolist(), counts.neurons["dense"].shape, counts.neurons["dense"].dtype
+    ([5, 6], (2, 4, 512), dtype('uint16'))
     """
-    _refuse(counts, labels)
+    profile = defaults(**settings)
+    how = {"template": read_in(profile, tokenizer), "responses": responses}
+    return count_texts(model, tokenizer, texts, profile.batch_size, **how)
+
+
+def read_in(profile, tokenizer) -> str:
+    """What stands around a text: the profile's template or, if it says `chat`, the tokenizer's."""
+    return chat_template(tokenizer) if profile.chat else profile.template
+
+
+def find_sets(
+    counts: Counts, labels, score: str = "contrast", share: float = DEFAULT.epsilon
+) -> pd.DataFrame:
+    """The `share` of the neurons that a score ranks first for each label: a row per neuron and
+    label, with label, layer, neuron (its place in the layer; in a sparse model expert, too), rank,
+    score (higher: stands more for the label) and the neuron's mean activation frequency p in [0, 1]
+    under that label.
+
+    counts of I texts (see `count`), labels [I]: names or numbers, 2 to 50 different ones, each of
+    two texts or more. Raises UserError for other labels or an unknown score, NotTestable for a
+    single label. (Ours; the paper's sets of single instructions are those of `top_sets`.)
+
+    >>> from helpers import count, find_sets, load_model
+    >>> model, tokenizer = load_model("data/models/tiny-dense/tuned")
+    >>> texts = ["ada has a cat .", "boris has a dog .", "2 plus 3 is 5 .", "4 plus 3 is 7 ."]
+    >>> sets = find_sets(count(model, tokenizer, texts), ["pets", "pets", "sums", "sums"])
+    >>> sets.groupby("label").size().to_dict()  # 5 % of 4 x 512 neurons
+    {'pets': 102, 'sums': 102}
+    """
+    y, names = labels_of(labels, len(counts.tokens))
     if score not in SCORES:
         raise UserError(f"score is {score!r}, expected one of {', '.join(SCORES)}.")
     values = counts.unit("neurons")
-    p = frequency(values, counts.tokens).reshape(len(labels), -1)  # [I, M]
-    scores = category_scores(score, p, codes(labels))  # [C, M]
-    size = set_size(p.shape[1], share)
-    members, names = category_sets(scores, size), pd.unique(np.asarray(labels))
+    scores, means = _scores(score, values.reshape(len(y), -1), counts.tokens, y)  # [C, M] each
+    members = category_sets(scores, set_size(scores.shape[1], share))
     layers = counts.layers[counts.family("neurons")]
     parts = []
     for code, name in enumerate(names):
@@ -39,29 +86,43 @@ def find_sets(counts: Counts, labels, score: str = "contrast", share: float = 0.
         place = np.unravel_index(chosen, values.shape[1:])
         where = {"label": name, "layer": np.take(layers, place[0])}
         where |= {"expert": place[1]} if len(place) == 3 else {}
-        mean = p[codes(labels) == code][:, chosen].mean(0)
-        where |= {"neuron": place[-1], "rank": np.arange(len(chosen)) + 1, "p": mean}
+        where |= {"neuron": place[-1], "rank": np.arange(len(chosen)) + 1}
+        where |= {"score": scores[code, chosen], "p": means[code, chosen]}
         parts.append(pd.DataFrame(where))
     return pd.concat(parts, ignore_index=True)
 
 
-def overlap(counts: Counts, labels, epsilon: float = 0.05, resamples: int = 999) -> pd.DataFrame:
+def overlap(
+    counts: Counts,
+    labels,
+    epsilon: float = DEFAULT.epsilon,
+    resamples: int = DEFAULT.resamples,
+    seed: int = DEFAULT.seed,
+) -> pd.DataFrame:
     """Do texts of one label share neurons more than texts of different labels? One row: within,
     between and gap (mean Jaccard of the texts' top-epsilon sets), low and high (95 % interval of
     the gap, texts drawn), null_gap (every neuron keeps its rate, every text its length), p (labels
     shuffled among texts of like length), n.
 
-    Raises NotTestable where a label has fewer than five texts. (Paper, sec. generality; ours.)
+    Of more than 1,200 texts, as many of each label are drawn; n says how many are compared. Raises
+    NotTestable where a label has fewer than five texts. (Paper, sec. generality; ours.)
     """
-    _refuse(counts, labels)
-    values, y = counts.unit("neurons"), codes(labels)
+    y, names = labels_of(labels, len(counts.tokens))
+    some = _drawn(y, COMPARED // len(names), seed)
+    y, tokens, values = y[some], counts.tokens[some], counts.unit("neurons")[some]
+    for code, name in enumerate(names):
+        if (y == code).sum() < SMALLEST:
+            raise NotTestable(
+                f"label {name!r} has {(y == code).sum()} texts, expected {SMALLEST} or more "
+                "(better 20) for an interval. Add texts, or leave the label out."
+            )
     similarity = jaccard_matrix(top_sets(values, epsilon)[0])
     size = nominal_size(values[0].size, epsilon)
-    expected = expected_jaccard(rate_null(values, counts.tokens, size))
+    expected = expected_jaccard(rate_null(values, tokens, size))
     matrix = category_matrix(similarity, y)
-    interval = bootstrap(lambda w: gap(similarity, y, w), y, resamples)
-    strata = length_strata(counts.tokens)
-    test = permutation_test(lambda drawn: gap(similarity, drawn), y, strata, resamples)
+    interval = bootstrap(lambda w: gap(similarity, y, w), y, resamples, seed=seed)
+    strata = length_strata(tokens)
+    test = permutation_test(lambda drawn: gap(similarity, drawn), y, strata, resamples, seed)
     inside = np.eye(len(matrix), dtype=bool)
     row = {
         "within": matrix[inside].mean(),
@@ -76,9 +137,67 @@ def overlap(counts: Counts, labels, epsilon: float = 0.05, resamples: int = 999)
     return pd.DataFrame([{name: float(value) for name, value in row.items()}]).astype({"n": int})
 
 
-def _refuse(counts, labels) -> None:
-    if len(labels) != len(counts.tokens):
+def labels_of(labels, texts: int) -> tuple[np.ndarray, list]:
+    """Labels of `texts` texts as codes int [texts], and their names in order of first appearance.
+
+    Raises UserError unless each text has one (a name or a number), there are 2 to 50 and each has
+    two texts at least; a single label is NotTestable.
+
+    >>> labels_of(["b", "a", "b", "a"], 4)
+    (array([0, 1, 0, 1]), ['b', 'a'])
+    """
+    labels = list_of(labels, "labels")
+    if len(labels) != texts:
         raise UserError(
-            f"{len(labels)} labels for {len(counts.tokens)} texts: give one label per text, in the "
-            "order of the texts."
+            f"{len(labels)} labels for {texts} texts: give one label per text, in the order of the "
+            "texts."
         )
+    for row, label in enumerate(labels):
+        if not pd.api.types.is_scalar(label) or pd.isna(label) or label == "":
+            raise UserError(
+                f"label {row} is {label!r}: expected a name or a number, one for each text. Label "
+                "the text, or leave it out."
+            )
+    names = list(dict.fromkeys(labels))
+    if len(names) < 2:
+        raise NotTestable(
+            f"one label only ({', '.join(map(repr, names))}), expected 2 to {MOST}: there is "
+            "nothing to compare it with. Add texts of another label."
+        )
+    if len(names) > MOST:
+        raise UserError(
+            f"{len(names)} different labels, expected 2 to {MOST}. Join labels; of measured "
+            "numbers make classes."
+        )
+    places = {name: code for code, name in enumerate(names)}
+    y = np.array([places[label] for label in labels])
+    alone = [names[code] for code in np.flatnonzero(np.bincount(y) < 2)]
+    if alone:
+        raise UserError(
+            f"one text only has the label {', '.join(map(repr, alone[:10]))}: expected two or more "
+            "of each. Add texts, join labels, or leave them out."
+        )
+    return y, names
+
+
+def _scores(score, counts, tokens, y) -> tuple[np.ndarray, np.ndarray]:
+    """A score [C, M] and the labels' mean frequencies [C, M] from counts [I, M], some neurons at a
+    time: the frequencies of many texts need not stand in memory.
+    """
+    step, scores, means = max(1, CELLS // len(y)), [], []
+    for first in range(0, counts.shape[1], step):
+        p = frequency(counts[:, first : first + step], tokens)
+        means.append(category_means(p, y))
+        if score == "contrast":
+            scores.append(category_scores(score, p, y))
+    means = np.concatenate(means, axis=1)
+    if score == "contrast":
+        return np.concatenate(scores, axis=1), means
+    return category_scores(score, means, np.arange(len(means))), means
+
+
+def _drawn(y, most: int, seed: int) -> np.ndarray:
+    """Places of at most `most` texts of each label, in order."""
+    order = np.random.default_rng(seed).permutation(len(y))
+    nth = pd.Series(y[order]).groupby(y[order]).cumcount().to_numpy()
+    return np.sort(order[nth < most])

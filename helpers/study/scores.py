@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ..analysis.sets import category_means, category_sets, contrast, frequency, lape, margin
+from ..bars import bar
 from ..capture.bank import expert_rows, neuron_outputs, normed
 from ..capture.budget import reading
 from ..capture.interventions import Reference, columns, editable
@@ -171,10 +171,10 @@ def attribution(
 
 
 def _batches(encoded, batch_tokens, label):
-    with tqdm(total=len(encoded), desc=label, delay=5, leave=False, unit=" instructions") as bar:
+    with bar(None, label, total=len(encoded), delay=5, unit=" instructions") as moved:
         for batch in token_batches(encoded, batch_tokens):
             yield batch
-            bar.update(len(batch.rows))
+            moved.update(len(batch.rows))
 
 
 def _gradients(model, sites, batch, kept):

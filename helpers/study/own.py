@@ -1,0 +1,266 @@
+"""Ablation on labelled texts of your own, without a profile or a data set: does a label need the
+neurons that stand for it?
+
+n measured texts, C labels, s a label's set. Sets are chosen on one half of the texts and measured
+on the other, both ways, by the machinery of the chain's own experiments. (Ours.)
+"""
+
+import numpy as np
+import pandas as pd
+
+from ..analysis.effects import critical, specific_by_category
+from ..analysis.stats import SMALLEST, adjust
+from ..capture.count import count_encoded, refuse_long
+from ..capture.tokens import check_tokenizer, texts_of
+from ..config import defaults
+from ..record import NotTestable, UserError
+from .ablation import draws_of, measure, pooled
+from .evaluate import nll
+from .quick import SCORES, labels_of, read_in
+from .scores import SEES_REFERENCE, sets_of, standing
+from .study import Study
+
+HALVES = ("A", "B")
+ROWS = 100  # texts of a label in each half, as many as HexaInst's; `rows` of the settings
+SETTINGS = (
+    *("epsilon", "seed", "template", "chat", "batch_size", "resamples"),
+    *("controls", "controls_all_rows", "ablation_rows"),
+)  # what of a profile decides an ablation table
+
+
+def settings_of(profile) -> dict:
+    """A profile's settings as `ablation_table` takes them."""
+    return {name: getattr(profile, name) for name in SETTINGS}
+
+
+class Own(Study):
+    """A Study of one model in memory on labelled texts: categories are the labels, halves are drawn
+    within them, references may be absent; then a text's own tokens are what is predicted.
+    """
+
+    @classmethod
+    def on(cls, model, tokenizer, texts, labels, references=None, **settings) -> "Own":
+        """The study of I texts, labels and, at will, references; `settings` are a profile's.
+
+        Of a label with more than 200 texts (2 x `rows`) as many are drawn. Raises UserError for
+        what cannot be read or told apart: see `labels_of` and `texts_of`; a text with two labels.
+        """
+        profile = defaults(**{"rows": ROWS} | settings)
+        check_tokenizer(tokenizer, model)
+        texts = texts_of(texts, "text")
+        y, names = labels_of(labels, len(texts))
+        rows = pd.DataFrame({"instruction": texts, "input": "", "reference": ""})
+        rows["category"] = pd.Series([names[code] for code in y], dtype=object)
+        if references is not None:
+            rows["reference"] = _references(references, len(texts))
+        rows = rows.assign(id=[str(row) for row in range(len(rows))])
+        rows = _halved(rows, y, names, profile)
+        study = cls(profile, profile.pairs[0], rows, {"tuned": (model, tokenizer)})
+        study.names = tuple(names)
+        for positions in ("reference", "prompt"):
+            refuse_long(model, study.encoded(positions))
+        return study
+
+    @property
+    def categories(self) -> tuple:
+        """The labels, in the order in which they were given."""
+        return self.names
+
+    @property
+    def template(self) -> str:
+        """What stands around a text."""
+        return read_in(self.profile, self.model()[1])
+
+    @property
+    def referenced(self) -> bool:
+        """Whether the texts have references."""
+        return bool((self.whole.rows["reference"] != "").all())
+
+    def encoded(self, positions: str = "prompt", variant: str = "tuned") -> list:
+        """As a Study's; without references a text's own tokens stand for the reference's."""
+        if positions == "reference" and not self.referenced:
+            positions = "prompt"
+        return super().encoded(positions, variant)
+
+    def _counts(self, variant, positions):
+        return count_encoded(self.model()[0], self.encoded(positions), self.profile.batch_size)
+
+
+def ablation_table(
+    model, tokenizer, texts, labels, references=None, score: str = "contrast", **settings
+) -> pd.DataFrame:
+    """How much worse the model predicts the texts of every label (or their references) when each
+    label's set is ablated: a row per label `ablated` and label `measured`.
+
+    texts [I], labels [I] of 2 to 50 kinds, references [I] strings or None; score: frequency, lape,
+    contrast, contribution or, with references, attribution, contribution-response. `settings` are a
+    profile's, with its defaults: epsilon (share of the neurons in a set), controls (draws of each
+    kind), controls_all_rows, ablation_rows (texts of a label measured in each half), rows,
+    resamples, seed, template, chat, batch_size.
+
+    n texts; loss, intact, nats per token; increase of the loss; mean increase under control sets of
+    the same number of neurons in each layer: random; for a label's own set also rate (neurons about
+    as often on) and magnitude (writing about as much), both left out where a set fills more than
+    half of a layer. effect: increase minus the hardest control's (`hardest`) with its 95 % interval
+    low, high; p (signs flipped over texts), holm (over own sets; over the others), p_sets (set and
+    draws change places), sees (the smallest effect found with power 0.8). specific, specific_low,
+    specific_high, specific_p: what the own set costs its label beyond the others. note: why a row
+    has no numbers. Raises UserError for texts and labels that cannot be used; see `Own.on`.
+
+    >>> from helpers import ablation_table, load_model
+    >>> model, tokenizer = load_model("data/models/tiny-dense/tuned")
+    >>> texts = [f"{name} has a cat ." for name in ("ada", "boris", "eva", "hana")]
+    >>> texts += [f"{n} plus 3 is {n + 3} ." for n in range(4)]
+    >>> labels = ["pets"] * 4 + ["sums"] * 4
+    >>> found = ablation_table(model, tokenizer, texts, labels, controls=2)
+    >>> found[["ablated", "measured", "n"]].values.tolist()[:2]
+    [['pets', 'pets', 4], ['pets', 'sums', 4]]
+    >>> print(found["note"][0][:61])
+    not testable: group 0 has 2 instructions; expected at least 5
+    """
+    if score not in (*SCORES, "contribution") and references is None:
+        known = f"{', '.join(SCORES)}, contribution; with references {', '.join(SEES_REFERENCE)}"
+        raise UserError(f"score is {score!r}, expected one of {known}.")
+    study = Own.on(model, tokenizer, texts, labels, references, **settings)
+    arrays, half = pooled([_measured(study, half, score) for half in study.halves])
+    table = pd.DataFrame(_cells(study, arrays, half))
+    own = table["ablated"] == table["measured"]
+    if "p" not in table:
+        return table
+    for some in (own, ~own):
+        tested = some & table["p"].notna()
+        if tested.any():
+            table.loc[tested, "holm"] = adjust(table.loc[tested, "p"], "holm")
+    return table.merge(_specific(study, arrays, half), how="left").reindex(columns=COLUMNS)
+
+
+COLUMNS = [
+    *("ablated", "measured", "n", "loss", "increase", "random", "rate", "magnitude", "hardest"),
+    *("effect", "low", "high", "p", "holm", "p_sets", "sees"),
+    *("specific", "specific_low", "specific_high", "specific_p", "note"),
+]
+
+
+def _measured(study, half: str, score: str) -> dict:
+    """What `measure` gives of one half, sets and controls chosen on the other; with the intact
+    `loss` [n].
+    """
+    profile, counts = study.profile, study.counts()
+    ranked = standing(study.half(study.other(half)), [score])
+    sets = sets_of(ranked, score, profile.epsilon, profile.seed)
+    drawn, _ = draws_of(ranked, counts, sets, profile.controls, profile.seed, f"own/{half}")
+    kinds = {k: dict(zip(study.categories, masks, strict=True)) for k, masks in drawn.items()}
+    here, elsewhere = study.half(half).measured(), min(profile.controls, profile.controls_all_rows)
+    arrays = measure(here, study.masks(sets), kinds, everywhere=elsewhere)
+    return arrays | {"loss": nll(here.model()[0], here.encoded("reference"), profile.batch_size)}
+
+
+def _cells(study, arrays, half):
+    """A row per label ablated and label measured."""
+    profile, own = study.profile, ("random", "rate", "magnitude")
+    for s, ablated in enumerate(study.categories):
+        for c, measured in enumerate(study.categories):
+            at = arrays["labels"] == c
+            controls = {kind: arrays[kind][at] for kind in own if kind in arrays}
+            if s != c:
+                controls = {"random": arrays["everywhere"][at][:, :, s]}
+            increase, loss = arrays["own"][at, s], float(arrays["loss"][at].mean())
+            row = {"ablated": ablated, "measured": measured, "n": int(at.sum()), "loss": loss}
+            row |= {"increase": float(increase.mean()), "note": ""}
+            row |= {kind: float(values.mean()) for kind, values in controls.items()}
+            try:
+                found = critical(increase, controls, half[at], profile.resamples, profile.seed)
+            except NotTestable as reason:
+                yield row | {"note": f"not testable: {reason}"}
+                continue
+            low, high = found["critical_ci"]
+            row |= {"increase": found["own"], "hardest": found["hardest"]}
+            row |= {kind: found[kind] for kind in controls}
+            row |= {"effect": found["critical"], "low": low, "high": high}
+            row |= {"p": found["p_critical"], "p_sets": found["p_sets"]}
+            yield row | {"sees": found["critical_sees"]}
+
+
+def _specific(study, arrays, half) -> pd.DataFrame:
+    """What each label's set costs the label beyond the others; labels with too few texts are left
+    out of both.
+    """
+    labels, count = arrays["labels"], len(study.categories)
+    sizes = np.array([[(labels[half == h] == c).sum() for h in (0, 1)] for c in range(count)])
+    enough = np.flatnonzero((sizes >= SMALLEST).all(1))
+    columns = ["ablated", "measured", *COLUMNS[-5:-1]]
+    if len(enough) < 2:
+        return pd.DataFrame(columns=columns)
+    at = np.isin(labels, enough)
+    settings = study.profile.resamples, study.profile.seed
+    found = specific_by_category(
+        arrays["own"][at][:, enough],
+        arrays["everywhere"][at][:, :, enough],
+        np.searchsorted(enough, labels[at]),
+        half[at],
+        *settings,
+    )
+    names = [study.categories[enough[row["category"]]] for row in found]
+    rows = [
+        [name, name, *(row.get(k) for k in NUMBERS)] for name, row in zip(names, found, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+NUMBERS = ("specific", "low", "high", "p")
+
+
+def _references(references, texts: int) -> list[str]:
+    references = texts_of(references, "reference")
+    if len(references) != texts:
+        raise UserError(
+            f"{len(references)} references for {texts} texts: give one per text, or none at all."
+        )
+    return references
+
+
+def _halved(rows, y, names, profile) -> pd.DataFrame:
+    """The rows in random order, `fold` A or B, at most `rows` of each label in each; copies of a
+    text stay in one half, for what is chosen on a text is not to be measured on it.
+    """
+    owner, place, count = {}, {}, [0] * len(names)
+    for row, (text, code) in enumerate(zip(rows["instruction"], y.tolist(), strict=True)):
+        first = owner.setdefault(text, (row, code))
+        if first[1] != code:
+            raise UserError(
+                f"text {row} ({text[:60]!r}) has the label {names[code]!r}, as text {first[0]} it "
+                f"has {names[first[1]]!r}. Give it one label, or leave it out."
+            )
+    order = np.random.default_rng(profile.seed).permutation(len(rows))
+    for row in order:
+        text, code = rows["instruction"][row], y[row]
+        if text not in place:
+            place[text] = HALVES[count[code] % 2]
+            count[code] += 1
+    alone = [name for name, number in zip(names, count, strict=True) if number < 2]
+    if alone:
+        raise UserError(
+            f"all texts of {', '.join(map(repr, alone[:10]))} are the same: expected two different "
+            "ones or more, to choose on some and measure on others."
+        )
+    rows = rows.assign(fold=rows["instruction"].map(place)).iloc[order]
+    return rows[rows.groupby(["fold", "category"]).cumcount() < profile.rows]
+
+
+def sentences(table: pd.DataFrame) -> list[str]:
+    """What an ablation table says, a sentence per label and one for all."""
+    own, lines = table[table["ablated"] == table["measured"]], []
+    for row in own.itertuples():
+        if row.note:
+            lines.append(f"{row.measured}: {row.note}")
+            continue
+        word = (
+            "needs its set" if row.low > 0 and row.holm < 0.05 else "is not shown to need its set"
+        )
+        lines.append(
+            f"{row.measured} {word}: {row.increase:+.2f} nats per token without it, "
+            f"{row.effect:+.2f} [{row.low:+.2f}, {row.high:+.2f}] beyond the hardest control "
+            f"({row.hardest}); {row.specific:+.2f} [{row.specific_low:+.2f}, "
+            f"{row.specific_high:+.2f}] beyond what it costs the other labels."
+        )
+    return lines
