@@ -23,7 +23,7 @@ PAIR = "pairs: [{name: a, base: b, tuned: c}]\n"
 
 @pytest.fixture
 def profiles(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "PROFILES", tmp_path)
+    monkeypatch.setattr(paths, "PROFILES", tmp_path)
     return lambda text: (tmp_path / "mine.yaml").write_text(text)
 
 
@@ -263,7 +263,7 @@ def test_any_bytes_are_a_profile_or_a_user_error(data, after):
 
 def refused_or_loaded(data):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "PROFILES", Path(folder))
+        patch.setattr(paths, "PROFILES", Path(folder))
         (Path(folder) / "mine.yaml").write_bytes(data)
         try:
             profile, said = load_profile("mine"), ""

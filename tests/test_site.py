@@ -111,7 +111,7 @@ def made_world(tmp_path, monkeypatch):
         seed = "" if name == "alpha" else "\nseed: 7\n"  # which no committed grid has
         text = re.sub(r"^seed:.*$", "", text, flags=re.M) + seed
         (tmp_path / "profiles" / f"{name}.yaml").write_text(text)
-    monkeypatch.setattr(config, "PROFILES", tmp_path / "profiles")
+    monkeypatch.setattr(paths, "PROFILES", tmp_path / "profiles")
     monkeypatch.setattr(site, "PROFILES", tmp_path / "profiles")
     for module in (paths, site):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
