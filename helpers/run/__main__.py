@@ -216,6 +216,19 @@ def run_grid(options) -> int:
     return 0
 
 
+@command("planted")
+def run_planted(options) -> int:
+    """The league of scores on models with planted neurons; writes data/grid/planted.csv."""
+    import torch
+
+    from ..study import planted
+
+    torch.set_num_threads(1)
+    planted.write(planted.league())
+    print(short(planted.TABLE))
+    return 0
+
+
 @command(
     "train",
     option("--pair", type=PAIR),
