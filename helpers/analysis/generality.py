@@ -6,11 +6,13 @@ shuffled labels give. Pure functions, ours.
 
 import numpy as np
 
-from ..record import NotTestable
+from ..record import NotTestable, UserError
 from .checks import each_category, takes
 from .sets import category_means, category_sets, codes, column_blocks, contrast, lape, margin
 from .similarity import _profiles, jaccard_matrix, jensen_shannon
 from .stats import Permutation, permutation_test, plus_one
+
+CATEGORY_SCORES = ("frequency", "lape", "contrast", "attribution", "contribution")
 
 
 @takes(matrices="... C C")
@@ -101,15 +103,15 @@ def nearest_profile(routing, labels, folds) -> dict:
 @takes(values="I M", labels="I")
 def category_scores(score: str, values, labels) -> np.ndarray:
     """How much each component stands for each category, [C, M], by one of METHOD's scores, from
-    values [I, M]: p for frequency, lape and contrast; attribution and contribution per instruction
-    for those (own minus largest other).
+    values [I, M]: p for frequency, lape and contrast; attribution (the category's mean, as in
+    study.scores.standing) and contribution (own mean minus the largest other) per instruction.
     """
+    if score not in CATEGORY_SCORES:
+        raise UserError(f"score is {score!r}; expected one of {', '.join(CATEGORY_SCORES)}.")
     if score == "contrast":
         return contrast(values, labels)
     means = category_means(values, labels)
-    return {"frequency": lambda m: m, "lape": lape, "attribution": margin, "contribution": margin}[
-        score
-    ](means)
+    return {"lape": lape, "contribution": margin}.get(score, lambda m: m)(means)
 
 
 @takes(values="I M", labels="I", folds="I")

@@ -144,20 +144,21 @@ def conditional_frequency(counts, routed) -> np.ndarray:
 
 
 def set_size(width: int, share: float) -> int:
-    """How many of `width` components are a share of them: rounded down, at least 1. The one rule
-    for sizes that are chosen freely (scores, ablation); `nominal_size` is what a quantile keeps.
+    """How many of `width` components are a share of them: the nearest whole number, at least 1.
+    The one rule for sizes that are chosen freely (scores, ablation; the committed grid's, too);
+    `nominal_size` is what a quantile keeps.
 
-    >>> set_size(2048, 0.05), set_size(100, 0.29), set_size(8, 0.05)
-    (102, 29, 1)
+    >>> set_size(2048, 0.05), set_size(4096, 0.05), set_size(100, 0.29), set_size(8, 0.05)
+    (102, 205, 29, 1)
     """
     if not (0 < share <= 1 <= width < np.inf):
         raise UserError(f"share {share} of {width}; expected 0 < share <= 1 of one or more.")
-    return max(1, int(width * share + 1e-9))
+    return max(1, round(share * width))
 
 
 def nominal_size(width: int, epsilon: float) -> int:
     """k: how many of `width` untied values are >= their (1 - epsilon) quantile, floor(1 + (M - 1)
-    epsilon): `set_size`, or one more.
+    epsilon): `set_size`, one more or one less.
     """
     if not (0 < epsilon < 1 <= width < np.inf):
         raise UserError(

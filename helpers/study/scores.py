@@ -14,7 +14,15 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..analysis.sets import category_means, category_sets, contrast, frequency, lape, margin
+from ..analysis.sets import (
+    category_means,
+    category_sets,
+    contrast,
+    frequency,
+    lape,
+    margin,
+    set_size,
+)
 from ..capture.bank import expert_rows, neuron_outputs
 from ..capture.interventions import Reference, columns, editable
 from ..capture.sites import find_sites, input_device
@@ -101,7 +109,7 @@ def sets_of(standing, score, size, seed=0) -> np.ndarray:
     equal sizes.
     """
     scores = standing.scores[score]
-    return category_sets(scores, max(1, round(size * scores.shape[1])), seed)
+    return category_sets(scores, set_size(scores.shape[1], size), seed)
 
 
 def _neurons_of(found):
