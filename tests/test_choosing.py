@@ -7,9 +7,10 @@ import torch
 from helpers.capture.counts import Counts
 from helpers.hexainst.schema import CATEGORIES
 from helpers.record import NotTestable, UserError
+from helpers.study import planted
 from helpers.study.ablation import draws_of, measure, spared
 from helpers.study.scores import SCORES, Standing, sets_of, standing
-from tests import planted, zoo
+from tests import zoo
 
 torch.set_num_threads(1)
 CAUSAL = ("attribution", "contribution", "contribution-response")

@@ -26,7 +26,7 @@ from helpers.analysis.similarity import (
     within_between,
 )
 from helpers.analysis.stats import attempt, bootstrap, permutation_test
-from helpers.record import NotTestable
+from helpers.record import NotTestable, UserError
 
 LABELS = np.repeat(np.arange(6), 8)
 HALF = np.tile([0, 1], 24)
@@ -148,3 +148,11 @@ def test_constant_counts_give_a_gap_of_0_and_p_of_1_never_a_nan():
     assert test.estimate == 0
     assert test.p == 1
     assert np.isfinite(test.null).all()
+
+
+def test_attribution_is_the_categorys_mean_and_contribution_a_margin():
+    values, labels = np.array([[1.0, 5.0], [3.0, 1.0], [2.0, 2.0]]), [0, 0, 1]
+    assert category_scores("attribution", values, labels).tolist() == [[2, 3], [2, 2]]
+    assert category_scores("contribution", values, labels).tolist() == [[0, 1], [0, -1]]
+    with pytest.raises(UserError, match="score is 'luck'"):
+        category_scores("luck", values, labels)

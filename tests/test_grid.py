@@ -15,12 +15,12 @@ from helpers.config import Pair, Profile
 from helpers.hexainst.schema import CATEGORIES
 from helpers.paths import ROOT
 from helpers.record import DamagedFile, NotTestable, RecordMismatch
-from helpers.study import grid
+from helpers.study import grid, planted
 from helpers.study.ablation import pooled
 from helpers.study.grid import cells
 from helpers.study.scores import sets_of, standing
 from helpers.study.study import Study
-from tests import planted, zoo
+from tests import zoo
 
 torch.set_num_threads(1)
 PROFILE = {
@@ -134,7 +134,7 @@ def test_tables_say_what_the_cells_say_and_the_committed_ones_come_back(world, f
     assert grid.committed(studies) is None
     paths = grid.write(studies, found)
     again, again_matrices, by_category, record = grid.tables(studies)
-    assert len(by_category) == 3 * 6  # of the headline size alone
+    assert len(by_category) == 3 * 6  # the headline size alone
     mean = by_category[(by_category["size"] == 0.05) & (by_category["half"] == "B")]
     assert set(mean["category"]) == set(CATEGORIES)
     assert np.allclose(again["critical"], table["critical"])

@@ -89,3 +89,17 @@ def test_the_committed_ledger_is_complete():
 
 def test_the_readme_shows_at_most_twelve_claims():
     assert (read_ledger()["headline"] == "yes").sum() <= 12
+
+
+def test_beside_a_verdict_stands_what_would_have_been_seen():
+    """Own numbers where the summary has them, else 2.8 standard errors of the interval."""
+    rows = ledger(a=ROW | {"components": "neurons", "unit": "nats"})
+    found = numbers(0.1, 0.9)
+    tests = judge(look_up(rows, {"m": found}, ["all"], []))
+    assert tests["detectable"].tolist() == pytest.approx([2.8 / 1.96])
+    found |= {"e.neurons.all_sees": 0.3}
+    tests = judge(look_up(rows, {"m": found, "n": numbers(0.1, 0.9)}, ["all"], []))
+    assert tests["detectable"].tolist() == pytest.approx([0.3, 2.8 / 1.96])
+    said = verdicts(rows, tests).iloc[0]
+    assert (said["verdict"], said["unit"]) == ("not supported", "nats")
+    assert said["detectable"] == pytest.approx(2.8 / 1.96, abs=1e-4)

@@ -8,9 +8,10 @@ import torch
 from helpers.capture.interventions import Places, ablate
 from helpers.hexainst.schema import CATEGORIES
 from helpers.record import NotTestable, UserError
+from helpers.study import planted
 from helpers.study.evaluate import ablation_matrix, gain_lost
 from helpers.study.needed import Needed, groups_of
-from tests import planted, zoo
+from tests import zoo
 
 SETTINGS = {
     "epsilon": 0.01,

@@ -1,9 +1,13 @@
 """Counts -> frequencies -> sets, each against a loop or a case worked by hand."""
 
+from fractions import Fraction
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from helpers.analysis import sets as co
+from helpers.paths import DATA
 from helpers.record import NotTestable, UserError
 
 
@@ -251,9 +255,17 @@ def test_top_k_and_top_sets_cut_alike(rng):
 def test_one_rule_for_sizes():
     for width in (1, 7, 100, 2048, 16384):
         for share in (0.005, 0.05, 0.07, 0.29, 1.0):
-            whole = round(share * 1000) * width // 1000  # in whole thousandths: no rounding error
-            assert co.set_size(width, share) == max(1, whole)
+            exact = Fraction(round(share * 1000), 1000) * width
+            size = co.set_size(width, share)
+            assert size == 1 or abs(size - exact) <= Fraction(1, 2)
     assert co.nominal_size(2048, 0.05) == co.set_size(2048, 0.05) + 1
+
+
+def test_the_committed_grids_sets_have_the_size_of_the_rule():
+    table = pd.read_csv(DATA / "grid" / "tiny-full.csv")
+    for row in table.to_dict("records"):
+        width = 4 * 8 * 128 if "moe" in row["pair"] else 4 * 512
+        assert row["neurons"] == co.set_size(width, row["size"])
 
 
 def test_recovery_by_hand():
@@ -269,7 +281,10 @@ def test_recovery_by_hand():
     ("call", "message"),
     [
         (lambda: co.frequency(np.ones((2, 3), int), [1, 0]), "1 below 1"),
-        (lambda: co.frequency(np.ones((2, 3), int), [1]), "2 rows, 1 token numbers"),
+        (
+            lambda: co.frequency(np.ones((2, 3), int), [1]),
+            r"tokens has the shape \[1\]; expected \[I\] with I = 2",
+        ),
         (lambda: co.frequency(np.full((1, 3), 5), [4]), "counts <= tokens"),
         (lambda: co.conditional_frequency(np.full((1, 1, 2, 3), 2), np.ones((1, 1, 2))), "p <= f"),
         (lambda: co.top_sets(np.ones((2, 3), int), 0), "epsilon is 0"),
@@ -291,7 +306,7 @@ def test_recovery_by_hand():
         (lambda: co.codes(np.array([], int)), "no instruction"),
         (lambda: co.codes([0, 1, -1]), r"\[-1\]"),
         (lambda: co.contrast(np.ones((3, 2)), [0, 0, 0]), "at least two"),
-        (lambda: co.category_sets(np.array([[0.0, np.nan]]), 1), "1 scores not finite"),
+        (lambda: co.category_sets(np.array([[0.0, np.nan]]), 1), "scores is empty or holds NaN"),
         (lambda: co.category_sets(np.zeros((2, 3)), 4), "set size 4 of 3"),
     ],
 )

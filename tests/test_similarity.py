@@ -234,7 +234,7 @@ def test_jaccard_matrix_is_the_pairwise_jaccard_of_papers_sets(rng):
         ),
         (
             lambda: ov.jaccard_matrix(np.ones((2, 3), bool), np.ones((2, 4), bool)),
-            "expected the same",
+            r"others has the shape \[2, 4\]; expected \[J, M\]",
         ),
         (lambda: ov.category_matrix(np.full((4, 4), np.nan), [0, 0, 1, 1]), "NaN"),
         (lambda: ov.category_matrix(np.eye(3), [0, 0, 1]), "no pair of different instructions"),
@@ -256,7 +256,7 @@ def test_jaccard_matrix_is_the_pairwise_jaccard_of_papers_sets(rng):
             lambda: ov.nearest_consensus(np.zeros((4, 3), bool), [0, 1, 0, 1], [0, 0, 1, 1]),
             "consensus sets are empty",
         ),
-        (lambda: ov.churn(np.ones((2, 6), bool), np.ones((3, 6), bool)), "same instructions"),
+        (lambda: ov.churn(np.ones((2, 6), bool), np.ones((3, 6), bool)), "from the same rows"),
         (lambda: ov.churn(np.ones((2, 6), bool), np.ones((2, 6), bool), layers=4), "whole layers"),
         (lambda: ov.churn(np.zeros((2, 6), bool), np.zeros((2, 6), bool)), "2 empty unions"),
         (

@@ -268,7 +268,7 @@ def test_shared_profile_finds_nothing_in_unrelated_profiles():
         (lambda: stats.adjust([], "bh"), "p is empty"),
         (lambda: stats.adjust([0.1, 1.2], "bh"), "p from 0.1 to 1.2"),
         (lambda: stats.adjust([0.1], "bonferroni"), "bonferroni"),
-        (lambda: stats.paired_effect([1.0, np.nan], [0, 0]), "difference is empty or holds NaN"),
+        (lambda: stats.paired_effect([1.0, np.nan], [0, 0]), "first is empty or holds NaN"),
         (lambda: stats.paired_effect([1.0, 2], [0, 0]), "2 instructions"),
         (
             lambda: stats.partial_mantel(np.eye(5), pairs(np.random.default_rng(0), 5)),

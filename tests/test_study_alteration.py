@@ -16,10 +16,10 @@ from helpers import plots
 from helpers.analysis.similarity import jaccard
 from helpers.capture.count import passes
 from helpers.config import Pair, Profile
-from helpers.study import alteration
+from helpers.study import alteration, planted
 from helpers.study.counting import Gathered
 from helpers.study.study import Study
-from tests import planted, zoo
+from tests import zoo
 
 torch.set_num_threads(1)
 MOVED = (2, range(20, 30))  # layer and neurons of the base that tuning switched on

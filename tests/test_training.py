@@ -223,6 +223,37 @@ def test_each_step_can_be_watched(tmp_path):
     assert seen == list(range(1, MINI.tune_steps + 1))
 
 
+def test_the_stacked_step_is_the_step_of_each_matrix_alone():
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(6, 4), (3, 6, 4), (6, 4), (4, 6)]
+    grads = [[torch.randn(s, generator=draw) for s in shapes] for _ in range(3)]
+    together = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+    alone = [torch.nn.Parameter(torch.zeros(s)) for s in shapes]
+    opts = [Muon(together, 0.1), *(Muon([p], 0.1) for p in alone)]
+    for some in grads:
+        for p, grad in zip([*together, *alone], some * 2, strict=True):
+            p.grad = grad.clone()
+        for opt in opts:
+            opt.step()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "gpu", "mps"])
+def test_a_device_that_is_not_there_is_one_clear_error(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"cannot train on '{device}': expected cpu, or cuda"):
+        training.train("tiny-dense", 0, MINI, tmp_path / "x", report=quiet, device=device)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_record_names_the_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the card of {device}")
+    assert training.processor("cuda:0") == {"device": "the card of cuda:0"}
+    assert training.processor("cpu") == {}
+
+
 def test_an_unknown_pair_is_one_clear_error(capsys):
     with pytest.raises(
         UserError, match="unknown pair 'tiny-mamba': expected one of tiny-dense, tiny-moe"

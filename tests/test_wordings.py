@@ -179,7 +179,7 @@ def test_constant_similarity_is_no_effect():
         ([0] * 4 + [1] * 4, range(8), NotTestable, "group 0 has 4 clusters"),
         ([0] * 4 + [1] * 4, [0, 1, 2, 3] * 2, UserError, "holds both 0 and 1"),
         ([0, 2] * 4, range(8), NotTestable, r"category \[1\]"),
-        ([0] * 4 + [1] * 4, range(7), UserError, "7 clusters beside 8 rows"),
+        ([0] * 4 + [1] * 4, range(7), UserError, r"clusters has the shape \[7\]"),
     ],
 )
 def test_what_cannot_be_tested_says_so(labels, clusters, error, message):

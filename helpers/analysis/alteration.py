@@ -8,11 +8,13 @@ import numpy as np
 from scipy.stats import rankdata
 
 from ..record import NotTestable, UserError
+from .checks import takes
 from .nulls import chance_jaccard
 from .similarity import jaccard
 from .stats import Interval, bootstrap, plus_one
 
 
+@takes(base="...!", tuned="...!")
 def changes(base, tuned) -> dict[str, np.ndarray]:
     """gained (tuned only), kept (both) and lost (base only) of two bool arrays of one shape.
 
@@ -25,6 +27,7 @@ def changes(base, tuned) -> dict[str, np.ndarray]:
     return {"gained": tuned & ~base, "kept": base & tuned, "lost": base & ~tuned}
 
 
+@takes(base="I M!", one="I M!", two="I M!")
 def common_gain(base, one, two, layers: int) -> np.ndarray:
     """(Jaccard of the gained sets of two tunings, its expectation by chance) per instruction:
     float [I, 2].
@@ -49,6 +52,7 @@ def _centred_ranks(values) -> np.ndarray:
     return (ranks - ranks.mean(-1, keepdims=True)) / values.shape[-1]
 
 
+@takes(first="L M", second="... L M")
 def layer_rank_correlation(first, second) -> np.ndarray:
     """Spearman correlation with ranks taken within layers: first [L, M], second [..., L, M] ->
     [...].
@@ -67,6 +71,7 @@ def layer_rank_correlation(first, second) -> np.ndarray:
     return (a * b).sum((-2, -1)) / scale
 
 
+@takes(weights="L M", moved="I ...")
 def change_correlation(weights, moved, resamples=2000, seed=0) -> dict:
     """Does what moved more in weights [L, M] move more in frequency? moved: |change of p|, [I, L,
     M].
@@ -74,6 +79,11 @@ def change_correlation(weights, moved, resamples=2000, seed=0) -> dict:
     rho: layer_rank_correlation of weights with the mean of `moved`; rho_ci: bootstrap over
     instructions; p: weights permuted within layers, one-sided.
     """
+    if moved[0].size != np.size(weights):
+        raise UserError(
+            f"moved {list(np.shape(moved))} beside weights {list(np.shape(weights))}; expected "
+            "[I, L, M] and [L, M]."
+        )
     moved = np.asarray(moved, np.float32).reshape(len(moved), *np.shape(weights))
     flat = moved.reshape(len(moved), -1)
 
@@ -95,6 +105,7 @@ def change_correlation(weights, moved, resamples=2000, seed=0) -> dict:
     }
 
 
+@takes(values="S I", weights="R I")
 def shares(values, weights=None) -> np.ndarray:
     """How much of its final change a curve has made: (v_s - v_0) / (v_end - v_0), [S, I] -> [R,
     S]; weights [R, I].
@@ -111,6 +122,7 @@ def shares(values, weights=None) -> np.ndarray:
     return change / change[:, -1:]
 
 
+@takes(components="S I", ability="S I", groups="I")
 def lead(components, ability, groups, resamples=2000, seed=0) -> dict:
     """Do components change before the ability comes? Mean over the checkpoints after the base of
     (share of the final change of `components` reached minus that of `ability`), [S, I] each; above
@@ -130,6 +142,7 @@ def lead(components, ability, groups, resamples=2000, seed=0) -> dict:
     }
 
 
+@takes(steps="S", curve="R S")
 def crossing(steps, curve, level: float = 0.5) -> np.ndarray:
     """The step at which curves [R, S] first reach `level`, linearly between checkpoints: float [R].
 
@@ -147,6 +160,7 @@ def crossing(steps, curve, level: float = 0.5) -> np.ndarray:
     return steps[after - 1] + (level - low) / (high - low) * (steps[after] - steps[after - 1])
 
 
+@takes(steps="S", groups="I")
 def crossings(steps, values, groups, resamples=2000, seed=0) -> Interval:
     """`crossing` of half the final change for several [S, I] arrays and their differences to the
     first, with CI.
@@ -161,6 +175,7 @@ def crossings(steps, values, groups, resamples=2000, seed=0) -> Interval:
     return bootstrap(statistic, groups, resamples, seed=seed)
 
 
+@takes(steps="S", components="S I", ability="S I", groups="I")
 def cross_correlation(steps, components, ability, groups, lags=(100, 4), resamples=500, seed=0):
     """Correlation of the two curves' rates of change, an Interval over [2 most + 1] lags; lags =
     (grid, most): -most..most times `grid` steps.

@@ -8,6 +8,7 @@ experts, or neurons of experts) is one pool. A seeded numpy Generator makes ever
 import numpy as np
 
 from ..record import UserError
+from .checks import takes
 
 
 def layer_matched(mask, rng, exclude=None) -> dict[str, np.ndarray]:
@@ -106,6 +107,7 @@ def singles(shape, family: str = "experts"):
         yield index, {family: mask}
 
 
+@takes(effects="L E", usage="L E")
 def expected_at_usage(effects, usage, neighbours: int = 4) -> np.ndarray:
     """What an ablation of each component costs others of like usage: [L, E], from the effects and
     usage [L, E] of single ablations. The component's effect minus this is what it does beyond

@@ -8,12 +8,14 @@ resamples. A slope may be carried by one point: the curve says where it rises. (
 import numpy as np
 
 from ..record import NotTestable, UserError
+from .checks import takes
 from .effects import drawn_means, group_mean
 from .stats import SEEN_TWO_SIDED, cluster_sizes, interval, paired_effect, resample_weights
 
 FLAT = 0.1  # a curve that has made at most this share of its rise by the change point was flat
 
 
+@takes(doses="X", values="R X")
 def hinge(doses, values) -> dict:
     """Least squares of curves [R, X] by two straight lines that meet at one of the inner doses.
 
@@ -44,6 +46,7 @@ def hinge(doses, values) -> dict:
     }
 
 
+@takes(doses="X", groups="n", clusters="n")
 def dose_curve(doses, parts, groups, resamples=2000, seed=0, clusters=None) -> dict:
     """The effect at each dose, and how it comes: gradually, or by a jump?
 

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from ..record import NotTestable, UserError
+from .checks import each_category, takes
 from .similarity import within_between
 from .stats import (
     SEEN_TWO_SIDED,
@@ -27,6 +28,7 @@ from .stats import (
 )
 
 
+@takes(values="n D", groups="n", weights="R n")
 def drawn_means(values, groups, weights, rng) -> np.ndarray:
     """Mean over groups of the mean over rows and draws, resampled: [R] from values [n, D], weights
     [R, n].
@@ -34,7 +36,10 @@ def drawn_means(values, groups, weights, rng) -> np.ndarray:
     parts = []
     for group in np.unique(groups):
         at = groups == group
-        rows = weights[:, at] @ values[at] / weights[:, at].sum(1, keepdims=True)  # [R, D]
+        total = weights[:, at].sum(1, keepdims=True)
+        if not (total > 0).all():
+            raise NotTestable(f"no row of group {group} is drawn; expected one at least.")
+        rows = weights[:, at] @ values[at] / total  # [R, D]
         draws = rng.multinomial(
             values.shape[1], np.full(values.shape[1], 1 / values.shape[1]), len(rows)
         )
@@ -42,11 +47,13 @@ def drawn_means(values, groups, weights, rng) -> np.ndarray:
     return np.mean(parts, 0)
 
 
+@takes(values="n ...", groups="n")
 def group_mean(values, groups) -> float:
     """Mean over groups of each group's mean."""
     return float(np.mean([np.mean(values[groups == group]) for group in np.unique(groups)]))
 
 
+@takes(own="n", groups="n", clusters="n")
 def critical(own, controls, groups, resamples=2000, seed=0, clusters=None) -> dict:
     """Own effect [n] minus the largest of the controls' means; controls: {kind: [n, D]}; clusters
     [n], within groups.
@@ -64,12 +71,7 @@ def critical(own, controls, groups, resamples=2000, seed=0, clusters=None) -> di
     (True, 'random')
     """
     own, groups = np.asarray(own, float), np.asarray(groups)
-    if not controls or any(values.shape[0] != len(own) for values in controls.values()):
-        raise UserError(
-            f"critical: controls { {k: v.shape for k, v in controls.items()} } beside {len(own)} "
-            "rows. "
-            "Give one control at least, with the rows of the own effect."
-        )
+    _beside(own, controls)
     rng = np.random.default_rng([seed, 7])
     weights = resample_weights(groups, resamples, seed, clusters)
     sizes = cluster_sizes(clusters, groups)
@@ -92,6 +94,19 @@ def critical(own, controls, groups, resamples=2000, seed=0, clusters=None) -> di
     }
 
 
+def _beside(own, controls) -> None:
+    shapes = {kind: np.shape(values) for kind, values in controls.items()}
+    if not shapes or any(len(s) != 2 or s[0] != len(own) or not s[1] for s in shapes.values()):
+        raise UserError(
+            f"controls {shapes} beside {len(own)} rows of the effect. Give one at least, [n, D], "
+            "with the same rows."
+        )
+    for kind, values in controls.items():
+        if not np.isfinite(values).all():
+            raise NotTestable(f"control {kind} holds NaN or infinite values. Leave them out.")
+
+
+@takes(own="n", labels="n", halves="n", clusters="n")
 def critical_by_category(
     own, controls, labels, halves=None, resamples=2000, seed=0, clusters=None
 ) -> dict:
@@ -104,6 +119,7 @@ def critical_by_category(
     in words.
     """
     own, labels = np.asarray(own, float), np.asarray(labels)
+    _beside(own, controls)
     halves = np.zeros(len(labels), int) if halves is None else np.asarray(halves)
     rows = []
     for category in dict.fromkeys(labels.tolist()):
@@ -143,6 +159,7 @@ def critical_by_category(
     }
 
 
+@takes(own="n C", everywhere="n e C", labels="n!", halves="n", clusters="n")
 def specific_by_category(
     own, everywhere, labels, halves, resamples=2000, seed=0, clusters=None
 ) -> list[dict]:
@@ -158,6 +175,7 @@ def specific_by_category(
     beyond = np.asarray(own, float) - np.asarray(everywhere, float).mean(1)  # [n, C]
     labels, halves = np.asarray(labels), np.asarray(halves)
     count, rows = beyond.shape[1], []
+    each_category(labels, count, halves)
     for category in range(count):
         apart = partial(_apart, beyond[:, category], category, count, halves)
         try:
@@ -193,6 +211,7 @@ def _apart(effect, category, count, halves, labels, weights=None) -> np.ndarray:
     return mean[:, category] - np.delete(mean, category, axis=1).mean(1)
 
 
+@takes(own="n", control="n D", groups="n")
 def exchange(own, control, groups, resamples=2000, seed=0) -> float:
     """p that a set is this harmful when, within each group, own and draws change places; smallest:
     (D + 1) ** -G.
@@ -206,6 +225,7 @@ def exchange(own, control, groups, resamples=2000, seed=0) -> float:
     )  # values [G, D + 1]
 
 
+@takes(groups="n", coefficients="P", clusters="n")
 def slope_of(parts, groups, coefficients, resamples=2000, seed=0, clusters=None) -> dict:
     """Sum over parts (own, control) of coefficient x (own - mean control), per row, then the mean
     over groups.
@@ -214,6 +234,12 @@ def slope_of(parts, groups, coefficients, resamples=2000, seed=0, clusters=None)
     (signs flipped over rows, two-sided), sees.
     """
     groups, rng = np.asarray(groups), np.random.default_rng([seed, 7])
+    if len(parts) != len(coefficients):
+        raise UserError(
+            f"{len(parts)} parts with {len(coefficients)} coefficients; expected one for each."
+        )
+    for own, control in parts:
+        _beside(own, {"control": control})
     weights = resample_weights(groups, resamples, seed, clusters)
     rows = sum(
         a * (own - control.mean(1)) for a, (own, control) in zip(coefficients, parts, strict=True)
@@ -235,6 +261,7 @@ def slope_of(parts, groups, coefficients, resamples=2000, seed=0, clusters=None)
     }
 
 
+@takes(x="X")
 def slopes(x) -> np.ndarray:
     """What each value of y weighs in the least-squares slope of y on x.
 
@@ -242,9 +269,12 @@ def slopes(x) -> np.ndarray:
     np.float64(2.0)
     """
     centred = np.asarray(x, float) - np.mean(x)
+    if not centred.any():
+        raise NotTestable("x does not vary; expected two different values for a slope.")
     return centred / (centred**2).sum()
 
 
+@takes(own="n C", everywhere="n e C", labels="n!", halves="n", clusters="n")
 def specificity(own, everywhere, labels, halves, resamples=2000, seed=0, clusters=None) -> dict:
     """Diagonal minus off-diagonal mean of (effect - control): own [n, C] of all sets, everywhere
     [n, e, C] of e draws.
@@ -256,6 +286,7 @@ def specificity(own, everywhere, labels, halves, resamples=2000, seed=0, cluster
     these sets?), specificity_sees.
     """
     labels, halves = np.asarray(labels), np.asarray(halves)
+    each_category(labels, own.shape[1])
     groups = labels + own.shape[1] * halves if clusters is None else labels
     weights = resample_weights(groups, resamples, seed, clusters)
     difference = own - everywhere.mean(1)
@@ -296,10 +327,12 @@ def _drawn_matrices(own, everywhere, labels, halves, weights, seed) -> np.ndarra
     return means / total[..., None]
 
 
+@takes(difference="n C", labels="n!", halves="n")
 def swapped(difference, labels, halves, resamples=2000, seed=0) -> float:
     """p that the sets fit their categories this well when, within each half, they are dealt out
     anew.
     """
+    each_category(labels, difference.shape[1], halves)
     rng, observed, null = np.random.default_rng([seed, 5]), [], []
     for half in np.unique(halves):
         at = halves == half
@@ -312,8 +345,10 @@ def swapped(difference, labels, halves, resamples=2000, seed=0) -> float:
     return float(plus_one(np.mean(observed), np.mean(null, 0)))
 
 
+@takes(difference="n C", labels="R n!")
 def label_statistic(difference, labels) -> np.ndarray:
     """Diagonal minus off-diagonal mean under labels [R, n] of the rows of difference [n, C]: "
     "[R]."""
+    each_category(labels, difference.shape[1])
     member = (np.asarray(labels)[:, None] == np.arange(difference.shape[1])[:, None]).astype(float)
     return within_between(member @ difference / member.sum(-1, keepdims=True))["gap"]

@@ -6,12 +6,16 @@ shuffled labels give. Pure functions, ours.
 
 import numpy as np
 
-from ..record import NotTestable
+from ..record import NotTestable, UserError
+from .checks import each_category, takes
 from .sets import category_means, category_sets, codes, column_blocks, contrast, lape, margin
-from .similarity import jaccard_matrix, jensen_shannon
+from .similarity import _profiles, jaccard_matrix, jensen_shannon
 from .stats import Permutation, permutation_test, plus_one
 
+CATEGORY_SCORES = ("frequency", "lape", "contrast", "attribution", "contribution")
 
+
+@takes(matrices="... C C")
 def own_gaps(matrices) -> np.ndarray:
     """Each category's mean similarity within itself minus that with the others, [..., C] of
     matrices [..., C, C]; their mean is `gap`.
@@ -21,6 +25,7 @@ def own_gaps(matrices) -> np.ndarray:
     return inside - (matrices.sum(-1) + matrices.sum(-2) - 2 * inside) / (2 * others)
 
 
+@takes(sets="I M", labels="... I", weights="R I")
 def shares(sets, labels, layers: int, tau: float, weights=None) -> np.ndarray:
     """Shares of each layer's components that are unique (in one consensus set) and general (in all
     C), and of all components in any set that are unique: [R, 2 L + 1] for labels [R, I]. sets:
@@ -44,6 +49,7 @@ def shares(sets, labels, layers: int, tau: float, weights=None) -> np.ndarray:
     )
 
 
+@takes(sets="I M", labels="I", strata="I", clusters="I")
 def share_test(
     sets, labels, layers: int, tau: float, strata=None, clusters=None, **how
 ) -> Permutation:
@@ -64,6 +70,7 @@ def share_test(
     return Permutation(test.estimate * layer, test.p, test.null * layer)
 
 
+@takes(routing="I L E", labels="I", folds="I")
 def nearest_profile(routing, labels, folds) -> dict:
     """similarity.nearest_consensus for uncut routing [I, L, E]: each instruction is given the
     category whose mean profile, over the other folds' instructions, is nearest (Jensen-Shannon,
@@ -75,7 +82,7 @@ def nearest_profile(routing, labels, folds) -> dict:
             "one fold only; expected two: no instruction may be judged by a profile it helped to "
             "make."
         )
-    f, correct = routing / routing.sum(-1, keepdims=True), np.zeros(len(labels))
+    f, correct = _profiles(routing), np.zeros(len(labels))
     for fold in np.unique(folds):
         held = folds == fold
         if set(labels[~held]) != set(labels):
@@ -93,19 +100,21 @@ def nearest_profile(routing, labels, folds) -> dict:
     return {"correct": correct, "accuracy": correct.mean(), "chance": 1 / (labels.max() + 1)}
 
 
+@takes(values="I M", labels="I")
 def category_scores(score: str, values, labels) -> np.ndarray:
     """How much each component stands for each category, [C, M], by one of METHOD's scores, from
-    values [I, M]: p for frequency, lape and contrast; attribution and contribution per instruction
-    for those (own minus largest other).
+    values [I, M]: p for frequency, lape and contrast; attribution (the category's mean, as in
+    study.scores.standing) and contribution (own mean minus the largest other) per instruction.
     """
+    if score not in CATEGORY_SCORES:
+        raise UserError(f"score is {score!r}; expected one of {', '.join(CATEGORY_SCORES)}.")
     if score == "contrast":
         return contrast(values, labels)
     means = category_means(values, labels)
-    return {"frequency": lambda m: m, "lape": lape, "attribution": margin, "contribution": margin}[
-        score
-    ](means)
+    return {"lape": lape, "contribution": margin}.get(score, lambda m: m)(means)
 
 
+@takes(values="I M", labels="I", folds="I")
 def stability(
     score: str, values, labels, folds, size: int, resamples: int = 39, seed: int = 0
 ) -> dict:
@@ -121,6 +130,7 @@ def stability(
         raise NotTestable(
             f"{len(names)} halves; expected two to choose on one and compare with the other."
         )
+    each_category(labels, labels.max() + 1, folds)
     parts = [(values[folds == n], labels[folds == n]) for n in names]
     rng = np.random.default_rng(seed)
 
@@ -152,6 +162,7 @@ def _same_other(first, second):
     return J[inside].mean(), J[~inside].mean()
 
 
+@takes(first="C M", second="C M")
 def overlap_of(first, second=None) -> float:
     """Mean Jaccard of sets [C, M] of different categories; with `second`, of the same category in
     both.

@@ -13,6 +13,7 @@ from scipy.special import expit, logit, ndtr
 from scipy.stats import hypergeom
 
 from ..record import NotTestable, UserError
+from .checks import takes
 from .sets import codes, consensus, membership
 from .similarity import jaccard
 from .stats import Permutation, plus_one
@@ -47,6 +48,7 @@ def _rows(counts):
         yield np.asarray(counts[i]).reshape(-1).astype(float)  # [M]
 
 
+@takes(counts="I ...", tokens="I")
 def rate_null(counts, tokens, size, rule="quantile", dependence=False, bins=512) -> Null:
     """The rate-matched null: every component keeps its mean rate, every instruction its T and its
     overall level.
@@ -72,11 +74,14 @@ def rate_null(counts, tokens, size, rule="quantile", dependence=False, bins=512)
     return null_of(total, np.array(level), tokens, size, rule, bins, theta)
 
 
+@takes(total="M", level="I", tokens="I")
 def null_of(total, level, tokens, size, rule="quantile", bins=512, theta=None) -> Null:
     """rate_null from its margins alone: `total` [M], a component's counts over all instructions
     (any multiple of it), `level` [I], an instruction's mean p over components, `tokens` [I].
     theta(q, group, members): see _dispersion.
     """
+    if (tokens < 1).any() or not np.sum(total) > 0:
+        raise NotTestable("no token, or no count at all; expected some. Leave such rows out.")
     if (level <= 0).any() or (level >= 1).any():
         raise NotTestable(
             "an instruction's counts are all 0 or all T; expected some that fire and some that do "
@@ -177,6 +182,7 @@ def expected_jaccard(null) -> np.ndarray:
     return expected
 
 
+@takes(first="L", second="L", pool="L")
 def chance_jaccard(first, second, pool) -> float:
     """Expected Jaccard of two random sets of `first` [L] and `second` [L] members per layer, each
     drawn from the same `pool` [L] components of its layer: exact, by the distribution of their
@@ -186,6 +192,8 @@ def chance_jaccard(first, second, pool) -> float:
     0.25
     """
     first, second, pool = (np.asarray(x, int) for x in (first, second, pool))
+    if min(first.min(), second.min()) < 0:
+        raise UserError("a set of less than no member; expected sizes of 0 or more.")
     if (np.maximum(first, second) > pool).any() or not (first.sum() + second.sum()):
         raise UserError(
             f"sets of {first.tolist()} and {second.tolist()} from pools of {pool.tolist()}; "
@@ -199,6 +207,7 @@ def chance_jaccard(first, second, pool) -> float:
     return float((common * shared / (first.sum() + second.sum() - shared)).sum())
 
 
+@takes(sets="I M", labels="I")
 def membership_test(sets, null, labels, tau=0.5, resamples=2000, seed=0) -> dict:
     """Membership of consensus sets (in how many of the C a component stands) against what a null
     expects: are there more unique components, and more general ones, than rates and lengths make?
@@ -211,6 +220,11 @@ def membership_test(sets, null, labels, tau=0.5, resamples=2000, seed=0) -> dict
     category; `detectable` [C].
     """
     labels = codes(labels)
+    if (len(null.inclusion), len(null.group)) != tuple(sets.shape):
+        raise UserError(
+            f"sets {list(sets.shape)} beside a null of {len(null.inclusion)} instructions and "
+            f"{len(null.group)} components; expected the same. Make the null of these rows."
+        )
     member, size = consensus(sets, labels, tau), labels.max() + 1
     number = membership(member)
     chances = np.stack([_in_consensus(null.inclusion[labels == c], tau) for c in range(size)])
@@ -260,6 +274,7 @@ def _in_consensus(inclusion, tau) -> np.ndarray:
     return np.clip(_number_in(inclusion)[needed:].sum(0), 0, 1)
 
 
+@takes(routed="I L E!", tokens="I!")
 def redraw_routing(routed, tokens, seed=0) -> np.ndarray:
     """Routing counts redrawn from mean rates: same shape [I, L, E] and dtype, still K experts per
     token.
@@ -270,6 +285,8 @@ def redraw_routing(routed, tokens, seed=0) -> np.ndarray:
     goes with the instruction is lost. Ours.
     """
     routed, tokens, rng = np.asarray(routed), np.asarray(tokens), np.random.default_rng(seed)
+    if (tokens < 1).any():
+        raise NotTestable("an instruction has no token; expected one at least. Leave it out.")
     rate = routed.sum(0, dtype=float) / tokens.sum()  # [L, E], sums to K
     owner, result = np.repeat(np.arange(len(tokens)), tokens), np.zeros(routed.shape, routed.dtype)
     for layer, mean in enumerate(rate):

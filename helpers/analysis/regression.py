@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..record import NotTestable
+from .checks import same_shape, takes
 from .similarity import wording_matrix
 from .stats import SEEN_ONE_SIDED, bootstrap, cluster_codes, permutation_test
 
@@ -30,11 +31,13 @@ class Excess(NamedTuple):
     detectable: np.ndarray
 
 
+@takes(labels="I")
 def same(labels) -> np.ndarray:
     """Which pairs are of one category: float32 [I, I]."""
     return (np.asarray(labels)[:, None] == np.asarray(labels)).astype(np.float32)
 
 
+@takes(similarity="... I I", labels="I", strata="I", across="I")
 def excess(
     similarity, labels, covariates=(), strata=None, resamples=2000, seed=0, across=None
 ) -> Excess:
@@ -61,6 +64,7 @@ def excess(
     return _excess(similarity, labels, covariates, (counted, strata), how)
 
 
+@takes(similarity="... I I", labels="I", clusters="I", strata="I")
 def excess_of_wordings(
     similarity, labels, clusters, covariates=(), strata=None, resamples=2000, seed=0
 ) -> Excess:
@@ -120,6 +124,7 @@ def _left_over(stack, labels, covariates, counted):
             "two "
             "categories (and two halves, if across), with more pairs than covariates."
         )
+    same_shape(counted, covariates, "a covariate")
     basis = _orthonormal(counted, covariates)
     left = np.stack([_residual(np.where(counted, s, 0), basis) for s in stack])  # [U, I, I]
     right = _residual(np.where(counted, same(labels), 0), basis).astype(np.float32)

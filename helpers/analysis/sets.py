@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import entr
 
 from ..record import NotTestable, UserError
+from .checks import alongside, takes
 
 BLOCK = 16_384  # columns unpacked at a time: 79 MB of float32 at 1,200 instructions
 
@@ -36,6 +37,7 @@ class PackedSets:
         return np.unpackbits(bits, axis=1, count=part.stop - part.start).view(bool)
 
 
+@takes(sets="... M!")
 def pack(sets) -> PackedSets:
     """Bit-pack bool sets [I, M]; unpack with `packed[:]`."""
     return PackedSets(np.packbits(sets, axis=-1), np.shape(sets)[-1])
@@ -63,6 +65,8 @@ def codes(labels, names=None) -> np.ndarray:
     (array([0, 1, 0]), array([1, 0, 1]))
     """
     labels = np.asarray(labels)
+    if labels.ndim != 1:
+        raise UserError(f"labels have the shape {list(labels.shape)}; expected one for each row.")
     if names is None and np.issubdtype(labels.dtype, np.integer):
         found, expected = labels.astype(int), range(max(labels, default=0) + 1)
         empty = sorted(set(expected) ^ set(labels.tolist()))  # negative codes, too
@@ -95,6 +99,7 @@ def indicator(labels) -> np.ndarray:
     return (labels == np.arange(labels.max() + 1)[:, None]).astype(np.float32)
 
 
+@takes(counts="I ...", tokens="I")
 def frequency(counts, tokens) -> np.ndarray:
     """Activation or routing frequency p = counts / T in [0, 1], float32 (paper, sec. counting).
 
@@ -121,6 +126,7 @@ def frequency(counts, tokens) -> np.ndarray:
     return np.divide(counts, whole, dtype=np.float32)
 
 
+@takes(counts="I L E N", routed="I L E")
 def conditional_frequency(counts, routed) -> np.ndarray:
     """How often an expert's neuron fires when its expert is chosen: p / f, float32; 0 where it
     never is. Ours.
@@ -138,24 +144,26 @@ def conditional_frequency(counts, routed) -> np.ndarray:
 
 
 def set_size(width: int, share: float) -> int:
-    """How many of `width` components are a share of them: rounded down, at least 1. The one rule
-    for sizes that are chosen freely (scores, ablation); `nominal_size` is what a quantile keeps.
+    """How many of `width` components are a share of them: the nearest whole number, at least 1.
+    The one rule for sizes that are chosen freely (scores, ablation; the committed grid's, too);
+    `nominal_size` is what a quantile keeps.
 
-    >>> set_size(2048, 0.05), set_size(100, 0.29), set_size(8, 0.05)
-    (102, 29, 1)
+    >>> set_size(2048, 0.05), set_size(4096, 0.05), set_size(100, 0.29), set_size(8, 0.05)
+    (102, 205, 29, 1)
     """
-    if not 0 < share <= 1 or width < 1:
+    if not (0 < share <= 1 <= width < np.inf):
         raise UserError(f"share {share} of {width}; expected 0 < share <= 1 of one or more.")
-    return max(1, int(width * share + 1e-9))
+    return max(1, round(share * width))
 
 
 def nominal_size(width: int, epsilon: float) -> int:
     """k: how many of `width` untied values are >= their (1 - epsilon) quantile, floor(1 + (M - 1)
-    epsilon): `set_size`, or one more.
+    epsilon): `set_size`, one more or one less.
     """
-    if not 0 < epsilon < 1:
+    if not (0 < epsilon < 1 <= width < np.inf):
         raise UserError(
-            f"epsilon is {epsilon}; expected a share strictly between 0 and 1, e.g. 0.05."
+            f"epsilon is {epsilon} of {width}; expected a share strictly between 0 and 1, e.g. "
+            "0.05, of one or more."
         )
     return int(1 + (width - 1) * epsilon + 1e-9)
 
@@ -205,6 +213,11 @@ def top_sets(counts, epsilon, rule="quantile", seed=0, packed=False):
     """
     _known_rule(rule)
     parts = counts if isinstance(counts, (list, tuple)) else [counts]
+    if any(len(getattr(part, "shape", ())) < 2 or 0 in part.shape for part in parts) or not parts:
+        raise UserError(
+            f"counts of the shapes {[np.shape(part) for part in parts][:3]}; expected [I, ...], "
+            "one instruction or more, or a list of such arrays."
+        )
     rows, width = parts[0].shape[0], sum(int(np.prod(part.shape[1:])) for part in parts)
     k = nominal_size(width, epsilon)
     sets = np.zeros((rows, -(-width // 8)), np.uint8) if packed else np.zeros((rows, width), bool)
@@ -215,6 +228,8 @@ def top_sets(counts, epsilon, rule="quantile", seed=0, packed=False):
             raise UserError(
                 f"counts are {row.dtype}; expected integers. Pass counts, not frequencies."
             )
+        if row.min() < 0:
+            raise UserError(f"row {i} holds counts below 0; expected none. Pass counts.")
         at_least = np.bincount(row)[::-1].cumsum()[
             ::-1
         ]  # [highest + 1]: components with a count >= t
@@ -242,6 +257,7 @@ def ranks(values, seed=0) -> np.ndarray:
     return order.argsort(-1)
 
 
+@takes(routing="I L E")
 def top_experts(routing, k, seed=0) -> np.ndarray:
     """The k most frequent experts of each layer, ties drawn: bool [I, L, E] from f or counts [I,
     L, E]. Ours.
@@ -251,6 +267,7 @@ def top_experts(routing, k, seed=0) -> np.ndarray:
     return top_k(routing, k, seed=seed)
 
 
+@takes(routing="I L E")
 def share_experts(routing, share=0.5, seed=0) -> np.ndarray:
     """The fewest experts that carry `share` of a layer's routing: bool, from f or counts [I, L,
     E]. Ours.
@@ -267,6 +284,7 @@ def share_experts(routing, share=0.5, seed=0) -> np.ndarray:
     return np.take_along_axis(before < share - 1e-6, place, axis=-1)
 
 
+@takes(sets="I M", labels="I")
 def category_counts(sets, labels) -> np.ndarray:
     """In how many instructions of each category a component is in the set: int32 [C, M]."""
     groups = indicator(labels)
@@ -276,6 +294,7 @@ def category_counts(sets, labels) -> np.ndarray:
     return counts
 
 
+@takes(sets="I M", labels="I")
 def consensus(sets, labels, tau=0.5) -> np.ndarray:
     """Consensus sets C_tau: components in at least a share tau of the category's instructions,
     bool [C, M].
@@ -289,6 +308,7 @@ def consensus(sets, labels, tau=0.5) -> np.ndarray:
     return category_counts(sets, labels) >= needed[:, None]
 
 
+@takes(consensus_sets="C M")
 def membership(consensus_sets) -> np.ndarray:
     """In how many of the C consensus sets a component stands, int [M]: C = general, 1 = unique, 0
     = in none.
@@ -296,12 +316,14 @@ def membership(consensus_sets) -> np.ndarray:
     return np.asarray(consensus_sets).sum(0)
 
 
+@takes(values="I M", labels="I")
 def category_means(values, labels) -> np.ndarray:
     """Mean over a category's instructions, each weighing the same: float32 [C, M] from [I, M]."""
     groups = indicator(labels)
     return groups @ np.asarray(values, np.float32) / groups.sum(1, keepdims=True)
 
 
+@takes(rates="C M")
 def lape(rates, floor=0.5) -> np.ndarray:
     """Specificity by entropy, [C, M], from category rates [C, M]: share x (log C - entropy of the
     shares), nats.
@@ -311,12 +333,15 @@ def lape(rates, floor=0.5) -> np.ndarray:
     of highest rates: 0, rare is not specific.
     """
     rates = np.asarray(rates, float)
+    if rates.min() < 0:
+        raise UserError(f"a rate is {rates.min()}; expected none below 0. Pass frequencies.")
     highest, total = rates.max(0), rates.sum(0)
     shares = rates / np.where(total > 0, total, 1)
     often = (highest >= np.quantile(highest, floor)) & (total > 0)
     return shares * (np.log(len(rates)) - entr(shares).sum(0)) * often
 
 
+@takes(values="I M", labels="I")
 def contrast(values, labels, columns=4096) -> np.ndarray:
     """Category mean minus the mean of the rest, in SD over instructions: [C, M] from [I, M];
     constant: 0. Ours.
@@ -337,14 +362,18 @@ def contrast(values, labels, columns=4096) -> np.ndarray:
     return scores
 
 
+@takes(means="C ...")
 def margin(means) -> np.ndarray:
     """A category's mean minus the largest of the others', [C, M]: how contribution scores are
     contrasted. Ours.
     """
     means = np.asarray(means)
+    if len(means) < 2:
+        raise NotTestable("one category; expected at least two to compare.")
     return np.stack([row - np.delete(means, c, axis=0).max(0) for c, row in enumerate(means)])
 
 
+@takes(scores="C M")
 def category_sets(scores, size, seed=0) -> np.ndarray:
     """Sets of equal size: the `size` best components of each category by a score [C, M], ties
     drawn. bool.
@@ -352,11 +381,13 @@ def category_sets(scores, size, seed=0) -> np.ndarray:
     return top_k(np.asarray(scores, float), size, seed=seed)
 
 
+@takes(found="... M", planted="... M")
 def recovery(found, planted) -> dict:
     """How well sets found [.., M] recover those planted [.., M]: precision (share of the found
     that were planted) and recall (of the planted that were found), arrays [..]; 0 where none are.
     """
     found, planted = np.asarray(found, bool), np.asarray(planted, bool)
+    alongside(found, planted=planted)
     hits = (found & planted).sum(-1)
     return {
         "precision": hits / np.maximum(found.sum(-1), 1),

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import entr
 
 from ..record import NotTestable, UserError
+from .checks import alongside, takes
 from .sets import codes, column_blocks, consensus, membership, top_sets
 from .stats import cluster_codes
 
@@ -31,10 +32,14 @@ def jaccard(shared, first, second) -> np.ndarray:
     >>> float(jaccard(1, 2, 2))
     0.3333333333333333
     """
+    alongside(shared, first=first, second=second)
     union = np.asarray(first + second - shared)
+    if not np.isfinite(union).all():
+        raise NotTestable("sizes of sets are NaN or infinite; expected whole numbers.")
     return shared / np.where(union > 0, union, 1)
 
 
+@takes(sets="I M", others="J M")
 def jaccard_matrix(sets, others=None) -> np.ndarray:
     """All pairwise Jaccard similarities |A & B| / |A | B|, exact, float32 [I, I] (or [I, I2]
     against `others`).
@@ -65,6 +70,7 @@ def jaccard_matrix(sets, others=None) -> np.ndarray:
     return jaccard(shared, first[:, None], second).astype(np.float32)
 
 
+@takes(similarity="I I", labels="... I", weights="R I")
 def category_matrix(similarity, labels, weights=None) -> np.ndarray:
     """Mean similarity over the pairs of each two categories, self-pairs left out: [C, C], or [R,
     C, C] of R versions.
@@ -114,6 +120,7 @@ def _mean_pairs(similarity, labels, weights, count) -> np.ndarray:
     return sums / pairs
 
 
+@takes(matrices="... C C")
 def within_between(matrices) -> dict:
     """within (mean of the diagonal), between (of the rest) and gap of category matrices [..., C,
     C]; arrays [...].
@@ -129,6 +136,7 @@ def within_between(matrices) -> dict:
     return {"within": within, "between": between, "gap": within - between}
 
 
+@takes(similarity="I I", labels="... I", weights="R I")
 def gap(similarity, labels, weights=None) -> np.ndarray:
     """Within minus between, a number or [R]: the statistic to hand to stats.bootstrap and
     stats.permutation_test.
@@ -136,6 +144,7 @@ def gap(similarity, labels, weights=None) -> np.ndarray:
     return within_between(category_matrix(similarity, labels, weights))["gap"]
 
 
+@takes(similarity="I I", clusters="I")
 def wording_matrix(similarity, clusters) -> np.ndarray:
     """Mean similarity over the pairs of each two clusters (wordings), float [K, K], in the order
     of stats.cluster_codes; on the diagonal over pairs of two rows of one, 0 where it has one row.
@@ -158,6 +167,7 @@ def wording_matrix(similarity, clusters) -> np.ndarray:
     return member @ similarity @ member.T / np.maximum(pairs, 1)
 
 
+@takes(similarity="I I", labels="... I", halves="I", weights="R I")
 def gap_across(similarity, labels, halves, weights=None) -> np.ndarray:
     """Mean similarity of two instructions of one category minus of two categories, one of each
     half: [R]. (Ours.)
@@ -200,6 +210,7 @@ def _profiles(routing) -> np.ndarray:
     return routing / total
 
 
+@takes(first="... E", second="... E")
 def jensen_shannon(first, second) -> np.ndarray:
     """Jensen-Shannon similarity of routing profiles, 1 - divergence in bits: [..., E] x [..., E]
     -> [...], 1 = equal.
@@ -210,11 +221,13 @@ def jensen_shannon(first, second) -> np.ndarray:
     >>> float(jensen_shannon(np.array([1, 1, 0, 0]), np.array([0, 0, 1, 1])))
     0.0
     """
+    alongside(first, second=second)
     first, second = _profiles(first), _profiles(second)
     middle = entr((first + second) / 2).sum(-1) - (entr(first).sum(-1) + entr(second).sum(-1)) / 2
     return np.clip(1 - middle / np.log(2), 0, 1)
 
 
+@takes(routing="I L E")
 def routing_similarity(routing, per_layer=False) -> np.ndarray:
     """Jensen-Shannon similarity of all pairs of instructions from f or counts [I, L, E]: float32
     [I, I], the mean over layers, or [L, I, I] with per_layer. About 20 s for 1,200 x 24 x 60.
@@ -230,6 +243,7 @@ def routing_similarity(routing, per_layer=False) -> np.ndarray:
     return similarity if per_layer else similarity[0]
 
 
+@takes(consensus_sets="C M")
 def membership_histogram(consensus_sets) -> np.ndarray:
     """How many components stand in exactly 1, 2, .. C consensus sets: int [C], from unique to
     general.
@@ -237,6 +251,7 @@ def membership_histogram(consensus_sets) -> np.ndarray:
     return np.bincount(membership(consensus_sets), minlength=len(consensus_sets) + 1)[1:]
 
 
+@takes(sets="I M", labels="I", folds="I")
 def nearest_consensus(sets, labels, folds, tau=0.5) -> dict:
     """Guess each instruction's category as the consensus set it overlaps most (Jaccard),
     cross-fitted over folds.
@@ -290,6 +305,7 @@ def _rows(sets, chosen):
     return type(sets)(sets.bits[chosen], sets.width) if hasattr(sets, "bits") else sets[chosen]
 
 
+@takes(base="I M", tuned="I M")
 def churn(base, tuned, layers=1) -> dict:
     """What became of each instruction's set from base to tuned: `kept`, `gained`, `lost`, int [I,
     L] (components per layer, M = layers x N), and `jaccard` [I] over all layers. Also for two
@@ -333,6 +349,7 @@ def noise_floor(base_halves, tuned_halves, epsilon, layers=1, rule="quantile", s
     }
 
 
+@takes(base="I L E!", tuned="I L E!")
 def agreement(base, tuned) -> np.ndarray:
     """Top-k agreement |A & B| / |A| per instruction and layer, [I, L], of expert sets [I, L, E] of
     equal size K.

@@ -17,6 +17,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from ..record import NotTestable, UserError
+from .checks import same_shape, takes
 
 BLOCK = 256  # resamples worked on at a time
 SMALLEST = 5  # instructions (or clusters) of a group that a bootstrap may rest on
@@ -111,14 +112,15 @@ def attempt(compute) -> dict:
         return {"note": f"not testable: {reason}"}
 
 
+@takes(clusters="I")
 def cluster_codes(clusters, *values) -> tuple:
     """Codes of the clusters, int [I], and, of values [I] that are the same throughout a cluster
     (its label, its stratum), one array [K] each. Raises UserError where they are not.
     """
     _, first, code = np.unique(clusters, return_index=True, return_inverse=True)
     for given in map(np.asarray, values):
-        if len(given) != len(code):
-            raise UserError(f"{len(code)} clusters beside {len(given)} rows; expected one a row.")
+        if given.shape != code.shape:
+            raise UserError(f"{len(code)} clusters beside {given.size} rows; expected one a row.")
         differs = given[first][code] != given
         if differs.any():
             row = np.flatnonzero(differs)[0]
@@ -129,6 +131,7 @@ def cluster_codes(clusters, *values) -> tuple:
     return code, *(np.asarray(given)[first] for given in values)
 
 
+@takes(groups="I", clusters="I")
 def resample_weights(groups, resamples, seed=0, clusters=None) -> np.ndarray:
     """How often each instruction is drawn in each bootstrap resample, group sizes kept: float32
     [R, I]. With clusters, how often its cluster is: their number is kept in each group.
@@ -156,6 +159,7 @@ def resample_weights(groups, resamples, seed=0, clusters=None) -> np.ndarray:
     return weights[:, code]
 
 
+@takes(replicates="R ...", sizes="G")
 def interval(replicates, tails=(0.025, 0.975), sizes=None) -> np.ndarray:
     """Interval [2, ...] from bootstrap replicates [R, ...]: percentiles.
 
@@ -172,6 +176,7 @@ def interval(replicates, tails=(0.025, 0.975), sizes=None) -> np.ndarray:
     return np.mean(replicates, 0) + np.multiply.outer(t.ppf(tails, freedom), error)
 
 
+@takes(groups="I", clusters="I")
 def bootstrap(statistic, groups, resamples=2000, level=0.95, seed=0, clusters=None) -> Interval:
     """Percentile interval of statistic(weights), instructions (never pairs) drawn with replacement
     within groups; with clusters, whole clusters, and Student's interval (see `interval`).
@@ -205,6 +210,7 @@ def cluster_sizes(clusters, groups):
     return np.unique(cluster_codes(clusters, groups)[1], return_counts=True)[1]
 
 
+@takes(tokens="I", clusters="I")
 def length_strata(tokens, count=5, clusters=None) -> np.ndarray:
     """Stratum of each instruction by its tokens, int [I]: `count` quantile bins; equal lengths
     stay together. With clusters, by the mean length of its cluster, which stays in one stratum.
@@ -220,6 +226,7 @@ def length_strata(tokens, count=5, clusters=None) -> np.ndarray:
     )
 
 
+@takes(labels="I", strata="I", clusters="I")
 def permutation_test(
     statistic, labels, strata=None, resamples=2000, seed=0, clusters=None
 ) -> Permutation:
@@ -260,6 +267,7 @@ def permutation_test(
     return Permutation(observed, plus_one(observed, null), null)
 
 
+@takes(observed="...", null="R ...")
 def plus_one(observed, null) -> np.ndarray:
     """(1 + number of null values >= observed) / (1 + R) over the first axis; a rounding error
     below counts as equal.
@@ -268,6 +276,7 @@ def plus_one(observed, null) -> np.ndarray:
     return (1 + (np.asarray(null) >= observed - slack).sum(0)) / (1 + len(null))
 
 
+@takes(p="...")
 def adjust(p, method) -> np.ndarray:
     """Adjusted p-values of one family: `holm` (family-wise, over categories) or `bh` (false
     discovery, over layers).
@@ -282,6 +291,7 @@ def adjust(p, method) -> np.ndarray:
     return multipletests(np.ravel(p), method=names[method])[1].reshape(np.shape(p))
 
 
+@takes(first="n ...", second="n ...", clusters="n")
 def paired_effect(first, second, resamples=2000, level=0.95, seed=0, clusters=None) -> Effect:
     """Mean of first - second over rows [n, ...], bootstrap interval, d = mean / SD, two-sided
     sign-flip p (signs of whole clusters, where given). Vectorised over trailing axes, e.g. layers;
@@ -311,6 +321,7 @@ def _standardised(difference, variance):
     return np.where(variance > 0, difference / np.sqrt(np.where(variance > 0, variance, 1)), 0.0)
 
 
+@takes(values="n", clusters="n")
 def clustered_share(values, clusters=None, level=0.95) -> tuple[float, float]:
     """Interval (low, high) of a share, the mean of values in [0, 1]: Wilson's, with as many
     independent rows as their clusters leave. It has a width where all values are equal, too.
@@ -333,6 +344,7 @@ def clustered_share(values, clusters=None, level=0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
+@takes(similarity="I I")
 def pair_residuals(similarity, *covariates) -> np.ndarray:
     """What least squares on pairwise covariates [I, I] leaves of a similarity [I, I], grand mean
     kept; diagonal 0.
@@ -340,6 +352,7 @@ def pair_residuals(similarity, *covariates) -> np.ndarray:
     E.g. Jaccard given token overlap and length difference: hand the result to any statistic of
     pairs.
     """
+    same_shape(similarity, covariates, "a covariate")
     off = ~np.eye(len(similarity), dtype=bool)
     columns = np.stack([np.ones(off.sum()), *(np.asarray(c, float)[off] for c in covariates)], 1)
     values = np.asarray(similarity, float)[off]
@@ -350,6 +363,7 @@ def pair_residuals(similarity, *covariates) -> np.ndarray:
     return residual
 
 
+@takes(first="I I", second="I I")
 def partial_mantel(first, second, *controls, resamples=999, seed=0) -> Permutation:
     """Partial Mantel test: correlation of two symmetric pairwise matrices given the controls, all
     [I, I].
@@ -377,6 +391,7 @@ def partial_mantel(first, second, *controls, resamples=999, seed=0) -> Permutati
     return Permutation(r, plus_one(abs(r), np.abs(null)), null)
 
 
+@takes(values="I L", groups="I")
 def shared_profile(values, groups, resamples=2000, seed=0) -> dict:
     """Do groups share one profile over columns? Mean correlation of two groups' mean profiles,
     with interval and p.
@@ -402,6 +417,7 @@ def shared_profile(values, groups, resamples=2000, seed=0) -> dict:
     }
 
 
+@takes(values="I L", others="I L", groups="I", clusters="I")
 def shared_profile_beyond(values, others, groups, resamples=2000, seed=0, clusters=None) -> dict:
     """Do groups share one profile more than they do in another network? `shared_profile`'s
     stability of values [I, L] minus that of others [I, L], the same instructions in both.

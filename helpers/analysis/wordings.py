@@ -12,12 +12,14 @@ import numpy as np
 from scipy.stats import t
 
 from ..record import NotTestable
+from .checks import each_category, takes
 from .generality import own_gaps
 from .sets import codes
 from .similarity import category_matrix, within_between, wording_matrix
 from .stats import SMALLEST, bootstrap, cluster_codes, interval, permutation_test
 
 
+@takes(similarity="I I", labels="I", clusters="I")
 def wording_units(similarity, labels, clusters):
     """(similarity of wordings [K, K], their categories' codes [K], rows of each [K]). Raises
     NotTestable where a category has one wording: nothing tells it from its words.
@@ -33,12 +35,15 @@ def wording_units(similarity, labels, clusters):
     return wording_matrix(similarity, clusters), of, np.bincount(code)
 
 
+@takes(matrix="K K", labels="... K", weights="R K")
 def gaps_of(matrix, labels, weights=None) -> np.ndarray:
     """[R, 1 + C]: within minus between over all categories, then each category's own gap."""
+    labels = np.atleast_2d(labels) if weights is None else labels
     matrices = category_matrix(matrix, labels, weights)
     return np.column_stack([within_between(matrices)["gap"], own_gaps(matrices)])
 
 
+@takes(matrix="K K", labels="R K!")
 def standard_errors(matrix, labels) -> np.ndarray:
     """Standard errors of `gaps_of` if categories did nothing, [R, 1 + C], for labels [R, K].
 
@@ -48,6 +53,9 @@ def standard_errors(matrix, labels) -> np.ndarray:
     noise of their wordings (studentised permutation, Janssen 1997). Typical parts cancel in the
     gap over all categories, not in one category's.
     """
+    each_category(labels, labels.max() + 1)
+    if np.bincount(labels[0]).min() < 2:
+        raise NotTestable("a category has one wording; expected two at least (better ten).")
     units, off = len(matrix), ~np.eye(len(matrix), dtype=bool)
     mean = matrix[off].mean()
     typical = ((matrix * off).sum(1) / (units - 1) - mean) * (units - 1) / (units - 2)  # [K]
@@ -62,10 +70,11 @@ def standard_errors(matrix, labels) -> np.ndarray:
     others = (own.sum(1, keepdims=True) - own + across) / (count - 1) ** 2
     cells = (count * (count - 1) / 2) ** 2
     whole = inside.sum(1) / count**2 + across.sum(1) / 2 / cells
-    floor = (1e-6 * np.abs(matrix).max()) ** 2  # of a similarity that does not vary
+    floor = max(1e-6 * np.abs(matrix).max(), 1e-12) ** 2  # of a similarity that does not vary
     return np.sqrt(np.column_stack([whole, own + inside + others]) + floor)
 
 
+@takes(similarity="I I", labels="I", clusters="I", strata="I")
 def wording_overlap(
     similarity, labels, clusters, strata=None, resamples=2000, seed=0, level=0.95
 ) -> dict:
@@ -118,6 +127,7 @@ def _strata_of(strata, clusters):
     return None if strata is None else cluster_codes(clusters, strata)[1]
 
 
+@takes(similarity="I I", expected="I I", labels="I", clusters="I")
 def within_excess(
     similarity, expected, labels, clusters=None, resamples=2000, seed=0, level=0.95
 ) -> dict:
@@ -158,6 +168,7 @@ def within_excess(
     }
 
 
+@takes(similarity="I I", expected="I I", labels="I", clusters="I")
 def matrix_excess(
     similarity, expected, labels, clusters, resamples=2000, seed=0, level=0.95
 ) -> dict:
@@ -188,6 +199,7 @@ def matrix_excess(
     }
 
 
+@takes(similarity="I I", labels="I", clusters="I")
 def wording_levels(similarity, labels, clusters, resamples=2000, seed=0) -> dict:
     """The three means of `wording_overlap`, each [value, low, high], bootstrap over wordings: of
     the same wording (None where fewer than 5 wordings of a category have two rows), of another

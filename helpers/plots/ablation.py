@@ -13,6 +13,7 @@ from .style import (
     colours,
     entry,
     error_bars,
+    heat_map,
     label_left,
     legend_below,
     markers,
@@ -164,4 +165,34 @@ def agreement(table: pd.DataFrame) -> Figure:
     handles += [entry(f"measured on {half}", marker=shape[half], **dot) for half in halves]
     handles += [entry("not supported", marker="o", markerfacecolor="white", **dot)]
     legend_below(fig, [], 4, [*handles, entry("null", **NULL)])
+    return fig
+
+
+def planted(table: pd.DataFrame) -> Figure:
+    """Recall of planted neurons, a panel for each kind of decoys, a row for each score.
+
+    Columns decoys, noise, loss, score, recall (study.planted.league's table). Under each column:
+    noise, and what the planted neurons are worth, nats.
+    """
+    fig, drawn = panels(table, "decoys", (5.4, 3.2), 2)
+    for ax, name, part in drawn:
+        size = [f"{row.noise:g}\n{row.loss:.2f}" for row in part.itertuples()]
+        part = part.assign(size=size).sort_values(["noise", "loss"])
+        part = part.assign(order=part["score"].map(SCORES.index))
+        part = part.sort_values("order", kind="stable")
+        heat_map(
+            ax,
+            part,
+            "score",
+            "size",
+            "recall",
+            vmin=0,
+            vmax=1,
+            cmap="cividis",
+            annot=True,
+            fmt=".2f",
+        )
+        ax.set(
+            title=f"decoys: {name}", xlabel="noise, and loss without the planted, nats", ylabel=""
+        )
     return fig

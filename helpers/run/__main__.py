@@ -241,6 +241,19 @@ def run_grid(options) -> int:
     return 0
 
 
+@command("planted")
+def run_planted(options) -> int:
+    """The league of scores on models with planted neurons; writes data/grid/planted.csv."""
+    import torch
+
+    from ..study import planted
+
+    torch.set_num_threads(1)
+    planted.write(planted.league())
+    print(short(planted.TABLE))
+    return 0
+
+
 @command(
     "atlas",
     PROFILE,
@@ -269,6 +282,7 @@ def run_atlas(options) -> int:
     option("--pair", type=PAIR),
     SEED,
     option("--out", help="folder for base/ and tuned/ (default: data/models/<pair>[-s<seed>])"),
+    option("--device", default="cpu", help="cpu (default) or cuda"),
     option("--card", action="store_true", help="only write the table of data/models/README.md"),
 )
 def run_train(options) -> int:
@@ -283,7 +297,7 @@ def run_train(options) -> int:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     if options.pair:
-        train.train(options.pair, options.seed, out=options.out)
+        train.train(options.pair, options.seed, out=options.out, device=options.device)
     if not options.out:
         train.write_card()
     return 0

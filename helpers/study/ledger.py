@@ -10,11 +10,12 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from ..analysis.stats import adjust
+from ..analysis.stats import SEEN_TWO_SIDED, adjust
 from ..paths import CLAIMS
 
 TEST = ["id", "components", "pair", "half", "category"]
 LEVEL = 0.05
+SEES = ("_detectable", "_sees")  # ends of keys that say what a test would have seen
 
 
 def read_ledger(path=CLAIMS) -> pd.DataFrame:
@@ -23,7 +24,9 @@ def read_ledger(path=CLAIMS) -> pd.DataFrame:
 
 
 def look_up(ledger, numbers: dict, halves, categories) -> pd.DataFrame:
-    """Every test that the numbers {pair: {key: value}} hold: TEST, effect, low, high, null, p.
+    """Every test that the numbers {pair: {key: value}} hold: TEST, effect, low, high, null, p,
+    detectable (the smallest effect beyond the null that would be found in 4 of 5 experiments, in
+    the claim's unit).
 
     Keys that a pair does not have (routed experts in a dense model) give no test.
     """
@@ -35,7 +38,7 @@ def look_up(ledger, numbers: dict, halves, categories) -> pd.DataFrame:
         for place in places:
             where = dict(zip(TEST, place, strict=True))
             found += _test(row, numbers[where["pair"]], where)
-    return pd.DataFrame(found, columns=[*TEST, "effect", "low", "high", "null", "p"])
+    return pd.DataFrame(found, columns=[*TEST, "effect", "low", "high", "null", "p", "detectable"])
 
 
 def _test(row, numbers, where) -> list[dict]:
@@ -45,9 +48,11 @@ def _test(row, numbers, where) -> list[dict]:
         return []
     low, high = numbers[ci]
     null = numbers[null] if null in numbers else float(null)
-    return [
-        where | {"effect": numbers[effect], "low": low, "high": high, "null": null, "p": numbers[p]}
-    ]
+    own = [numbers[key] for end in SEES if (key := effect + end) in numbers]
+    # an interval of 95 % reaches 1.96 standard errors to either side
+    found = {"effect": numbers[effect], "low": low, "high": high, "null": null, "p": numbers[p]}
+    found["detectable"] = own[0] if own else SEEN_TWO_SIDED * (high - low) / (2 * 1.96)
+    return [where | found]
 
 
 def judge(tests: pd.DataFrame) -> pd.DataFrame:
@@ -67,10 +72,13 @@ def judge(tests: pd.DataFrame) -> pd.DataFrame:
 
 
 def verdicts(ledger, tests: pd.DataFrame, single=()) -> pd.DataFrame:
-    """One row per claim and kind of component: id, components, verdict, tests, supported, where.
+    """One row per claim and kind of component: id, components, verdict, tests, supported,
+    detectable, unit, where.
 
     verdict  supported (all tests), not supported (none), mixed; "needs a pair" where all pairs are
              in `single` (models without a base) and the claim compares two; else "not testable"
+    detectable  what *every* test of the row would have found with power 0.8 (the least sensitive
+             one's number), in `unit`: read it beside "not supported"
     where    of claims about each category: in how many of them, pair by pair, halves pooled
     """
     rows = []
@@ -95,6 +103,8 @@ def verdicts(ledger, tests: pd.DataFrame, single=()) -> pd.DataFrame:
                     "verdict": verdict,
                     "tests": len(part),
                     "supported": int(part["supported"].sum()),
+                    "detectable": round(part["detectable"].max(), 4) if len(part) else None,
+                    "unit": claim.get("unit", ""),
                     "where": "; ".join(where),
                 }
             )

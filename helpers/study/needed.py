@@ -12,7 +12,14 @@ import torch
 from ..analysis.controls import layer_matched, usage_matched
 from ..analysis.effects import critical, slope_of, slopes
 from ..analysis.generality import category_scores
-from ..analysis.sets import category_means, category_sets, consensus, top_experts, top_sets
+from ..analysis.sets import (
+    category_means,
+    category_sets,
+    consensus,
+    set_size,
+    top_experts,
+    top_sets,
+)
 from ..analysis.similarity import within_between
 from ..analysis.stats import adjust, plus_one, resample_weights
 from ..capture.interventions import ablate
@@ -219,7 +226,8 @@ class Needed:
             for draw in range(draws):
                 place = np.random.default_rng([self.profile.seed, draw]).permutation(width)
                 masks = {
-                    s: counts.mask("neurons", place < round(s * width)) for s in self.profile.sizes
+                    s: counts.mask("neurons", place < set_size(width, s))
+                    for s in self.profile.sizes
                 }
                 found.append(ablation_matrix(self.here(half), masks, "zero").mean().to_numpy())
         head = {"pair": self.study.name, "line": "null: random order"}
@@ -429,7 +437,7 @@ class Needed:
         else:
             chosen, groups = groups_of(name, other.rows, here.rows, len(self.study.categories))
             scores = category_scores("contribution", output, chosen)
-            size = max(1, round(self.profile.epsilon * scores.shape[1]))
+            size = set_size(scores.shape[1], self.profile.epsilon)
             sets = category_sets(scores, size, self.profile.seed)
         counts = self.study.counts()
         own = {g: counts.mask("neurons", members) for g, members in enumerate(sets)}

@@ -23,7 +23,7 @@ from .study import Study
 HALVES = ("A", "B")
 ROWS = 100  # texts of a label in each half, as many as HexaInst's; `rows` of the settings
 SETTINGS = (
-    *("epsilon", "seed", "template", "chat", "batch_size", "resamples"),
+    *("epsilon", "seed", "template", "chat", "batch_tokens", "resamples"),
     *("controls", "controls_all_rows", "ablation_rows"),
 )  # what of a profile decides an ablation table
 
@@ -83,7 +83,7 @@ class Own(Study):
         return super().encoded(positions, variant)
 
     def _counts(self, variant, positions):
-        return count_encoded(self.model()[0], self.encoded(positions), self.profile.batch_size)
+        return count_encoded(self.model()[0], self.encoded(positions), self.profile.batch_tokens)
 
 
 def ablation_table(
@@ -96,7 +96,7 @@ def ablation_table(
     contrast, contribution or, with references, attribution, contribution-response. `settings` are a
     profile's, with its defaults: epsilon (share of the neurons in a set), controls (draws of each
     kind), controls_all_rows, ablation_rows (texts of a label measured in each half), rows,
-    resamples, seed, template, chat, batch_size.
+    resamples, seed, template, chat, batch_tokens.
 
     n texts; loss, intact, nats per token; increase of the loss; mean increase under control sets of
     the same number of neurons in each layer: random; for a label's own set also rate (neurons about
@@ -152,7 +152,7 @@ def _measured(study, half: str, score: str) -> dict:
     kinds = {k: dict(zip(study.categories, masks, strict=True)) for k, masks in drawn.items()}
     here, elsewhere = study.half(half).measured(), min(profile.controls, profile.controls_all_rows)
     arrays = measure(here, study.masks(sets), kinds, everywhere=elsewhere)
-    return arrays | {"loss": nll(here.model()[0], here.encoded("reference"), profile.batch_size)}
+    return arrays | {"loss": nll(here.model()[0], here.encoded("reference"), profile.batch_tokens)}
 
 
 def _cells(study, arrays, half):

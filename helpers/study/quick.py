@@ -33,7 +33,7 @@ def count(model, tokenizer, texts, responses=None, **settings) -> Counts:
     instruction is: in its template, or in the model's chat format.
 
     texts: a list, a column, a generator of I strings. `settings` are a profile's: `template`
-    ("{instruction}" reads the bare text), `chat`, `batch_size`. Counts are uint16 [I, ...]. Raises
+    ("{instruction}" reads the bare text), `chat`, `batch_tokens`. Counts are uint16 [I, ...]. Raises
     UserError for what cannot be read: no list, no text, an empty one, one that is too long.
     (Paper, sec. counting.)
 
@@ -45,7 +45,7 @@ def count(model, tokenizer, texts, responses=None, **settings) -> Counts:
     """
     profile = defaults(**settings)
     how = {"template": read_in(profile, tokenizer), "responses": responses}
-    return count_texts(model, tokenizer, texts, profile.batch_size, **how)
+    return count_texts(model, tokenizer, texts, profile.batch_tokens, **how)
 
 
 def read_in(profile, tokenizer) -> str:

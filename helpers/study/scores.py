@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..analysis.sets import category_means, category_sets, contrast, frequency, lape, margin
+from ..analysis.sets import (
+    category_means,
+    category_sets,
+    contrast,
+    frequency,
+    lape,
+    margin,
+    set_size,
+)
 from ..bars import bar
 from ..capture.bank import expert_rows, neuron_outputs, normed
 from ..capture.budget import reading
@@ -102,7 +110,7 @@ def sets_of(standing, score, size, seed=0) -> np.ndarray:
     equal sizes.
     """
     scores = standing.scores[score]
-    return category_sets(scores, max(1, round(size * scores.shape[1])), seed)
+    return category_sets(scores, set_size(scores.shape[1], size), seed)
 
 
 def _neurons_of(found):

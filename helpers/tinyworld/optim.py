@@ -6,6 +6,7 @@ multiplies in bfloat16, which is slow on a CPU.
 """
 
 import math
+from collections import defaultdict
 
 import torch
 
@@ -39,13 +40,18 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One update of every parameter from its gradient."""
+        """One update of every parameter from its gradient; those of one shape in one stack."""
         for group in self.param_groups:
+            alike = defaultdict(list)
             for p in group["params"]:
                 average = self.state[p].setdefault("average", torch.zeros_like(p))
                 average.mul_(group["momentum"]).add_(p.grad)
-                update = orthogonal(p.grad + group["momentum"] * average)
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
+                alike[p.shape].append((p, p.grad + group["momentum"] * average))
+            for shape, pairs in alike.items():
+                size = group["lr"] * 0.2 * math.sqrt(max(shape[-2:]))
+                updates = orthogonal(torch.stack([ahead for _, ahead in pairs]))
+                for (p, _), update in zip(pairs, updates, strict=True):
+                    p.add_(update, alpha=-size)
 
 
 def optimisers(model, lr) -> list:

@@ -1,4 +1,4 @@
-"""What the tiny pairs are made of: the recipe's numbers, two architectures, one word-level
+"""What the tiny pairs are made of: the recipe's numbers, three architectures, one word-level
 tokenizer. (Ours.)
 """
 
@@ -9,7 +9,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2MoeConfig
 
 from ..record import UserError
 
-PAIRS = ("tiny-dense", "tiny-moe")
+PAIRS = ("tiny-dense", "tiny-moe", "tiny-deep")
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
@@ -35,8 +35,9 @@ class Recipe:
 
 RECIPES = {
     "tiny-dense": Recipe(),
-    "tiny-moe": Recipe(tune_steps=2_600),
-}  # routed experts learn to copy later
+    "tiny-moe": Recipe(tune_steps=2_600),  # routed experts learn to copy later
+    "tiny-deep": Recipe(tune_steps=2_600),
+}
 BEFORE = (
     "documents",
     "context",
@@ -48,7 +49,9 @@ BEFORE = (
 
 
 def configuration(pair: str, vocabulary: int):
-    """Architecture of a pair: Llama (1.1 M parameters), or Qwen2-MoE, one expert shared (2.0 M)."""
+    """Architecture of a pair: Llama (1.1 M parameters), Qwen2-MoE, one expert shared (2.0 M), or a
+    Llama of twice as many narrower layers and as many neurons (0.9 M).
+    """
     common = {
         "vocab_size": vocabulary,
         "hidden_size": 128,
@@ -64,6 +67,9 @@ def configuration(pair: str, vocabulary: int):
     }
     if pair == "tiny-dense":
         return LlamaConfig(intermediate_size=512, **common)
+    if pair == "tiny-deep":
+        narrow = {"hidden_size": 96, "num_hidden_layers": 8}
+        return LlamaConfig(intermediate_size=256, **common | narrow)
     if pair == "tiny-moe":
         return Qwen2MoeConfig(
             intermediate_size=256,

@@ -2,17 +2,19 @@
 follow instructions.
 
     python -m helpers.run train --pair tiny-dense --seed 0    one pair (above 0: <pair>-s<seed>)
+    python -m helpers.run train --pair tiny-dense --device cuda        on a GPU
     python -m helpers.run train --card                        the model card's table, from records
 
 writes data/models/<pair>/{base,tuned}: fp16 safetensors, tokenizer, training_record.json. One
 thread and one seed give the same bytes again on one kind of processor (on another, rounding
-differs and the difference grows). A folder appears only when it is complete; a finished base is
-used again after a killed run. The recipe is ours. Needs about 1 GB of memory and 10 to 20 minutes
-of one core per pair.
+differs and the difference grows; a GPU need not repeat itself, and the record names it). A folder
+appears only when it is complete; a finished base is used again after a killed run. The recipe is
+ours. Needs about 1 GB of memory and 10 to 20 minutes of one core per pair.
 """
 
 import copy
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -33,7 +35,7 @@ from ..config import Profile
 from ..hexainst.checkers import check
 from ..hexainst.corpus import text
 from ..hexainst.schema import CATEGORIES
-from ..record import atomic, digest, read_json, sha256, versions, write_json
+from ..record import UserError, atomic, digest, read_json, sha256, versions, write_json
 from ..study.answers import continuations
 from . import world
 from .optim import optimisers, update
@@ -41,6 +43,8 @@ from .recipe import BEFORE, RECIPES, Recipe, build_tokenizer, configuration
 
 RECORD, CARD = "training_record.json", paths.MODELS / "README.md"
 MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
+# each device's fastest way through the experts, and how many prompts it answers at once
+EXPERTS = {"cpu": "eager", "cuda": "batched_mm"}
 
 
 def pack(tokenizer, documents, context: int):
@@ -75,6 +79,7 @@ def _loss(model, ids, weights):
     Padding on the right stands behind every counted token, so no attention mask is needed.
     """
     routed = hasattr(model.config, "num_experts")
+    ids, weights = ids.to(model.device), weights.to(model.device)
     out = model(ids, use_cache=False, **({"output_router_logits": True} if routed else {}))
     targets, w = ids[:, 1:], weights[:, 1:]  # [B, T-1]
     keep = w > 0
@@ -172,13 +177,14 @@ def accuracy(model, tokenizer, per_category: int) -> dict:
     return result
 
 
-def load(folder):
-    """A saved tiny model in float32, ready to train or to answer; the plain loop over experts is
-    the fastest here.
-    """
+def load(folder, device="cpu"):
+    """A saved tiny model in float32 on `device`, ready to train or to answer."""
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, experts_implementation="eager", trust_remote_code=False
-    )
+        folder,
+        dtype=torch.float32,
+        experts_implementation=EXPERTS[torch.device(device).type],
+        trust_remote_code=False,
+    ).to(device)
 
 
 def save(folder, model, tokenizer, record: dict, per_category: int) -> dict:
@@ -192,7 +198,7 @@ def save(folder, model, tokenizer, record: dict, per_category: int) -> dict:
         copy.deepcopy(model).half().save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         record |= {
-            "accuracy": accuracy(load(draft), tokenizer, per_category),
+            "accuracy": accuracy(load(draft, model.device), tokenizer, per_category),
             "prompts": per_category,
             "sha256": sha256(draft / "model.safetensors"),
         }
@@ -207,10 +213,25 @@ def save(folder, model, tokenizer, record: dict, per_category: int) -> dict:
     return record
 
 
-def prepare(pair: str, seed: int, recipe: Recipe):
+def processor(device: str) -> dict:
+    """{} for "cpu", {"device": the GPU's name} for "cuda" or "cuda:1": a record's part. Raises
+    UserError for another device, or without a GPU.
+    """
+    if device == "cpu":
+        return {}
+    if not re.fullmatch(r"cuda(:\d)?", device) or not torch.cuda.is_available():
+        raise UserError(
+            f"cannot train on {device!r}: expected cpu, or cuda where torch {torch.__version__} "
+            "sees a GPU."
+        )
+    return {"device": torch.cuda.get_device_name(device)}
+
+
+def prepare(pair: str, seed: int, recipe: Recipe, device: str = "cpu"):
     """(model with random weights, tokenizer, tuning rows, packed pre-training rows, base's record,
     tuned's record).
     """
+    where = processor(device)
     documents, rows = (
         world.pretraining(documents=recipe.documents),
         world.tuning(per_category=recipe.per_category),
@@ -223,9 +244,9 @@ def prepare(pair: str, seed: int, recipe: Recipe):
     model = AutoModelForCausalLM.from_config(
         configuration(pair, len(tokenizer)),
         dtype=torch.float32,
-        experts_implementation="eager",
+        experts_implementation=EXPERTS[torch.device(device).type],
         trust_remote_code=False,
-    )
+    ).to(device)  # initial weights are drawn on the CPU: the same for every device
     data = {
         "world_seed": 0,
         "pretraining": digest(documents),
@@ -242,7 +263,7 @@ def prepare(pair: str, seed: int, recipe: Recipe):
         "versions": versions(),
         "optimiser": "Muon (hidden matrices), AdamW (the rest)",
         "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    } | where
     tuned = base | {
         "variant": "tuned",
         "recipe": asdict(recipe),
@@ -252,17 +273,23 @@ def prepare(pair: str, seed: int, recipe: Recipe):
 
 
 def train(
-    pair: str, seed: int = 0, recipe: Recipe | None = None, out=None, then=None, report=print
+    pair: str,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    out=None,
+    then=None,
+    report=print,
+    device: str = "cpu",
 ) -> dict:
     """Train base and tuned of one pair into `out` (default data/models/<pair>[-s<seed>]); returns
     both records.
 
     `recipe` is RECIPES[pair] by default; `then` is handed to `tune`. Raises UserError
-    for an unknown pair.
+    for an unknown pair, or a device that is not there.
     """
     recipe = recipe or RECIPES.get(pair, Recipe())
     out = Path(out or paths.MODELS / (f"{pair}-s{seed}" if seed else pair))
-    model, tokenizer, rows, packed, base, tuned = prepare(pair, seed, recipe)
+    model, tokenizer, rows, packed, base, tuned = prepare(pair, seed, recipe, device)
     began, done = time.time(), out / "base" / RECORD
     if done.is_file() and base.items() <= read_json(done).items():
         base = read_json(done)
@@ -270,7 +297,7 @@ def train(
         base["losses"] = pretrain(model, packed, recipe, seed, report=report)
         base["seconds"] = round(time.time() - began)
         base = save(out / "base", model, tokenizer, base, recipe.evaluate_rows)
-    model, began = load(out / "base").train(), time.time()
+    model, began = load(out / "base", device).train(), time.time()
     tuned["losses"] = tune((model, tokenizer), rows, packed, recipe, seed, then, report)
     tuned["seconds"] = round(time.time() - began)
     return {
