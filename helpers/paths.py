@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 
-
 def _clone(*folders) -> Path | None:
     """The first of these folders that is a clone of the repository."""
     parts = ("helpers", "notebooks/profiles", "data")

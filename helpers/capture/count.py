@@ -58,10 +58,12 @@ def count(
     return count_encoded(model, encoded, batch_size)
 
 
-def refuse_long(model, encoded) -> None:
-    """Raise UserError for sequences that are longer than the model can read: which, how long."""
-    most = longest(model)
-    long = {row: len(e.ids) for row, e in enumerate(encoded) if len(e.ids) > most}
+def refuse_long(model, encoded, names=None) -> None:
+    """Raise UserError for sequences that are longer than the model can read: which (their places,
+    or `names`), and how long they are.
+    """
+    most, names = longest(model), range(len(encoded)) if names is None else names
+    long = {n: len(e.ids) for n, e in zip(names, encoded, strict=True) if len(e.ids) > most}
     if long:
         named = ", ".join(f"text {row} has {size}" for row, size in [*long.items()][:5])
         raise UserError(

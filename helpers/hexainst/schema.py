@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..paths import COMMAND, HEXAINST, resolve, short
+from ..paths import CLONE, COMMAND, HEXAINST, resolve, short
 from ..record import UserError, atomic
 from . import checkers
 from .corpus import matched, text, tokens
@@ -185,6 +185,7 @@ def _lines(path):
         raise UserError(
             f"no file {short(path)}: expected JSON lines of the HexaInst schema. "
             "Check the path; `make hexainst-human` builds the human half."
+            f"{'' if CLONE else ' HexaInst and the tiny world lie in a clone of the repository.'}"
         )
     try:
         given = path.read_bytes()

@@ -58,7 +58,7 @@ class Own(Study):
         study = cls(profile, profile.pairs[0], rows, {"tuned": (model, tokenizer)})
         study.names = tuple(names)
         for positions in ("reference", "prompt"):
-            refuse_long(model, study.encoded(positions))
+            refuse_long(model, study.encoded(positions), study.rows["id"])
         return study
 
     @property
