@@ -33,8 +33,8 @@ def count(model, tokenizer, texts, responses=None, **settings) -> Counts:
     instruction is: in its template, or in the model's chat format.
 
     texts: a list, a column, a generator of I strings. `settings` are a profile's: `template`
-    ("{instruction}" reads the bare text), `chat`, `batch_tokens`. Counts are uint16 [I, ...]. Raises
-    UserError for what cannot be read: no list, no text, an empty one, one that is too long.
+    ("{instruction}" reads the bare text), `chat`, `batch_tokens`. Counts are uint16 [I, ...].
+    Raises UserError for what cannot be read: no list, no text, an empty one, one that is too long.
     (Paper, sec. counting.)
 
     >>> from helpers import count, load_model

@@ -1,0 +1,292 @@
+"""Labelled texts of one's own: the ablation table against loops, a planted circuit, bad input."""
+
+import inspect
+import io
+import re
+import tracemalloc
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import helpers
+from helpers.analysis.sets import contrast, frequency
+from helpers.bars import seen
+from helpers.capture import count as counting
+from helpers.capture.counts import Counts
+from helpers.config import defaults
+from helpers.paths import DATA
+from helpers.record import NotTestable, UserError
+from helpers.study import own, quick
+from tests import planted, zoo
+
+TOPICS = pd.read_csv(DATA / "own" / "topics.csv")
+FEW = {"controls": 2, "controls_all_rows": 2, "resamples": 99}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return helpers.load_model("data/models/tiny-dense/tuned")
+
+
+def study_of(tiny, **settings):
+    return own.Own.on(*tiny, TOPICS["text"], TOPICS["label"], **settings)
+
+
+def loss(model, tokenizer, text):
+    """Mean loss of a text's own tokens in the profile's template, one at a time."""
+    before, after = defaults().template.split("{instruction}")
+    ids = tokenizer(before + text + after)["input_ids"]
+    first, last = len(tokenizer(before)["input_ids"]), len(tokenizer(before + text)["input_ids"])
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double()
+    chances = logits.log_softmax(-1)
+    return float(np.mean([-chances[i - 1, ids[i]] for i in range(first, last)]))
+
+
+def test_a_cell_is_what_a_loop_with_edited_weights_finds(tiny):
+    """The set chosen by hand on one half, its columns zeroed by hand, texts of the other half read
+    one by one; both ways; each half weighs the same.
+    """
+    model, tokenizer = tiny
+    table = helpers.ablation_table(model, tokenizer, TOPICS["text"], TOPICS["label"], **FEW)
+    study, found = study_of(tiny), []
+    for half in study.halves:
+        chosen = study.half(study.other(half)).rows
+        counts = helpers.count(model, tokenizer, chosen["instruction"])
+        p = frequency(counts.neurons["dense"], counts.tokens).reshape(len(chosen), -1)
+        y = chosen["category"].map(["pets", "sums", "places"].index).to_numpy()
+        best = np.argsort(-contrast(p, y)[1], kind="stable")[: round(0.05 * 2048)]
+        measured = study.half(half).rows
+        texts = measured["instruction"][measured["category"] == "pets"]
+        intact = [loss(model, tokenizer, text) for text in texts]
+        kept = [layer.mlp.down_proj.weight.detach().clone() for layer in model.model.layers]
+        with torch.no_grad():
+            for neuron in best:
+                model.model.layers[neuron // 512].mlp.down_proj.weight[:, neuron % 512] = 0
+            found.append(
+                np.mean([loss(model, tokenizer, text) for text in texts] - np.array(intact))
+            )
+            for layer, weight in zip(model.model.layers, kept, strict=True):
+                layer.mlp.down_proj.weight.copy_(weight)
+    cell = table[(table["ablated"] == "sums") & (table["measured"] == "pets")].iloc[0]
+    assert cell["increase"] == pytest.approx(np.mean(found), abs=2e-3)
+
+
+def test_a_planted_circuit_is_found_and_what_it_is_not_needed_for():
+    rows = planted.rows()
+    found = helpers.ablation_table(
+        planted.model(),
+        zoo.tokenizer(),
+        rows["instruction"],
+        rows["category"],
+        rows["reference"],
+        epsilon=0.02,
+        template=planted.TEMPLATE,
+        controls=10,
+        resamples=499,
+    )
+    own_set = found["ablated"] == found["measured"]
+    assert (found.loc[own_set, "low"] > 0).all()
+    assert (found.loc[own_set, "holm"] < 0.05).all()
+    assert (found.loc[own_set, "specific_low"] > 0).all()
+    assert found.loc[~own_set, "effect"].abs().max() < 0.2 * found.loc[own_set, "effect"].min()
+    assert (found["note"] == "").all()
+    assert len(own.sentences(found)) == 6
+    assert all("needs its set" in line for line in own.sentences(found))
+
+
+def test_halves_are_drawn_within_labels_and_copies_stay_together(tiny):
+    texts = [*TOPICS["text"], *TOPICS["text"][:7]]
+    labels = [*TOPICS["label"], *TOPICS["label"][:7]]
+    rows = own.Own.on(*tiny, texts, labels).rows
+    assert rows.groupby("instruction")["fold"].nunique().max() == 1
+    once = rows.drop_duplicates("instruction")
+    assert set(once.groupby(["category", "fold"]).size()) == {12}
+    assert own.Own.on(*tiny, texts, labels, seed=1).rows["fold"].tolist() != rows["fold"].tolist()
+
+
+def test_of_many_texts_as_many_are_drawn_as_hexainst_has(tiny):
+    texts = [f"{n} plus {m} is {n + m} ." for n in range(15) for m in range(10)]
+    texts += [f"{n} minus {m} is {n - m} ." for n in range(10, 25) for m in range(10)]
+    rows = own.Own.on(*tiny, texts, ["plus"] * 150 + ["minus"] * 150, rows=30).rows
+    assert set(rows.groupby(["category", "fold"]).size()) == {30}
+
+
+def test_unbalanced_labels_and_ones_with_too_few_texts_keep_their_rows(tiny):
+    some = TOPICS[(TOPICS["label"] != "places") | (TOPICS.index < 52)]  # four of places
+    table = helpers.ablation_table(*tiny, some["text"], some["label"], **FEW)
+    noted = table["note"].str.startswith("not testable")
+    assert (noted == (table["measured"] == "places")).all()
+    assert len(table) == 9
+    own_set = table["ablated"] == table["measured"]
+    assert table.loc[own_set & ~noted, "specific"].notna().all()
+    assert table.loc[noted, ["effect", "low", "p"]].isna().all(axis=None)
+    helpers.draw_ablation(table)
+    assert any("places: not testable" in line for line in own.sentences(table))
+
+
+def test_every_default_is_the_profiles():
+    profile = defaults()
+    signature = inspect.signature
+    assert signature(helpers.find_sets).parameters["share"].default == profile.epsilon
+    found = {k: v.default for k, v in signature(helpers.overlap).parameters.items()}
+    assert [found[k] for k in ("epsilon", "resamples", "seed")] == [0.05, 2000, 0]
+    assert found["resamples"] == profile.resamples
+    assert own.settings_of(profile) == {name: getattr(profile, name) for name in own.SETTINGS}
+
+
+def test_counts_are_those_that_the_chain_makes(tiny):
+    study = study_of(tiny)
+    mine = helpers.count(*tiny, (text for text in study.rows["instruction"]))
+    chain = counting.count(*tiny, study.rows["instruction"], template=defaults().template)
+    assert all((a == chain.arrays()[k]).all() for k, a in mine.arrays().items())
+    assert {a.dtype for k, a in mine.arrays().items() if k != "tokens"} == {np.dtype("uint16")}
+
+
+def test_a_series_with_an_odd_index_is_read_in_its_order(tiny):
+    odd = TOPICS.sample(frac=1, random_state=0)
+    odd.index = np.roll(odd.index, 5) * 3 + 1
+    plain = odd.reset_index(drop=True)
+    counts = helpers.count(*tiny, odd["text"])
+    assert (counts.tokens == helpers.count(*tiny, list(plain["text"])).tokens).all()
+    pd.testing.assert_frame_equal(
+        helpers.find_sets(counts, odd["label"]), helpers.find_sets(counts, list(plain["label"]))
+    )
+
+
+@pytest.mark.parametrize("score", quick.SCORES)
+def test_sets_are_the_same_however_many_neurons_are_looked_at_at_once(tiny, score, monkeypatch):
+    counts = helpers.count(*tiny, TOPICS["text"])
+    whole = helpers.find_sets(counts, TOPICS["label"], score)
+    monkeypatch.setattr(quick, "CELLS", 100 * len(TOPICS))
+    pd.testing.assert_frame_equal(helpers.find_sets(counts, TOPICS["label"], score), whole)
+
+
+def test_sets_of_many_texts_take_little_memory_beside_the_counts(monkeypatch):
+    """No table of all frequencies, let alone of int64."""
+    monkeypatch.setattr(quick, "CELLS", 2**18)
+    rng = np.random.default_rng(0)
+    neurons = rng.integers(0, 9, (20_000, 1, 400), dtype=np.uint16)
+    counts = Counts(np.full(20_000, 9, np.int32), {"dense": neurons}, None, {"dense": (0,)})
+    tracemalloc.start()
+    helpers.find_sets(counts, rng.integers(0, 3, 20_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < neurons.nbytes  # their frequencies as float32 would be twice that
+
+
+def test_of_many_texts_equally_many_of_each_label_are_compared(monkeypatch):
+    monkeypatch.setattr(quick, "COMPARED", 60)
+    rng = np.random.default_rng(0)
+    neurons = rng.integers(0, 9, (500, 2, 50), dtype=np.uint16)
+    counts = Counts(np.full(500, 9, np.int32), {"dense": neurons}, None, {"dense": (0, 1)})
+    labels = np.repeat(["many", "few"], [480, 20])
+    assert helpers.overlap(counts, labels, resamples=19)["n"][0] == 50
+
+
+def test_fifty_labels_are_taken(tiny):
+    texts = [f"{n % 25} plus {n // 25} is {n % 25 + n // 25} ." for n in range(100)]
+    labels = [n % 50 for n in range(100)]
+    sets = helpers.find_sets(helpers.count(*tiny, texts), labels)
+    assert sets["label"].nunique() == 50
+    helpers.draw_sets(sets)
+
+
+GOOD = ["ada has a cat .", "boris has a dog .", "2 plus 3 is 5 .", "4 plus 3 is 7 ."]
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ("ada has a cat .", "texts: found str"),
+        ([], "empty"),
+        ([*GOOD, ""], "text 4 is ''"),
+        ([*GOOD, "  "], "text 4 is '  '"),
+        ([*GOOD, None], "text 4 is None"),
+        ([*GOOD, float("nan")], "text 4 is nan"),
+        ([*GOOD, 7], "text 4 is 7"),
+        ([*GOOD, "cat " * 300], r"1 of 5 texts are longer than the 256 tokens .* text 4 has 30\d"),
+    ],
+)
+def test_bad_texts_are_one_clear_error(tiny, texts, said):
+    with pytest.raises(UserError, match=said):
+        helpers.count(*tiny, texts)
+    if isinstance(texts, list) and texts:
+        labels = ["a", "a", "b", "b", "b"]
+        with pytest.raises(UserError, match=said):
+            helpers.ablation_table(*tiny, texts, labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["a", "b"], "2 labels for 4 texts"),
+        ("aabb", "labels: found str"),
+        (["a", "a", "b", None], "label 3 is None"),
+        (["a", "a", "b", float("nan")], "label 3 is nan"),
+        (pd.Series(["a", "a", "b", pd.NA], dtype=object), "label 3 is <NA>"),
+        (["a", "a", "b", ""], "label 3 is ''"),
+        (["a", "a", ["b"], ["b"]], r"label 2 is \['b'\]"),
+        (["a", "a", "b", "c"], "one text only has the label 'b', 'c'"),
+        (["a"] * 4, r"one label only \('a'\)"),
+    ],
+)
+def test_bad_labels_are_one_clear_error(tiny, labels, said):
+    counts = helpers.count(*tiny, GOOD)
+    for refused in (
+        lambda: helpers.find_sets(counts, labels),
+        lambda: helpers.overlap(counts, labels),
+        lambda: helpers.ablation_table(*tiny, GOOD, labels),
+    ):
+        with pytest.raises(UserError, match=said):
+            refused()
+
+
+def test_more_than_fifty_labels_are_refused():
+    with pytest.raises(UserError, match="51 different labels, expected 2 to 50"):
+        quick.labels_of([n % 51 for n in range(510)], 510)
+    counts = Counts(np.full(9, 3, np.int32), {"dense": np.ones((9, 1, 9), np.uint16)}, None, {})
+    with pytest.raises(NotTestable, match="label 'b' has 2 texts, expected 5 or more"):
+        helpers.overlap(counts, ["a"] * 7 + ["b"] * 2)
+
+
+def test_labels_of_two_kinds_stay_apart():
+    assert quick.labels_of([1, "1", 1, "1"], 4)[1] == [1, "1"]
+
+
+def test_a_text_under_two_labels_is_refused_by_name(tiny):
+    texts = [*GOOD, GOOD[0], "a fox sleeps ."]
+    with pytest.raises(UserError, match=re.escape(f"text 4 ({GOOD[0]!r}) has the label 'b'")):
+        helpers.ablation_table(*tiny, texts, ["a", "a", "b", "b", "b", "b"])
+
+
+def test_a_label_of_copies_is_refused(tiny):
+    with pytest.raises(UserError, match="all texts of 'b' are the same"):
+        helpers.ablation_table(*tiny, [*GOOD[:2], GOOD[2], GOOD[2]], ["a", "a", "b", "b"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"control": 3}, "unknown key 'control', did you mean 'controls'"),
+        ({"epsilon": 2}, "epsilon is 2"),
+        ({"references": ["x"]}, "1 references for 4 texts"),
+        ({"references": ["x", "y", "", "z"]}, "reference 2 is ''"),
+        ({"score": "best"}, "score is 'best', expected one of frequency"),
+        ({"score": "attribution"}, "with references attribution"),
+    ],
+)
+def test_bad_settings_are_one_clear_error(tiny, settings, said):
+    with pytest.raises(UserError, match=said):
+        helpers.ablation_table(*tiny, GOOD, ["a", "a", "b", "b"], **settings)
+
+
+def test_bars_are_seen_in_a_terminal_and_a_notebook_alone():
+    stream = io.StringIO()
+    assert not seen(stream)
+    stream.isatty = lambda: True
+    assert seen(stream)
+    page = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    assert seen(page())
