@@ -11,6 +11,7 @@ import pytest
 
 from helpers.analysis.sets import BLOCK, PackedSets, category_counts, consensus, top_sets
 from helpers.analysis.similarity import churn, jaccard_matrix, nearest_consensus
+from helpers.capture.counts import Counts, Shards
 
 ROWS, WIDTH = 24, 8 * 12_000 + 5  # not whole bytes, several column blocks
 LABELS, HALVES = np.arange(ROWS) % 6, np.arange(ROWS) // 12
@@ -81,3 +82,23 @@ def test_overlap_needs_one_block_at_a_time(on_disk):
     assert double < 1.05 * once < 3 * block
     result = 6 * twice.width * (4 + 1)  # counts and bools, [6, M]
     assert peak(lambda: consensus(twice, LABELS)) < result + 3 * block
+
+
+def test_tables_of_all_families_share_the_one_shard_in_memory(tmp_path):
+    """Beyond the result: one shard and its file's bytes; not a shard per family."""
+    shards, width = Shards(tmp_path, {"profile": "scale"}, 96, 48), 50_000
+    draws = np.random.default_rng(0)
+    for k in range(len(shards)):
+        neurons = {
+            family: draws.integers(0, 60, (48, 1, width)).astype(np.uint16)
+            for family in ("dense", "shared")
+        }
+        layers = {family: (0,) for family in neurons}
+        shards.write(k, Counts(np.full(48, 60, np.int32), neurons, None, layers), {})
+    shard, row = 48 * 2 * width * 2, 2 * width * 8
+
+    def cut():
+        tables = [shards.table(family) for family in ("dense", "shared")]
+        return top_sets(tables, 0.05, packed=True)
+
+    assert peak(cut) < 2 * shard + 96 * 2 * width / 8 + row

@@ -2,7 +2,7 @@
 record; resumable.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +124,7 @@ class Shards:
     settings: dict
     total: int
     size: int
+    _held: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return -(-self.total // self.size)
@@ -179,6 +180,13 @@ class Shards:
             )
         return Counts.of(arrays, record["layers"]), record
 
+    def at_hand(self, shard: int) -> Counts:
+        """The counts of one finished shard; the last one that was asked for stays in memory."""
+        if shard not in self._held:
+            self._held.clear()  # before the next one takes its place
+            self._held[shard] = self.read(shard)[0]
+        return self._held[shard]
+
     def missing(self, shards=None) -> list[int]:
         """The shards that must still be computed, of all or of those given."""
 
@@ -210,6 +218,7 @@ class Shards:
 
     def write(self, shard: int, counts: Counts, found: dict) -> None:
         """Store one shard with what was found on the way (it may not depend on time or process)."""
+        self._held.clear()
         layers = {family: list(numbers) for family, numbers in counts.layers.items()}
         write_tensors(
             self.path(shard),
@@ -274,19 +283,14 @@ def _numbers(layers) -> bool:
 
 class Rows:
     """Counts [I, ...] on disk behind `shape` and `[i]`, as `top_sets` reads them: one shard is in
-    memory at a time.
+    memory at a time, for all families.
     """
 
     def __init__(self, shards: Shards, family: str):
-        self.shards, self.family, self.shard = shards, family, -1
+        self.shards, self.family = shards, family
         self.shape = (shards.total, *self[0].shape)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        shard = row // self.shards.size
-        if shard != self.shard:
-            counts = self.shards.read(shard)[0]
-            self.shard, self.counts = (
-                shard,
-                counts.routed if self.family == "routed" else counts.neurons[self.family],
-            )
-        return self.counts[row - shard * self.shards.size]
+        shard, place = divmod(row, self.shards.size)
+        counts = self.shards.at_hand(shard)
+        return (counts.routed if self.family == "routed" else counts.neurons[self.family])[place]
