@@ -16,7 +16,12 @@ needed = [pin for pin in pins if pin and pin.split("==")[0] not in NOTEBOOKS | T
 setup(
     packages=["sparcom", "sparcom.profiles", *(f"sparcom.{n}" for n in find_packages("helpers"))],
     package_dir={"sparcom": "helpers", "sparcom.profiles": "notebooks/profiles"},
-    package_data={"sparcom": ["py.typed"], "sparcom.plots": ["*.html"], "sparcom.profiles": ["*"]},
+    package_data={
+        "sparcom": ["py.typed"],
+        "sparcom.plots": ["*.html"],
+        "sparcom.run": ["pages/*"],
+        "sparcom.profiles": ["*"],
+    },
     include_package_data=False,
     install_requires=[pin.replace("==", ">=") for pin in needed],
 )

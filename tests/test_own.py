@@ -18,8 +18,8 @@ from helpers.capture.counts import Counts
 from helpers.config import defaults
 from helpers.paths import DATA
 from helpers.record import NotTestable, UserError
-from helpers.study import own, quick
-from tests import planted, zoo
+from helpers.study import own, planted, quick
+from tests import zoo
 
 TOPICS = pd.read_csv(DATA / "own" / "topics.csv")
 FEW = {"controls": 2, "controls_all_rows": 2, "resamples": 99}
