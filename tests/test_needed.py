@@ -1,4 +1,6 @@
-"""Ablations of a study, on a model whose critical neurons are known (see planted.py)."""
+"""Ablations of a study, on a model whose critical neurons are known (see helpers.study.planted)."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -8,7 +10,7 @@ import torch
 from helpers.capture.interventions import Places, ablate
 from helpers.hexainst.schema import CATEGORIES
 from helpers.record import NotTestable, UserError
-from helpers.study import planted
+from helpers.study import needed, planted
 from helpers.study.evaluate import ablation_matrix, gain_lost
 from helpers.study.needed import Needed, groups_of
 from tests import zoo
@@ -152,3 +154,12 @@ def test_the_tables_of_a_page_stand_side_by_side(needed):
     assert at["response"] == pytest.approx(at["everywhere"], abs=1e-4)
     assert needed.usage().empty
     assert isinstance(needed.own_part(), pd.DataFrame)
+
+
+def test_equal_sets_of_experts_are_said_to_be_one():
+    study = SimpleNamespace(categories=["CODE", "MATH", "SUM"])
+    rows = {"ablation.experts.matrix": [[1.5, 0.1, 0.2], [1.5, 0.1, 0.2], [0.3, 0.4, 0.5]]}
+    said = needed.same_experts(SimpleNamespace(study=study, numbers=rows))
+    assert len(said) == 1
+    assert said[0].startswith("CODE and MATH have one and the same set")
+    assert needed.same_experts(SimpleNamespace(study=study, numbers={})) == []

@@ -705,11 +705,28 @@ def sentences(found: dict) -> list[str]:
                 f"{high:.2f}] beyond the hardest control; the interval lies above 0 in "
                 f"{sum(cases)} of {len(cases)} categories."
             )
+        said += [f"{name}: {alike}" for alike in same_experts(one)]
         said.append(
             f"{name}: the whole last layer costs {one.numbers['ablation.positive']:.2f}; the same "
             f"sets in an untrained twin {one.numbers['ablation.negative']:.3f}."
         )
     return said
+
+
+def same_experts(one) -> list[str]:
+    """Which categories have one and the same set of experts: equal rows of their matrix (equal to
+    the last digit, as losses of different sets never are).
+    """
+    groups = {}
+    matrix = one.numbers.get("ablation.experts.matrix", [])
+    for category, row in zip(one.study.categories, matrix, strict=False):
+        groups.setdefault(tuple(row), []).append(category)
+    return [
+        f"{' and '.join(some)} have one and the same set of experts: their rows in Figure 6.1 are "
+        "one experiment."
+        for some in groups.values()
+        if len(some) > 1
+    ]
 
 
 def keep_grid(found: dict, league: pd.DataFrame, by_category: pd.DataFrame) -> None:
