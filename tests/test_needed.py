@@ -10,9 +10,9 @@ import torch
 from helpers.capture.interventions import Places, ablate
 from helpers.hexainst.schema import CATEGORIES
 from helpers.record import NotTestable, UserError
-from helpers.study import needed, planted
+from helpers.study import planted
 from helpers.study.evaluate import ablation_matrix, gain_lost
-from helpers.study.needed import Needed, groups_of
+from helpers.study.needed import Needed, groups_of, same_experts
 from tests import zoo
 
 SETTINGS = {
@@ -159,7 +159,7 @@ def test_the_tables_of_a_page_stand_side_by_side(needed):
 def test_equal_sets_of_experts_are_said_to_be_one():
     study = SimpleNamespace(categories=["CODE", "MATH", "SUM"])
     rows = {"ablation.experts.matrix": [[1.5, 0.1, 0.2], [1.5, 0.1, 0.2], [0.3, 0.4, 0.5]]}
-    said = needed.same_experts(SimpleNamespace(study=study, numbers=rows))
+    said = same_experts(SimpleNamespace(study=study, numbers=rows))
     assert len(said) == 1
     assert said[0].startswith("CODE and MATH have one and the same set")
-    assert needed.same_experts(SimpleNamespace(study=study, numbers={})) == []
+    assert same_experts(SimpleNamespace(study=study, numbers={})) == []
