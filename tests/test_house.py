@@ -165,7 +165,16 @@ def test_notebook_takes_the_same_parameters_as_all(path):
 MAKE = ["make", "-o", ".venv/.ready"]  # the environment is the one that runs this test
 TARGETS = {
     *("help", "env", "lab", "reproduce", "test", "lint", "refresh", "models", "trajectory", "grid"),
-    *("hexainst-human", "bench", "bench-peers", "bench-analysis", "bench-chain", "plan", "clean"),
+    *(
+        "hexainst-human",
+        "bench",
+        "bench-peers",
+        "bench-analysis",
+        "bench-chain",
+        "plan",
+        "clean",
+        "site",
+    ),
 }
 
 

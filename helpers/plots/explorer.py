@@ -27,13 +27,16 @@ def explorer(
     effects, categories = {}, list(matrices["ablated"].unique())
     sizes = {size: f"{size * 100:g} %" for size in sorted(matrices["size"].unique())}
     for (pair, score, size), part in matrices.groupby(["pair", "score", "size"], sort=False):
-        part = part.set_index(["ablated", "measured"])
+        own, random = (
+            part.pivot(index="ablated", columns="measured", values=name)
+            .loc[categories, categories]
+            .to_numpy(float)
+            .tolist()
+            for name in ("own", "random")
+        )
         effects[f"{pair}|{score}|{sizes[size]}"] = [
-            [
-                [round(float(part.loc[(a, m), name]), 3) for name in ("own", "random")]
-                for m in categories
-            ]
-            for a in categories
+            [[round(a, 3), round(b, 3)] for a, b in zip(*rows, strict=True)]
+            for rows in zip(own, random, strict=True)
         ]
     choices = {
         "pair": list(matrices["pair"].unique()),

@@ -76,14 +76,17 @@ def _refuse(path, bad, text, name) -> None:
         )
 
 
+def _no_number(name):
+    raise ValueError(f"{name} is no JSON")
+
+
 def _tokens(path, column) -> list:
     """The records of every row as lists in the order of TOKEN."""
     found = []
     for line, text in enumerate(column, 1):
         try:
-            records = json.loads(text or "[]")
+            records = json.loads(text or "[]", parse_constant=_no_number)
             found.append([[record[key] for key in TOKEN] for record in records[:SHOWN]])
-            script(found[-1])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DamagedFile(
                 f"{short(path)}, row {line}: tokens is no JSON list of records with "
@@ -99,7 +102,8 @@ def _short(value, digits: int = 4):
 
 def _column(table, name: str) -> list:
     if name in ("layer", "expert", "neuron") or name.startswith("rank_"):
-        return [None if math.isnan(v) else int(v) for v in table[name]]
+        whole = (None if math.isnan(v) else v for v in table[name])  # but for ranks of ties
+        return [int(v) if v is not None and v.is_integer() else v for v in whole]
     return [_short(v) for v in table[name]]
 
 

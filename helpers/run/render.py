@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from bs4 import BeautifulSoup
@@ -55,6 +56,11 @@ class _Exporter(HTMLExporter):
         return markdown(source)
 
 
+@cache
+def _exporter() -> _Exporter:
+    return _Exporter(template_name="basic")
+
+
 def plain(text: str) -> str:
     """Markdown as the words alone, on one line.
 
@@ -64,11 +70,8 @@ def plain(text: str) -> str:
     return " ".join(BeautifulSoup(markdown(text), "html.parser").get_text().split())
 
 
-def led(html: str, lead: Callable[[str], str | None]) -> Markup:
-    """The HTML made fit for a page: each link goes where `lead` says (None: its words stay, without
-    the link), wide tables scroll in a box of their own, what would run or fetch is taken out.
-    """
-    soup = BeautifulSoup(html, "html.parser")
+def _quiet(soup) -> None:
+    """Take out what would run or be fetched; a picture from elsewhere leaves its words."""
     for tag in soup.find_all(LOUD):
         tag.decompose()
     for tag in soup.find_all(True):
@@ -77,6 +80,14 @@ def led(html: str, lead: Callable[[str], str | None]) -> Markup:
     for image in soup.find_all("img"):
         if not image.get("src", "").startswith("data:image/"):
             image.replace_with(image.get("alt", ""))
+
+
+def led(html: str, lead: Callable[[str], str | None]) -> Markup:
+    """The HTML made fit for a page: each link goes where `lead` says (None: its words stay, without
+    the link), wide tables scroll in a box of their own, what would run or fetch is taken out.
+    """
+    soup = BeautifulSoup(html, "html.parser")
+    _quiet(soup)
     for link in soup.find_all("a"):
         target = lead(link.get("href", ""))
         if target is None:
@@ -128,5 +139,5 @@ class Book:
 
     def html(self, lead) -> Markup:
         """Every cell and output as HTML; `lead` as in `led`."""
-        body, _ = _Exporter(template_name="basic").from_notebook_node(self.node)
+        body, _ = _exporter().from_notebook_node(self.node)
         return led(body, lead)
