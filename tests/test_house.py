@@ -168,6 +168,7 @@ MAKE = ["make", "-o", ".venv/.ready"]  # the environment is the one that runs th
 TARGETS = {
     *("help", "env", "lab", "reproduce", "test", "lint", "refresh", "models", "trajectory", "grid"),
     *("hexainst-human", "bench", "bench-peers", "bench-analysis", "bench-chain", "plan", "clean"),
+    "site",
 }
 
 

@@ -43,7 +43,7 @@ def atlas(rows=120, categories=CATEGORIES, said=None, pairs=("one", "two")):
         own = [name for k, name in enumerate(categories) if (i + k) % len(categories) < 2]
         row = {"pair": pairs[i % len(pairs)], "unit": "expert" if expert else "neuron"}
         row |= {"layer": i % 4, "expert": i if expert else "", "neuron": "" if expert else i}
-        row |= {"score": round(rng.normal(), 3), "sets": " ".join(own)}
+        row |= {"score": "contrast", "sets": " ".join(own)}
         for name in categories:
             p = round(rng.random(), 4)
             row |= {f"p_{name}": p, f"low_{name}": max(0, p - 0.1), f"high_{name}": min(1, p + 0.1)}
@@ -190,7 +190,7 @@ def test_without_javascript_the_findings_figures_and_first_rows_are_there(target
     assert rows[0].th.get_text(" ", strip=True) == "L0 neuron 0 one"
     assert f"CLS {first['p_CLS']:.2f}" in rows[0].find(role="img")["aria-label"]
     beta = (target / "profiles/beta/atlas.html").read_text()
-    assert "make reproduce PROFILE=beta" in beta
+    assert "helpers.run atlas --profile beta" in beta
 
 
 def test_a_notebook_keeps_its_words_formulas_pictures_and_links(target):
@@ -218,7 +218,7 @@ def test_the_packed_atlas_says_what_the_table_says(world, monkeypatch):
     target, table = site.build("alpha"), atlas()
     data = data_of(target)
     for i, row in enumerate(table.to_dict("records")):
-        for key in ("pair", "unit", "part", "fate"):
+        for key in ("pair", "unit", "score", "part", "fate"):
             assert data[key]["words"][data[key]["codes"][i]] == row[key]
         assert data["layer"][i] == row["layer"]
         assert data["expert"][i] == (None if row["expert"] == "" else row["expert"])
@@ -277,7 +277,7 @@ def refused(path, *said):
     [
         ("p_QA", "1.5", "row 8: p_QA is '1.5'"),
         ("p_QA", "", "row 8: p_QA is ''"),
-        ("score", "many", "row 8: score is 'many'"),
+        ("score_CLS", "many", "row 8: score_CLS is 'many'"),
         ("layer", "-1", "row 8: layer is '-1'"),
         ("effect", "inf", "row 8: effect is 'inf'"),
         ("tokens", "[{", "row 8: tokens"),
@@ -317,6 +317,20 @@ def test_an_atlas_without_a_column_or_a_row_is_refused_or_empty(world):
     refused(path, "cannot be read")
     atlas(0 + 10).head(0).to_csv(path, index=False)
     assert "0 of 0" in (site.build("alpha") / "profiles/alpha/atlas.html").read_text()
+
+
+def test_the_best_ranked_come_first_and_those_in_no_set_last(world):
+    path = world / "data" / "results" / "alpha" / "atlas.csv"
+    table = atlas(20)
+    table.loc[[0, 1], [f"in_{name}" for name in CATEGORIES]] = False
+    table.loc[7, "rank_QA"] = 0.5  # a tie
+    table.to_csv(path, index=False)
+    target = site.build("alpha")
+    data = data_of(target)
+    assert data["rank"][:3] == [0.5, 2, 3]
+    assert data["neuron"][:3] == [7, 2, 3]
+    assert data["neuron"][-2:] == [0, 1]
+    assert data_of(target, "0")[0][4][0][2] == " word7"
 
 
 def test_a_token_named_na_or_null_stays_a_word(world):
@@ -641,7 +655,7 @@ def test_hostile_texts_are_shown_as_texts(world, opened, kind):
     tab.locator("#atlas tbody th button").first.click()
     card = tab.get_by_role("group")
     card.wait_for()
-    assert card.locator("mark").first.text_content() == text
+    assert card.locator("mark").first.text_content() == text.strip()
     assert text in card.locator("li").first.text_content()
     assert tab.locator("#atlas tbody img, #atlas tbody script").count() == 0
     outside = card.locator("li").first.locator("small").text_content()
@@ -658,7 +672,7 @@ def test_a_large_atlas_stays_usable(world, opened):
     assert (target / "profiles/alpha/atlas/rows.js").stat().st_size < 20e6
     tab = opened(target / "profiles/alpha/atlas.html")
     assert tab.get_by_role("status").inner_text() == "100000 of 100000 components"
-    tab.get_by_role("columnheader", name="score").get_by_role("button").click()
+    tab.get_by_role("columnheader", name="best rank").get_by_role("button").click()
     assert len(shown(tab)) == 50
     tab.locator("#atlas tbody th button").first.click()
     tab.get_by_role("group").wait_for()

@@ -16,10 +16,11 @@ from ..record import DamagedFile
 KEYS = ("pair", "unit", "layer", "expert", "neuron", "score", "sets", "part", "fate", "massive")
 EFFECT = ("effect", "effect_low", "effect_high", "effect_control", "effect_of")
 PER_CATEGORY = ("p", "low", "high", "score", "rank", "in")
-NUMBERS = ("layer", "expert", "neuron", "score", *EFFECT[:4])
+WORDS = ("pair", "unit", "score", "part", "fate", "effect_of")
+NUMBERS = ("layer", "expert", "neuron", *EFFECT[:4])
 TOKEN = ("row", "position", "token", "left", "right", "value")
 CHUNK, FIRST, SHOWN = 500, 50, 5  # rows of a file of cards; rows on the page; tokens of a card
-AGAIN = "Make it anew: `make reproduce PROFILE=NAME`."
+AGAIN = "Make it anew: `python -m helpers.run atlas --profile NAME`."
 
 
 def script(value) -> str:
@@ -34,7 +35,8 @@ def script(value) -> str:
 
 @dataclass(frozen=True)
 class Atlas:
-    """A checked table: a row per component; `tokens` [[[row, position, token, left, right, value],
+    """A checked table: a row per component, the best of its `rank`s first, those in no set last;
+    `tokens` [[[row, position, token, left, right, value],
     ...], ...] in its order.
     """
 
@@ -63,7 +65,11 @@ def read(path: Path) -> Atlas:
         if name == "layer" or name.startswith("p_"):
             bad |= table[name].isna() | ~table[name].between(0, 1 if name != "layer" else np.inf)
         _refuse(path, bad, text, name)
-    return Atlas(table, categories, _tokens(path, table.pop("tokens")))
+    tokens = _tokens(path, table.pop("tokens"))
+    table["rank"] = table[[f"rank_{name}" for name in categories]].min(axis=1)
+    table["lost"] = ~table[[f"in_{name}" for name in categories]].any(axis=1)
+    table = table.sort_values(["lost", "rank"], kind="stable")
+    return Atlas(table.reset_index(drop=True), categories, [tokens[i] for i in table.index])
 
 
 def _refuse(path, bad, text, name) -> None:
@@ -76,14 +82,17 @@ def _refuse(path, bad, text, name) -> None:
         )
 
 
+def _no_number(name):
+    raise ValueError(f"{name} is no JSON")
+
+
 def _tokens(path, column) -> list:
     """The records of every row as lists in the order of TOKEN."""
     found = []
     for line, text in enumerate(column, 1):
         try:
-            records = json.loads(text or "[]")
+            records = json.loads(text or "[]", parse_constant=_no_number)
             found.append([[record[key] for key in TOKEN] for record in records[:SHOWN]])
-            script(found[-1])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DamagedFile(
                 f"{short(path)}, row {line}: tokens is no JSON list of records with "
@@ -98,8 +107,9 @@ def _short(value, digits: int = 4):
 
 
 def _column(table, name: str) -> list:
-    if name in ("layer", "expert", "neuron") or name.startswith("rank_"):
-        return [None if math.isnan(v) else int(v) for v in table[name]]
+    if name in ("layer", "expert", "neuron") or name.startswith("rank"):
+        whole = (None if math.isnan(v) else v for v in table[name])  # but for ranks of ties
+        return [int(v) if v is not None and v.is_integer() else v for v in whole]
     return [_short(v) for v in table[name]]
 
 
@@ -118,8 +128,8 @@ def packed(atlas: Atlas) -> dict:
     return {
         "categories": names,
         "chunk": CHUNK,
-        **{name: _coded(table[name]) for name in ("pair", "unit", "part", "fate", "effect_of")},
-        **{name: _column(table, name) for name in ("layer", "expert", "neuron", "score")},
+        **{name: _coded(table[name]) for name in WORDS},
+        **{name: _column(table, name) for name in ("layer", "expert", "neuron", "rank")},
         **{name: _column(table, name) for name in ("effect", "effect_control")},
         "massive": table["massive"].astype(int).tolist(),
         "p": [(table[f"p_{name}"] * 1000).round().astype(int).tolist() for name in names],

@@ -14,7 +14,7 @@
     return made;
   };
   const word = (column, i) => data[column].words[data[column].codes[i]];
-  const short = v => v === null || v === undefined ? "–" : Math.abs(v) >= 100 ? v.toFixed(0) : Number(v.toPrecision(3)).toString();
+  const short = v => v === null || v === undefined ? "–" : Math.abs(v) >= 100 ? String(Math.round(v)) : Number(v.toPrecision(3)).toString();
   const names = i => data.sets[i].map(c => categories[c]).join(" ");
   const name = i => {
     const said = ["L" + data.layer[i]], expert = data.expert[i], neuron = data.neuron[i];
@@ -37,7 +37,7 @@
     sets: i => data.sets[i].length,
     part: i => word("part", i),
     fate: i => word("fate", i),
-    score: i => data.score[i],
+    rank: i => data.rank[i],
     effect: i => data.effect[i],
     beyond: i => data.effect[i] === null || data.effect_control[i] === null ? null : data.effect[i] - data.effect_control[i],
   };
@@ -75,7 +75,7 @@
     const button = make("button", name(i), { type: "button", "aria-expanded": "false", "aria-controls": "card" });
     button.addEventListener("click", () => toggle(button, i));
     const cells = [names(i), word("part", i) + (data.massive[i] ? " (massive)" : ""), word("fate", i)];
-    const numbers = [data.score[i], data.effect[i], VALUES.beyond(i)];
+    const numbers = [data.rank[i], data.effect[i], VALUES.beyond(i)];
     return make("tr", [
       make("th", [button, " ", make("small", word("pair", i))], { scope: "row" }),
       make("td", strip(i)),
@@ -156,10 +156,11 @@
     ], { class: "card", role: "group", "aria-label": `Card of ${name(i)}` });
   }
   function facts(i, [low, high]) {
-    const said = [names(i) ? `In the set of ${names(i)}` : "In no set"];
+    const said = [names(i) ? `In the set of ${names(i)}` : "In no set now"];
     if (word("part", i)) said.push(`part: ${word("part", i)}`);
     if (word("fate", i)) said.push(`under tuning: ${word("fate", i)}`);
     if (data.massive[i]) said.push("massive activation");
+    if (word("score", i)) said.push(`chosen by ${word("score", i)}`);
     said.push(data.effect[i] === null ? "no effect was measured"
       : `effect${word("effect_of", i) ? ` (${word("effect_of", i)})` : ""}: ${short(data.effect[i])} [${short(low)}, ${short(high)}], control ${short(data.effect_control[i])}`);
     return said.join(" · ") + ".";
@@ -175,11 +176,9 @@
     return grid("p by layer (◂: this one's own; else the mean of those listed)", ["layer", ...categories], lines);
   }
   function token([row_, position, token_, left, right, value]) {
-    const [, before, core, after] = /^(\s*)([^]*?)(\s*)$/.exec(String(token_));
-    const blank = core === "" ? before.replace(/\n/g, "↵").replace(/\s/g, "␣") || "∅" : null;
-    const mark = make("mark", make("bdi", blank ?? core));
-    return make("li", [
-      make("bdi", [String(left), blank ? "" : before, mark, after, String(right)]), " ",
+    const core = String(token_).trim() || String(token_).replace(/\n/g, "↵").replace(/\s/g, "␣") || "∅";
+    return make("li", [ // the parts come without the spaces between them
+      make("bdi", [String(left), " ", make("mark", make("bdi", core)), " ", String(right)]), " ",
       make("small", `row ${row_}, position ${position}, value ${short(typeof value === "number" ? value : null)}`),
     ]);
   }
@@ -198,7 +197,7 @@
     const button = make("button", head.textContent, { type: "button" });
     head.replaceChildren(button);
     button.addEventListener("click", () => {
-      const key = head.dataset.key, first = !["name", "part", "fate"].includes(key);
+      const key = head.dataset.key, first = !["name", "part", "fate", "rank"].includes(key);
       state.down = state.key === key ? !state.down : first;
       state.key = key;
       find();
