@@ -271,21 +271,31 @@ def cached(path, want: dict, compute) -> tuple[dict[str, np.ndarray], dict]:
     """(arrays, record): what is at `path` if it is whole and its record holds `want`, else what
     `compute()` -> (arrays, found) gives, kept there with the record `found` and `want`.
 
-    The only compute-or-load. A missing or damaged file is computed again, one made under other
-    settings raises RecordMismatch. Two processes never compute one file: the second waits, then
-    reads it. What comes back is what stands on the disk: arrays in C order, a record as JSON has
-    it. (Ours.)
+    A missing or damaged file is computed again, one made under other settings raises
+    RecordMismatch. What comes back is what stands on the disk: arrays in C order, a record as JSON
+    has it. (Ours.)
     """
-    path = Path(path)
-    with suppress(DamagedFile):
-        return read_tensors(path, want)
-    sweep(path.parent)
-    with computing(path):
-        with suppress(DamagedFile):  # another process was here
-            return read_tensors(path, want)
+
+    def made():
         arrays, found = compute()
         arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         return arrays, write_tensors(path, arrays, found | want)
+
+    return finished(path, lambda: read_tensors(path, want), made)
+
+
+def finished(path, read, make):
+    """`read()`, or `make()` where that raises DamagedFile: `path` is not there, or not whole.
+    Two processes never make one file: the second waits, then reads it. (Ours.)
+    """
+    path = Path(path)
+    with suppress(DamagedFile):
+        return read()
+    sweep(path.parent)
+    with computing(path):
+        with suppress(DamagedFile):  # another process was here
+            return read()
+        return make()
 
 
 def verify(record: dict, expect: dict, where) -> None:

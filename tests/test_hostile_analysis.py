@@ -4,10 +4,13 @@ answer, or one UserError that says so; never NaN, a warning, another exception.
 
 import inspect
 import warnings
+from importlib import import_module
+from pkgutil import iter_modules
 
 import numpy as np
 import pytest
 
+from helpers import analysis
 from helpers.analysis import (
     alteration,
     controls,
@@ -23,19 +26,11 @@ from helpers.analysis import (
 )
 from helpers.record import UserError
 
-ROOMS = (
-    alteration,
-    controls,
-    dose,
-    effects,
-    generality,
-    nulls,
-    regression,
-    sets,
-    similarity,
-    stats,
-    wordings,
-)
+ROOMS = [
+    import_module(f"{analysis.__name__}.{room.name}")
+    for room in iter_modules(analysis.__path__)
+    if room.name != "checks"
+]
 ROWS, L, N, E, C = 24, 3, 8, 4, 3
 RNG = np.random.default_rng(0)
 LABELS = np.repeat(np.arange(C), ROWS // C)

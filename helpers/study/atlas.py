@@ -21,10 +21,9 @@ from ..record import (
     NotTestable,
     UserError,
     atomic,
-    computing,
+    finished,
     read_record,
     sha256,
-    sweep,
     verify,
     versions,
     write_json,
@@ -392,14 +391,12 @@ def kept(study, *settings) -> pd.DataFrame:
     computed and kept in data/results/<profile>/atlas/. Raises RecordMismatch as `cached` does.
     """
     path, want = _path(study), expected(study, *settings)
-    with suppress(DamagedFile):
-        return _read(path, want)
-    sweep(path.parent)
-    with computing(path):
-        with suppress(DamagedFile):  # another process was here
-            return _read(path, want)
+
+    def made():
         _write(path, atlas(study, *settings), want | {"made_with": versions()})
-    return _read(path, want)
+        return _read(path, want)
+
+    return finished(path, lambda: _read(path, want), made)
 
 
 def write(studies: dict, pair: str | None = None, *settings) -> list[Path]:
