@@ -175,9 +175,13 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, save):
     with pytest.raises(UserError, match="nothing in it was run"):
         exports.read_lsn(tmp_path / "bad.pth", (3, 7))
     assert not (tmp_path / "ran").exists()
-    (tmp_path / "text.pth").write_text("no pickle")
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"PK\x03\x04" + bytes(50)])
+def test_what_is_no_file_of_tensors_is_refused(tmp_path, content):
+    (tmp_path / "f.pth").write_bytes(content)
     with pytest.raises(UserError, match="not a file of plain tensors"):
-        exports.read_lsn(tmp_path / "text.pth", (3, 7))
+        exports.read_lsn(tmp_path / "f.pth", (3, 7))
     with pytest.raises(UserError, match="cannot be read"):
         exports.read_lsn(tmp_path / "none.pth", (3, 7))
 

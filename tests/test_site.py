@@ -323,6 +323,7 @@ def test_the_best_ranked_come_first_and_those_in_no_set_last(world):
     path = world / "data" / "results" / "alpha" / "atlas.csv"
     table = atlas(20)
     table.loc[[0, 1], [f"in_{name}" for name in CATEGORIES]] = False
+    table["rank_QA"] = table["rank_QA"].astype(float)
     table.loc[7, "rank_QA"] = 0.5  # a tie
     table.to_csv(path, index=False)
     target = site.build("alpha")

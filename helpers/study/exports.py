@@ -13,6 +13,7 @@ import torch
 
 from ..analysis.nulls import chance_jaccard
 from ..analysis.similarity import jaccard
+from ..capture.gguf_files import BAD, one_line
 from ..paths import checked, short
 from ..record import (
     DamagedFile,
@@ -193,9 +194,9 @@ def read_lsn(path, shape: tuple[int, int]) -> np.ndarray:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{short(path)} cannot be read: {error.strerror}. Check it.") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, EOFError, *BAD) as error:
         raise DamagedFile(
-            f"{short(path)} is not a file of plain tensors ({str(error).splitlines()[0][:100]}); "
+            f"{short(path)} is not a file of plain tensors ({one_line(error)[:100]}); "
             "nothing in it was run. Take an LSN file: lists of tensors of neuron numbers."
         ) from error
     _refuse_lsn(found, shape, short(path))
@@ -227,8 +228,9 @@ def _refuse_lsn(found, shape, where):
 
 
 def _numbers(tensor) -> bool:
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     whole = tensor.dtype in (torch.int64, torch.int32, torch.int16)
-    return tensor.dim() == 1 and (whole or not len(tensor))
+    return plain and tensor.dim() == 1 and (whole or not len(tensor))
 
 
 def compare(theirs, names: Sequence[str], sets: Sets) -> pd.DataFrame:
