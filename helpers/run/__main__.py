@@ -214,15 +214,12 @@ def run_grid(options) -> int:
     """Compute what is missing of a profile's grid of ablations; once all is there, its tables.
     Under torchrun or `accelerate launch` its cells are dealt out to the processes.
     """
-    import torch
-
     from ..capture.budget import kept_in
     from ..hexainst import schema
     from ..study import counting, grid
     from ..study.study import studies
 
     profile = load_profile(options.profile)
-    torch.set_num_threads(profile.threads)
     every = studies(profile, schema.load_hexainst(dataset=profile.dataset))
     kept_in(results_dir(profile.name) / "grid.tokens.jsonl")
     found = {}
@@ -264,13 +261,10 @@ def run_planted(options) -> int:
 def run_atlas(options) -> int:
     """Write a table of every neuron and expert that is in a category's set: frequencies, ranks,
     tokens, effects."""
-    import torch
-
     from ..study import atlas
     from ..study.study import studies
 
     profile = load_profile(options.profile)
-    torch.set_num_threads(profile.threads)
     with household():
         paths = atlas.write(studies(profile), options.pair, options.score, options.share)
     print(*map(short, paths), sep="\n")

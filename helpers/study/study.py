@@ -216,6 +216,7 @@ class Study:
             return self._models[variant]
         if variant not in self._spare:
             self._spare.clear()  # before the next one takes its place
+            torch.set_num_threads(self.profile.threads)
             self._spare[variant] = open_model(self.pair, variant, self.profile.seed)
             named(self._spare[variant][0], f"{self.name} {variant}")
         return self._spare[variant]
@@ -306,7 +307,6 @@ class Study:
         if several and counting.processes()[1] == 1 and shards.missing():
             counting.launch(self._job(variant, positions), self.profile.processes)
             return
-        torch.set_num_threads(self.profile.threads)
         counting.fill(
             shards,
             lambda k, bar: self._read(variant, positions, list(shards.rows(k)), bar),
@@ -426,7 +426,6 @@ class Study:
         folder = self.folder(variant, "answers")
 
         def generate():
-            torch.set_num_threads(self.profile.threads)
             model, tokenizer = self.reader(variant)
             ids = answer_ids(model, tokenizer, rows.rows, *self._speech())
             arrays = {
