@@ -143,21 +143,22 @@ def heat_map(ax, table, row: str, column: str, value: str, **look) -> None:
 
 
 def matrices(
-    table: pd.DataFrame, row: str, column: str, value: str, signed=(), fmt: str = ".2f", per_row=3
+    table: pd.DataFrame, row: str, column: str, value: str, signed=(), unit: str = ""
 ) -> Figure:
-    """C x C panels; columns `panel`, `row`, `column`, `value`.
+    """C x C panels; columns `panel`, `row`, `column`, `value`, the last in `unit`.
 
     Panels named in `signed` diverge around a white 0. Panels of one kind, whose names agree up to
     the colon, share one colour scale.
     """
-    fig, drawn = panels(table, "panel", (4.3, 3.7), per_row)
+    fig, drawn = panels(table, "panel", (4.3, 3.7), 3)
     kind = table["panel"].str.split(":").str[0]
     reach = table[value].abs().groupby([kind, table["panel"].isin(signed)]).max()
     for ax, name, part in drawn:
         diverges = name in signed
         most = reach[name.split(":")[0], diverges]
         look = {"vmin": -most, "cmap": "PuOr_r"} if diverges else {"vmin": 0, "cmap": "cividis"}
-        heat_map(ax, part, row, column, value, vmax=most, annot=True, fmt=fmt, **look)
+        look |= {"cbar_kws": {"label": unit}}
+        heat_map(ax, part, row, column, value, vmax=most, annot=True, fmt=".2f", **look)
         ax.set_title(name, fontsize=10)
         ax.set_ylabel(row if ax.get_subplotspec().is_first_col() else "")
     return fig

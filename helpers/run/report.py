@@ -112,7 +112,8 @@ def claims_table(folders) -> str:
         head += [f"verdict, {name}", *pd.unique(tests["pair"])]
     lines = [head, ["---"] * len(head)]
     for claim in claims.to_dict("records"):
-        components, line = claim["components"].split(), [claim["claim"]]
+        components = claim["components"].split()
+        line = [f"`{claim['id']}`: {claim['claim']} ({claim['unit']})"]
         for tests, verdicts in parts.values():
             cells = [_cells(tests, verdicts, claim["id"], component) for component in components]
             line += [_stacked(components, cell) for cell in zip(*cells, strict=True)]
