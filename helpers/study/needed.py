@@ -705,7 +705,7 @@ def sentences(found: dict) -> list[str]:
             )
             held = _held(numbers, f"ablation.gain.{score}.all", "lost_ci", every)
             said.append(
-                f"{name}: it takes instruction gain away in {len(held)} of {len(every)} "
+                f"{name}: losing them takes instruction gain away in {len(held)} of {len(every)} "
                 f"({', '.join(held) or 'none'})."
             )
         said += [f"{name}: {line}" for line in _said_once(numbers)]
