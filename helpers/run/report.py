@@ -23,7 +23,8 @@ PLANNED = {  # README's columns: {title: (column of plans.csv, format)}
     "counts on disk, GB": ("counts GB", "{:.1f}"),
     "texts read": ("instructions", "{:,}"),
     "times each": ("passes", "{}"),
-    "hours of one core": ("core hours", "{:.1f}"),
+    "core hours to count": ("core hours", "{:,.1f}"),
+    "to ablate": ("ablation hours", "{:,.0f}"),
 }
 
 

@@ -25,7 +25,7 @@ from ..analysis.stats import adjust, plus_one, resample_weights
 from ..capture.interventions import ablate
 from ..hexainst.corpus import texts
 from ..record import NotTestable
-from .ablation import measure, own_effect, pooled, spared
+from .ablation import KINDS, measure, own_effect, pooled, spared
 from .evaluate import WHERE, ablation_matrix, accuracy, gain_lost, plain_text_nll, scored
 from .scores import reference_activations, sets_of, standing, written
 
@@ -584,6 +584,34 @@ class Needed:
         mask = {family: np.zeros_like(values) for family, values in like.items()}
         next(iter(mask.values()))[-1] = True
         return mask
+
+
+def ablated_rows(profile, categories: int, sparse: bool) -> int:
+    """How many rows notebook 06 reads under some ablation, of one pair whose halves both have
+    `ablation_rows` of every category: what its experiments ask for. What two of them share is read
+    once, so a run reads a little less. (Ours.)
+    """
+    own, full, sizes = categories, categories**2, len(profile.sizes)
+    drawn, few = profile.controls, profile.controls_elsewhere
+    everywhere = full * profile.controls_all_rows
+    half = {
+        "consensus": (2 + sparse) * (full + own * drawn + everywhere),
+        "dose": len(TESTED) * sizes * own * (1 + few) + 3 * sizes * own,
+        "following": 2 * len(TESTED) * own * (1 + drawn),
+        "own part": own * (1 + drawn),
+        "pseudo": (1 + len(GROUPINGS)) * 2 * full,
+        "sufficient": len(TESTED) * own * (2 + few),
+        "operators": (3 * len(TESTED) + 2 * sparse) * own * (1 + few),
+        "usage": sparse * own * (1 + 2 * drawn),
+        "damage": len(TESTED) * full + own,
+    }
+    if profile.grid is None:
+        main = full + len(KINDS) * own * drawn + everywhere
+        other = full + len(KINDS) * own * few + everywhere
+        half["grid"] = len(profile.scores) * (main + (sizes - 1) * other)
+    places = 0 if sparse else len(WHERE) * 2 * len(TESTED) * 2 * full
+    checks = own + own * (1 + few)
+    return profile.ablation_rows * (2 * sum(half.values()) + places + checks)
 
 
 def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: int) -> tuple:

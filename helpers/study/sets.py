@@ -24,6 +24,7 @@ from ..analysis.stats import (
     shared_profile,
     shared_profile_beyond,
 )
+from ..capture.sites import find_sites
 from ..capture.tokens import Encoded
 from ..hexainst.corpus import wordings
 from ..record import read_json
@@ -79,6 +80,13 @@ def inventory(study) -> pd.DataFrame:
         }
         for model, c in counts.items()
     )
+
+
+def sites_of(study) -> pd.DataFrame:
+    """Where neurons stand in the tuned model: columns layer, family, name, width, experts."""
+    columns = ("layer", "family", "name", "width", "experts")
+    sites = find_sites(study.reader("tuned")[0])
+    return pd.DataFrame([{k: getattr(site, k) for k in columns} for site in sites])
 
 
 def positions(study) -> pd.DataFrame:
