@@ -1,11 +1,13 @@
 """What all figures share: colours (Okabe-Ito), grey dashed nulls, panels, legends, saving."""
 
 from functools import wraps
+from io import BytesIO
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..paths import checked, figures_dir
 from ..record import atomic, write_table
@@ -52,11 +54,18 @@ def markers(names) -> dict:
 
 
 def save_figure(fig: Figure, table: pd.DataFrame, name: str, profile: str) -> None:
-    """Write figures/<profile>/<name>.png, .svg and .csv (the table it was drawn from)."""
+    """Write figures/<profile>/<name>.png (of 256 colours: a third of the size), .svg and .csv (the
+    table it was drawn from).
+    """
     checked(name, "figure")
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        with atomic(figures_dir(profile) / f"{name}{suffix}") as draft:
-            fig.savefig(draft, metadata=metadata)
+    pixels = BytesIO()
+    fig.savefig(pixels, format="png")
+    how = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
+    flat = Image.open(pixels).convert("RGB").quantize(256, **how)
+    with atomic(figures_dir(profile) / f"{name}.png") as draft:
+        flat.save(draft, "png", optimize=True)
+    with atomic(figures_dir(profile) / f"{name}.svg") as draft:
+        fig.savefig(draft, metadata={"Date": None})
     write_table(figures_dir(profile) / f"{name}.csv", table)
 
 
