@@ -122,6 +122,108 @@ def claims_table(folders) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _spread(numbers, measure) -> str:
+    found = [v for k, v in numbers.items() if re.fullmatch(rf"ability.tuned.all.\w+.{measure}", k)]
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
+def _gains(numbers) -> str:
+    ends = [v for k, v in numbers.items() if re.fullmatch(r"ability.tuned.all.\w+.gain_ci", k)]
+    return f"{sum(low > 0 for low, _ in ends)} of {len(ends)} categories"
+
+
+def _members(numbers) -> str:
+    found = {int(k.rpartition(".")[2]): v for k, v in numbers.items() if k.startswith("membership")}
+    return f"{found[1]:,} / {found[max(found)]:,}"
+
+
+def _one(key, form="{:.2f}"):
+    def said(numbers):
+        ends = " [" + ", ".join(map(form.format, numbers[f"{key}_ci"])) + "]"
+        return form.format(numbers[key]) + ends
+
+    return said
+
+
+FOUND = {  # a question; what the summary's numbers of a pair answer
+    "answers that the strict checkers pass, by category": lambda n: _spread(n, "strict"),
+    "right answer likeliest of a few, by category": lambda n: _spread(n, "first"),
+    "the own instruction makes the reference likelier in": _gains,
+    "neurons in one consensus set / in all of them": _members,
+    "losing the most frequent 5 %, beyond the hardest control, nats per token": _one(
+        "ablation.equal.frequency.all.critical"
+    ),
+    "the same, own category minus the others": _one("ablation.equal.frequency.all.specificity"),
+    "losing 5 % by contribution, beyond the hardest control": _one(
+        "ablation.equal.contribution.all.critical"
+    ),
+    "the same, own category minus the others ": _one("ablation.equal.contribution.all.specificity"),
+    "layers of two categories alike, tuned / untrained": lambda n: (
+        f"{n['layers.neurons.all.stability']:.3f} / {n['layers.neurons.all.twin']:.3f}"
+    ),
+    "category read off the neurons": _one("nearest.neurons.all.tuned"),
+    "category read off the words alone": _one("nearest.neurons.all.words"),
+}
+
+
+def _told(answer, numbers) -> str:
+    try:
+        return answer(numbers)
+    except (KeyError, ValueError):  # the run did not ask
+        return "-"
+
+
+def findings(folders) -> str:
+    """A Markdown row per question of FOUND, a column per pair of the published folders."""
+    pairs = {}
+    for folder in folders:
+        pairs |= read_json(Path(folder) / "summary.json")["pairs"]
+    lines = [["", *(f"`{name}`" for name in pairs)], ["---"] * (1 + len(pairs))]
+    lines += [
+        [asked, *(_told(answer, n) for n in pairs.values())] for asked, answer in FOUND.items()
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def compared(folders) -> str:
+    """Of each published folder but `tiny`: which headline verdicts are those of the tiny models,
+    which are others, and what was not asked of it. A Markdown list.
+    """
+    claims = ledger.read_ledger()
+    headline = set(claims.loc[claims["headline"] == "yes", "id"])
+    found = {Path(f).name: _verdicts(Path(f) / PUBLISHED[1], headline) for f in folders}
+    tiny, lines = found.pop("tiny"), []
+    for name, other in found.items():
+        asked = {key: said for key, said in other.items() if said in JUDGED}
+        alike = {key: f"{_named(key)}: {said}" for key, said in asked.items() if tiny[key] == said}
+        differ = [
+            f"{_named(key)}: {said} in `{name}`, {tiny[key]} in `tiny`"
+            for key, said in asked.items()
+            if key not in alike
+        ]
+        left = [_named(key) for key in tiny if key not in asked]
+        lines += [
+            f"- **Another verdict in `{name}` than in `tiny`:** {'; '.join(differ) or 'none'}.",
+            f"- **The same verdict in both:** {'; '.join(alike.values()) or 'none'}.",
+            f"- **Not asked of `{name}`** (it lacks a base, or routed experts): "
+            f"{', '.join(left) or 'none'}.",
+        ]
+    return "\n".join(lines)
+
+
+JUDGED = ("supported", "mixed", "not supported")
+
+
+def _verdicts(path, names) -> dict[tuple[str, str], str]:
+    table = pd.read_csv(path)
+    some = table[table["id"].isin(names)]
+    return dict(zip(zip(some["id"], some["components"], strict=True), some["verdict"], strict=True))
+
+
+def _named(key) -> str:
+    return f"`{key[0]}` ({key[1]})"
+
+
 def _cells(tests, verdicts, name, component) -> list[str]:
     """A claim's verdict and, of each pair, its effect beside the null."""
     mine = (verdicts["id"] == name) & (verdicts["components"] == component)
@@ -166,10 +268,12 @@ def pages() -> dict[Path, str]:
     text}. Nothing is written.
     """
     readme, sheet = ROOT / "README.md", DATA / "README.md"
-    folders = sorted((DATA / "published").glob("*/"), key=lambda folder: folder.name != "tiny")
+    folders = sorted((DATA / "published").glob("*/"), key=lambda folder: folder.name == "tiny")
     blocks = {
         "cost": cost(read_json(DATA / "published" / "tiny" / "summary.json")),
         "claims": claims_table(folders),
+        "compared": compared(folders),
+        "findings": findings(folders),
         "plans": plans_table(),
     }
     return {

@@ -13,7 +13,7 @@ from ..analysis.stats import SMALLEST, adjust
 from ..capture.count import count_encoded, refuse_long
 from ..capture.tokens import check_tokenizer, texts_of
 from ..config import defaults, refuse_other
-from ..record import NotTestable, UserError
+from ..record import UserError
 from .ablation import draws_of, measure, pooled
 from .evaluate import nll
 from .quick import SCORES, labels_of, read_in
@@ -115,8 +115,8 @@ def ablation_table(
     >>> found = ablation_table(model, tokenizer, texts, labels, controls=2)
     >>> found[["ablated", "measured", "n"]].values.tolist()[:2]
     [['pets', 'pets', 4], ['pets', 'sums', 4]]
-    >>> print(found["note"][0][:61])
-    not testable: group 0 has 2 instructions; expected at least 5
+    >>> print(found["note"][0])
+    not testable: 2 texts of 'pets' in a half, expected 5
     """
     known, more = (*SCORES, "contribution"), f"; with references {', '.join(SEES_REFERENCE)}"
     if references is not None:
@@ -169,11 +169,14 @@ def _cells(study, arrays, half):
             row = {"ablated": ablated, "measured": measured, "n": int(at.sum()), "loss": loss}
             row |= {"increase": float(increase.mean()), "note": ""}
             row |= {kind: float(values.mean()) for kind, values in controls.items()}
-            try:
-                found = critical(increase, controls, half[at], profile.resamples, profile.seed)
-            except NotTestable as reason:
-                yield row | {"note": f"not testable: {reason}"}
+            fewest = np.bincount(half[at], minlength=2).min()
+            if fewest < SMALLEST:
+                said = (
+                    f"not testable: {fewest} texts of {measured!r} in a half, expected {SMALLEST}"
+                )
+                yield row | {"note": said}
                 continue
+            found = critical(increase, controls, half[at], profile.resamples, profile.seed)
             low, high = found["critical_ci"]
             row |= {"increase": found["own"], "hardest": found["hardest"]}
             row |= {kind: found[kind] for kind in controls}
