@@ -7,6 +7,7 @@ is ours, not the paper's.
 """
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +39,7 @@ from .study import Study, rows_of
 from .tuning import TUNINGS, Recipe
 
 TABLES, CACHED = paths.DATA / "tuning", paths.DATA / "cache" / "tuning" / "rows.jsonl"
+WEIGHTS_RESAMPLES = 500  # of the interval that ranks all neurons anew each time
 ROWS, RUNS, DATA_TABLE = "rows.csv", "runs.json", "data.csv"
 START, CONTROL, MAIN = "start", "continued", "full"
 ABLE = ("own", "other", "none", "gain", "gain_none", "first", "chance")
@@ -61,7 +63,7 @@ class Plan(NamedTuple):
     out: Path
     device: str = "cpu"
     curve_rows: int = 25
-    able_rows: int = 50
+    able_rows: int = 40
     weight_rows: int = 25
 
     @property
@@ -266,7 +268,7 @@ class Tunings:
         pair = Pair(name, None, self.plan.start if name == START else str(self.last(name)))
         rows = self.plan.rows.iloc[some]
         study = Study(self.plan.profile, pair, rows, {"tuned": self.loaded(name)})
-        found = likely(study)
+        found = likely(study, "tuned")
         arrays = {key: found[key].to_numpy(np.float32) for key in ABLE}
         return arrays | {"rows": some.astype(np.int32)}, {}
 
@@ -291,6 +293,8 @@ class Tunings:
         study, record = self.study(name), {}
         if what == "weights":
             study = study.take(self.plan.first(self.plan.weight_rows))
+            most = min(WEIGHTS_RESAMPLES, self.plan.profile.resamples)
+            study.profile = replace(self.plan.profile, resamples=most)
         found = alteration.measured({name: study}, MATTERS[what])
         record[what] = found.table.to_dict("records")
         if what == "weights":
@@ -300,6 +304,7 @@ class Tunings:
         return {}, plain(record)
 
 
+@torch.no_grad()
 def read(study, variant) -> np.ndarray:
     """Count what a model of a study reads, at all, even and odd tokens of the prompts, and remember
     it there, from one pass; the same pass's loss of each reference, nats per token, [I].

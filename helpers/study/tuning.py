@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -188,20 +189,37 @@ def train(job: Job, tuning: Tuning, folder, every: float = 60.0, report=print) -
     run = _Run(job, tuning, model, folder, want)
     run.resume()
     plan = schedule([len(e.ids) for e in read], job.recipe.tokens, job.recipe.steps, tuning.seed)
-    saved = time.monotonic()
-    for step in range(run.done, job.recipe.steps):
-        run.step(step, padded(read, plan[step]))
-        if step + 1 in job.recipe.checkpoints:
-            run.keep(step + 1, tokenizer)
-            report(f"{tuning.name} step {step + 1}: loss {run.losses[-1][2]:.3f}")
-            if time.monotonic() - saved >= every and step + 1 < job.recipe.steps:
-                run.save_state(step + 1)
-                saved = time.monotonic()
+    began = saved = time.monotonic()
+    with quick(device):
+        for step in range(run.done, job.recipe.steps):
+            run.step(step, padded(read, plan[step]))
+            if step + 1 in job.recipe.checkpoints:
+                run.keep(step + 1, tokenizer)
+                now = time.monotonic()
+                said = f"loss {run.losses[-1][2]:.3f}, {now - began:.0f} s"
+                report(f"{tuning.name} step {step + 1}: {said}")
+                if now - saved >= every and step + 1 < job.recipe.steps:
+                    run.save_state(step + 1)
+                    saved = now
     record = want | {"losses": run.losses, "checkpoints": run.kept}
     write_json(folder / RUN, record)
     for file in (folder / STATE, (folder / STATE).with_suffix(".json")):
         file.unlink(missing_ok=True)
     return read_json(folder / RUN)
+
+
+@contextmanager
+def quick(device):
+    """Inside, a GPU multiplies in TF32: a tuning is a cause, not a measurement. What is measured is
+    computed in float32 throughout.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def settings(job: Job, tuning: Tuning, template: str) -> dict:
