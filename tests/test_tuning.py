@@ -11,14 +11,16 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.config import Pair, Profile
 from helpers.hexainst import leftover
 from helpers.paths import ROOT
 from helpers.record import DamagedFile, RecordMismatch, UserError, read_json
-from helpers.study import tuning
+from helpers.study import evaluate, ledger, tuned, tuning, tuning_tables
 from tests import planted, zoo
 
 torch.set_num_threads(1)
@@ -299,3 +301,156 @@ def test_rows_come_back_from_disk_and_damage_is_one_line(tmp_path):
         leftover.read_rows(tmp_path / "rows.jsonl")
     with pytest.raises(UserError, match="human half"):
         leftover.gather_rows(planted.rows(2))
+
+
+# ---- what is measured
+
+
+def plan_of(start, folder, out, per_half=6):
+    pair = Pair("start", None, str(start))
+    settings = {"resamples": 100, "controls": 2, "ablation_rows": 5, "batch_size": 16}
+    profile = Profile("p", "none", (pair,), template=planted.TEMPLATE, epsilon=0.1, **settings)
+    rows = planted.rows(per_half)
+    rows["tags"] = [{"wording": name} for name in rows["id"]]
+    rows["reference"] += rows.groupby("category").cumcount().astype(str)
+    return tuned.Plan(profile, rows, RECIPE, folder, out, "cpu", 3, 5, 4)
+
+
+@pytest.fixture(scope="module")
+def measured(start, runs, tmp_path_factory):
+    """All five tunings measured: (plan, what was kept)."""
+    plan = plan_of(start, runs, tmp_path_factory.mktemp("tables"))
+    tuned.Tunings(plan, tuning.read_runs(runs), lambda said: None).measure()
+    return plan, tuning_tables.read_measured(plan.out, 200)
+
+
+def sets_of(ref, rows, epsilon=0.1):
+    """Each row's most frequent neurons, by a loop: the model's own gates, one row at a time."""
+    model, tokenizer = tuning.load_model(str(ref))
+    found, gates = [], []
+    hooks = [
+        layer.mlp.act_fn.register_forward_hook(lambda m, i, o: gates.append(o))
+        for layer in model.model.layers
+    ]
+    read = tuned.encode_rows(tokenizer, rows, planted.TEMPLATE, "prompt")
+    for one in read:
+        gates.clear()
+        with torch.no_grad():
+            model(torch.tensor([one.ids]))
+        counted = torch.tensor(one.counted)
+        found.append(torch.cat([(g[0] > 0)[counted].sum(0) for g in gates]).numpy())
+    for hook in hooks:
+        hook.remove()
+    return np.array([top(counts, epsilon) for counts in found])
+
+
+def top(counts, epsilon):
+    """At least the cut's count, and on at all."""
+    cut = np.sort(counts)[::-1][round(epsilon * len(counts)) - 1]
+    return (counts >= cut) & (counts > 0)
+
+
+def test_similarities_are_those_of_a_loop_over_rows(start, runs, measured):
+    plan, found = measured
+    before, after = (sets_of(ref, plan.rows) for ref in (start, runs / "full" / "0006"))
+    jaccard = (before & after).sum(1) / (before | after).sum(1)
+    arrays = found.part("changed-full")[0]
+    assert arrays["similarity"] == pytest.approx(jaccard, abs=1e-6)
+    some = plan.first(3)
+    middle = sets_of(runs / "full" / "0002", plan.rows.iloc[some])
+    for key, end in (("near", before[some]), ("settled", after[some])):
+        expected = (middle & end).sum(1) / (middle | end).sum(1)
+        assert arrays[key][2] == pytest.approx(expected, abs=1e-6)
+    assert arrays["steps"].tolist() == [0, 1, 2, 4, 6]
+    again = sets_of(runs / "again" / "0006", plan.rows)
+    expected = (after & again).sum(1) / (after | again).sum(1)
+    assert found.part("pairs")[0]["full~again"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_loss_along_a_tuning_is_each_checkpoints_own(start, runs, measured):
+    plan, found = measured
+    rows = plan.rows.iloc[plan.first(3)]
+    for name in ("full", "lora"):
+        curve = found.part(f"changed-{name}")[0]["loss"]
+        for at, ref in ((0, start), (2, runs / name / "0002"), (4, runs / name / "0006")):
+            model, tokenizer = tuning.load_model(str(ref))
+            encoded = tuned.encode_rows(tokenizer, rows, planted.TEMPLATE, "response")
+            expected = evaluate.nll(model, encoded)
+            assert curve[at] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_kept_is_not_measured_again_and_other_tunings_are_refused(start, runs, measured):
+    plan, _ = measured
+    said = []
+    known = tuning.read_runs(runs)
+    before = {path: path.stat().st_mtime_ns for path in plan.out.glob("*.safetensors")}
+    tuned.Tunings(plan, known, said.append).measure()
+    assert before == {path: path.stat().st_mtime_ns for path in plan.out.glob("*.safetensors")}
+    assert len(said) == len(before)
+    changed = known | {"full": known["full"] | {"checkpoints": {"0006": "another"}}}
+    with pytest.raises(RecordMismatch, match="tunings"):
+        tuned.Tunings(plan, changed, said.append).measure()
+    tuned.write_json(plan.out / tuned.RUNS, known)
+
+
+def test_a_part_of_other_rows_is_refused_by_the_tables(measured, tmp_path):
+    plan, _ = measured
+    shutil.copytree(plan.out, tmp_path / "tables")
+    path = tmp_path / "tables" / "pairs.json"
+    path.write_text(json.dumps(read_json(path) | {"rows": "others"}))
+    with pytest.raises(RecordMismatch, match="rows"):
+        tuning_tables.read_measured(tmp_path / "tables")
+
+
+def test_every_declared_claim_is_asked_and_its_numbers_are_means_of_rows(measured):
+    plan, found = measured
+    numbers = tuning_tables.numbers(found)
+    claims = ledger.read_ledger(tunings=True)
+    halves, categories = ["all", "A", "B"], list(pd.unique(plan.rows["category"]))
+    tests = ledger.judge(ledger.look_up(claims, numbers, halves, categories))
+    asked = {(row["id"], c) for row in claims.to_dict("records") for c in row["components"].split()}
+    assert {(i, c) for i, c in asked if i != "tuning-matter"} <= set(
+        zip(tests["id"], tests["components"], strict=True)
+    )
+    able = {name: found.part(f"able-{name}")[0] for name in ("start", "full")}
+    here = plan.rows["category"].to_numpy()[able["full"]["rows"]] == "CODE"
+    fell = (able["start"]["own"] - able["full"]["own"])[here].mean()
+    assert numbers["full"]["tuning.likelier.all.CODE.improved"] == pytest.approx(fell, abs=1e-6)
+    alike = {name: found.part(f"changed-{name}")[0]["similarity"] for name in found.runs}
+    gap = (alike["continued"] - alike["full"]).mean()
+    assert numbers["full"]["tuning.neurons.all.beyond"] == pytest.approx(gap, abs=1e-6)
+    more, category = alike["full"] - alike["alone"], plan.rows["category"].to_numpy()
+    means = {c: more[category == c].mean() for c in categories}
+    own = means.pop("MATH") - np.mean(list(means.values()))
+    assert numbers["alone"]["tuning.neurons.all.own"] == pytest.approx(own, abs=1e-6)
+
+
+def test_the_page_has_its_tables_and_sentences(measured):
+    _, found = measured
+    table = tuning_tables.resemblance(found)
+    assert np.allclose(table, table.T)
+    assert tuning_tables.budgets(found)["tokens"].between(360, 400).all()
+    for made in (tuning_tables.training_curves(found), tuning_tables.trajectories(found)):
+        assert set(made["panel"]) <= set(found.runs) - {"continued"}
+        assert np.isfinite(made["value"]).all()
+    said = tuning_tables.sentences(found, tuning_tables.numbers(found))
+    assert any(line.startswith("full: beyond continued language modelling by") for line in said)
+
+
+def test_a_file_of_other_weights_is_refused(start, runs):
+    model, _ = tuning.load_model(str(start))
+    with pytest.raises(DamagedFile, match="other weights"):
+        tuned.fill(model, runs / "lora" / "0006" / "adapter_model.safetensors")
+    tuned.fill(model, runs / "full" / "0006" / "model.safetensors")
+    other, _ = tuning.load_model(str(runs / "full" / "0006"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+
+
+def test_a_plan_needs_one_model_alone_and_a_gpu_that_is_there():
+    with pytest.raises(UserError, match="one model alone"):
+        tuned.planned("tiny", "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="sees no GPU"):
+            tuned.planned("smollm2", "cuda:0")

@@ -11,9 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..analysis.alteration import shares
 from ..analysis.stats import SMALLEST, adjust, attempt, bootstrap, paired_effect, plus_one
 from ..record import read_json, read_tensors, verify
 from . import alteration
+from .ledger import LEVEL
 from .tuned import CONTROL, MAIN, MATTERS, ROWS, RUNS, START
 from .tuning import TUNINGS
 
@@ -63,6 +65,7 @@ def read_measured(folder, resamples: int = 2000, seed: int = 0) -> Measured:
         verify(record, first, path)
         parts[path.stem] = arrays, record
     runs = read_json(folder / RUNS)
+    runs = {name: runs[name] for name in TUNINGS if name in runs}
     return Measured(rows, runs, parts, {"resamples": resamples, "seed": seed})
 
 
@@ -264,3 +267,160 @@ def led(found: Measured, name: str) -> pd.DataFrame:
         place = {"tuning": name, "what": "smaller_lead", "half": half}
         out.append(_row(f"tuning.neurons.{half}.smaller_lead", compute, **place))
     return pd.DataFrame(out)
+
+
+# ---- what the page shows
+
+
+def every(found: Measured, table) -> pd.DataFrame:
+    """`improved`, `beyond` or `led` of all tunings, one below the other."""
+    parts = [table(found, name) for name in found.runs]
+    return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+
+
+def budgets(found: Measured) -> pd.DataFrame:
+    """What each tuning read: tuning, reads, category, seed, steps, tokens, and the mean loss of its
+    first and of its last tenth of steps (of what it reads: not comparable between kinds of text).
+    """
+    rows = []
+    for name, run in found.runs.items():
+        losses = [loss for _, _, loss in run["losses"]]
+        tenth, how = max(1, len(losses) // 10), run["tuning"]
+        row = {"tuning": name, "reads": how["reads"], "category": how["category"] or "all"}
+        row |= {"low rank": how["low_rank"], "seed": how["seed"], "steps": len(losses)}
+        row |= {"tokens": run["losses"][-1][1], "first": np.mean(losses[:tenth])}
+        rows.append(row | {"last": np.mean(losses[-tenth:])})
+    return pd.DataFrame(rows)
+
+
+def recorded(found: Measured, part: str, table: str, rename: bool = False) -> pd.DataFrame:
+    """A table that was made beside the models, of every tuning that has it: of part "changed" the
+    tables churned, layers and categories; of "matter", "transplant", "weights" theirs.
+    """
+    tables = [
+        pd.DataFrame(found.part(f"{part}-{name}")[1][table])
+        for name in found.runs
+        if table in found.part(f"{part}-{name}")[1]
+    ]
+    whole = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return whole.rename(columns={"pair": "panel"}) if rename else whole
+
+
+def pictured(table: pd.DataFrame, value: str, panel: str) -> pd.DataFrame:
+    """Rows that have a value, for a figure: its interval as low and high, `panel` named so."""
+    table = table[table[value].notna()] if value in table else table.iloc[:0]
+    ci = "ci" if "ci" in table else f"{value}_ci"
+    bounds = pd.DataFrame(table[ci].tolist(), table.index, ["low", "high"])
+    return table.drop(columns=ci).join(bounds).rename(columns={panel: "panel"})
+
+
+def resemblance(found: Measured) -> pd.DataFrame:
+    """Mean similarity of the sets of every two models, over all rows: names by names."""
+    names = [START, *found.runs]
+    alike = _between(found.part("pairs")[0], found)
+    table = pd.DataFrame(1.0, index=names, columns=names)
+    for one in names:
+        for other in names:
+            if one != other and (values := alike(one, other)) is None:
+                values = alike(other, one)
+            if one != other:
+                table.loc[one, other] = np.nan if values is None else float(np.mean(values))
+    return table
+
+
+def of_one_category(found: Measured) -> pd.DataFrame:
+    """Category by category: similarity to the start of the model tuned on all, of the one tuned on
+    a single category, and by how much the second moved more.
+    """
+    alike = _between(found.part("pairs")[0], found)
+    values = {name: alike(START, name) for name in (MAIN, ALONE)}
+    if any(value is None for value in values.values()):
+        return pd.DataFrame()
+    table = pd.DataFrame(values).groupby(found.rows["category"], sort=False).mean()
+    return table.assign(**{"moved more": table[MAIN] - table[ALONE]}).reset_index()
+
+
+def training_curves(found: Measured) -> pd.DataFrame:
+    """Similarity to the start along the steps of each tuning and of continued language modelling:
+    panel, run, step, value, low, high, n, as `plots.alteration.training` draws them.
+    """
+    control, out = found.part(f"changed-{CONTROL}")[0], []
+    for name in [name for name in found.runs if name != CONTROL and control]:
+        own = found.part(f"changed-{name}")[0]
+        for said, arrays in (("further pre-training", control), ("instruction tuning", own)):
+            if arrays:
+                at = arrays["curve_rows"]
+                near = arrays["near"].T.astype(float)
+                line = found.effect(near, np.zeros_like(near), at)
+                rows = {"panel": name, "run": said, "step": arrays["steps"]}
+                rows |= {"value": line.difference, "low": line.low, "high": line.high}
+                out.append(pd.DataFrame(rows | {"n": len(at)}))
+    return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
+
+
+def trajectories(found: Measured) -> pd.DataFrame:
+    """Shares of the final change along each tuning: panel, line, step, value, null, n; the null is
+    the loss of the same references under continued language modelling, in units of what the tuning
+    took off it.
+    """
+    control, out = found.part(f"changed-{CONTROL}")[0], []
+    for name in [name for name in found.runs if name != CONTROL]:
+        arrays = found.part(f"changed-{name}")[0]
+        lines = {"left the start's sets": "near", "came to the final sets": "settled"}
+        lines |= {"loss of references": "loss"} if arrays else {}
+        curves = attempt(partial(_shares, arrays, lines)) if arrays else {}
+        if control and arrays and "note" not in curves:
+            loss, other = arrays["loss"].mean(1), control["loss"].mean(1)
+            said = "null: loss, continued language modelling"
+            curves[said] = (other - loss[0]) / (loss[-1] - loss[0])
+        for line, values in curves.items():
+            if line != "note":
+                rows = {"panel": name, "line": line, "step": arrays["steps"], "value": values}
+                rows |= {"null": line.startswith("null"), "n": len(arrays["curve_rows"])}
+                out.append(pd.DataFrame(rows))
+    return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
+
+
+def _shares(arrays, lines):
+    return {line: shares(arrays[key].astype(float))[0] for line, key in lines.items()}
+
+
+def sentences(found: Measured, numbers: dict) -> list[str]:
+    """What was found, tuning by tuning, from the numbers alone; what is not there is left out."""
+    lines = []
+    for name, known in numbers.items():
+        lines += _said_to_improve(found, name, known)
+        for key, what, p in (
+            ("alteration.neurons.all.excess_churn", "changed beyond the noise floor by", "p"),
+            ("tuning.neurons.all.beyond", "beyond continued language modelling by", "p_beyond"),
+            ("tuning.neurons.all.beyond_seed", "further than two seeds by", "p_beyond_seed"),
+            ("tuning.neurons.all.own", "its own category moved more than others by", "p_own"),
+            ("tuning.neurons.all.smaller_lead", "the smaller lead is", "p_smaller_lead"),
+            ("alteration.transplant.forward.all.effect", "the most moved tenth carries", "p"),
+            ("alteration.matter.gained.all.critical", "losing what was gained costs", "p"),
+        ):
+            if key in known:
+                p_value = known[f"{key.rpartition('.')[0]}.{p}"]
+                lines.append(f"{name}: {what} {_said(known, key, p_value)}.")
+    return lines
+
+
+def _said(known, key, p):
+    low, high = known[f"{key}_ci"]
+    told = "above 0" if low > 0 and p < LEVEL else "below 0" if high < 0 and p < LEVEL else ""
+    return f"{known[key]:.3f} [{low:.3f}, {high:.3f}], {told or 'not told from 0'}"
+
+
+def _said_to_improve(found, name, known):
+    """In how many categories each measure improved or fell, by interval and Holm."""
+    table = improved(found, name)
+    for measure in MEASURES if len(table) and "measure" in table else ():
+        part = table[(table["measure"] == measure) & (table["half"] == "all")]
+        part = part[part["value"].notna()]
+        low, high = (np.array([ci[end] for ci in part["ci"]]) for end in (0, 1))
+        sure = (part["holm"] < LEVEL).to_numpy()
+        up, down = (part["category"][sure & side].tolist() for side in (low > 0, high < 0))
+        yield (
+            f"{name}, {measure}: better in {', '.join(up) or 'none'}, worse in "
+            f"{', '.join(down) or 'none'} of {len(part)} categories."
+        )
