@@ -20,8 +20,8 @@ from helpers.config import Pair, Profile
 from helpers.hexainst import leftover
 from helpers.paths import ROOT
 from helpers.record import DamagedFile, RecordMismatch, UserError, read_json
-from helpers.study import evaluate, ledger, tuned, tuning, tuning_tables
-from tests import planted, zoo
+from helpers.study import evaluate, ledger, planted, tuned, tuning, tuning_tables
+from tests import zoo
 
 torch.set_num_threads(1)
 RECIPE = tuning.Recipe(steps=6, tokens=60, kept=(1, 2, 4), rate=1e-2, rank=2, warm=2, context=16)
@@ -308,7 +308,7 @@ def test_rows_come_back_from_disk_and_damage_is_one_line(tmp_path):
 
 def plan_of(start, folder, out, per_half=6):
     pair = Pair("start", None, str(start))
-    settings = {"resamples": 100, "controls": 2, "ablation_rows": 5, "batch_size": 16}
+    settings = {"resamples": 100, "controls": 2, "ablation_rows": 5, "batch_tokens": 1024}
     profile = Profile("p", "none", (pair,), template=planted.TEMPLATE, epsilon=0.1, **settings)
     rows = planted.rows(per_half)
     rows["tags"] = [{"wording": name} for name in rows["id"]]

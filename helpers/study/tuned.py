@@ -84,7 +84,7 @@ def planned(profile: str, device=None, out=None, rehearse: bool = False) -> Plan
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch {torch.__version__} sees no GPU. Use cpu.")
-    large = {"batch_size": 64, "batch_tokens": 16384} if device != "cpu" else {}
+    large = {"batch_tokens": 16384} if device != "cpu" else {}
     small = {"rows": 1, "resamples": 100, "controls": 2, "ablation_rows": 1} if rehearse else {}
     found = load_profile(profile, **large, **small)
     if len(found.pairs) != 1 or found.pairs[0].base:
