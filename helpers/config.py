@@ -6,6 +6,7 @@ import re
 from difflib import get_close_matches
 from typing import Annotated, Literal
 
+import numpy as np
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -257,18 +258,39 @@ def _made(kind, values, where: str):
     if not isinstance(values, dict):
         raise UserError(f"{where} is {_shown(values)}, expected `key: value` pairs.")
     known = kind.__pydantic_fields__
-    for key in values:
-        if key not in known:
-            close = get_close_matches(str(key), known, 1)
-            hint = f", did you mean {close[0]!r}?" if close else "."
-            raise UserError(
-                f"{where}: unknown key {_shown(key)}{hint} Known keys: {', '.join(sorted(known))}."
-            )
+    _refuse_unknown(values, known, where)
     try:
         return kind(**values)
     except ValidationError as error:
         faults = {fault["loc"][:1]: _fault(fault, values, known) for fault in error.errors()[::-1]}
         raise UserError(f"{where}: {' '.join(list(faults.values())[::-1])}") from error
+
+
+def _refuse_unknown(values, known, where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"{where}: unknown key {_shown(key)}{_hint(key, known)} Known keys: "
+                f"{', '.join(sorted(known))}."
+            )
+
+
+def _hint(name, known) -> str:
+    close = get_close_matches(str(name).casefold(), known, 1)
+    return f", did you mean {close[0]!r}?" if close else "."
+
+
+def refuse_other(value, known, what: str, more: str = "") -> None:
+    """UserError unless `value` is one of the `known` names; `more` ends the message.
+
+    >>> refuse_other("lape", SCORES, "score")
+    """
+    if not isinstance(value, str) or value not in known:
+        hint = _hint(value, known)
+        expected = ", e" if hint == "." else f"{hint} E"
+        raise UserError(
+            f"{what} is {_shown(value)}{expected}xpected one of {', '.join(known)}{more}."
+        )
 
 
 def _fault(fault: dict, values: dict, known: dict) -> str:
@@ -292,14 +314,17 @@ def _single(pair: Pair) -> Pair:
     return dataclasses.replace(pair, base=None, base_revision=None) if one == other else pair
 
 
-def defaults(**given) -> Profile:
+def defaults(only=None, **given) -> Profile:
     """The settings of a run without a file: every default is a profile's, but for those `given`,
-    which are named and checked as in a profile. Raises UserError.
+    which are named and checked as in a profile; numpy's numbers are numbers. Raises UserError, too
+    for a setting that is not one of `only` (the names of those that would act).
 
     >>> defaults(controls=5).controls, defaults().epsilon
     (5, 0.05)
     """
     alone = {"name": "own", "dataset": "own", "pairs": (Pair(name="own", tuned="given"),)}
+    _refuse_unknown(given, Profile.__pydantic_fields__ if only is None else only, "settings")
+    given = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
     return _made(Profile, alone | given, "settings")
 
 

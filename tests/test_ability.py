@@ -97,6 +97,22 @@ def test_labels_are_ranked_where_a_row_has_them(found):
     assert table.loc[0, "chance"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(
+    ("instruction", "offered"),
+    [
+        ("Good or bad? A goodly meal.", {"good": True, "bad": False}),
+        ("GOOD or poor", {"good": True, "poor": False}),
+        ("Is it goodly or badly made?", {"good": True, "bad": False, "poor": False}),
+        ("Bad or poor?", {"good": True, "bad": False, "poor": False}),  # the right one is not named
+        ("Good?", {"good": True, "bad": False, "poor": False}),
+    ],
+)
+def test_labels_that_the_row_does_not_name_are_no_rivals(instruction, offered):
+    checker = {"name": "label", "labels": ["good", "bad", "poor"], "answer": "good"}
+    row = {"instruction": instruction, "input": "", "reference": "good", "checker": checker}
+    assert ability.candidates(row, []) == offered
+
+
 def test_neighbours_have_another_reference_and_are_mutual():
     near = ability.neighbours(rows_of(["a", "b", "a", "c", "d", "e", "f"]))
     assert near[0] == [5, 6, 1]  # two behind in the circle, one before; row 2 says the same
@@ -142,7 +158,7 @@ def test_standings_say_value_interval_and_what_is_not_testable():
     assert of.loc[("a", "X", "gain"), "units"] == "not testable"  # three rows
     assert ability.without_gain(summed) == {("p", "tuned"): ["Y"]}
     said = "\n".join(ability.findings(summed))
-    assert "1 of 2 categories, least in X: 3.00" in said
+    assert "1 of 2 categories; among these the gain is smallest in X: 3.000" in said
     assert "No gain is seen in Y" in said
     numbers = ability.numbers(summed)["p"]
     assert numbers["ability.tuned.all.X.gain"] == 3

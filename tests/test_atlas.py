@@ -18,7 +18,7 @@ from helpers.capture.interventions import ablate
 from helpers.config import Pair, Profile
 from helpers.hexainst.corpus import wordings
 from helpers.record import DamagedFile, NotTestable, RecordMismatch, UserError
-from helpers.study import atlas
+from helpers.study import atlas, quick
 from helpers.study.exports import sets_of_study
 from helpers.study.study import Study
 from tests.test_evaluate import TOKENIZER
@@ -329,10 +329,32 @@ def test_a_controls_effect_is_that_of_a_model_edited_by_hand(made):
         assert any(abs(found - row["effect_control"]) < 2e-6 for found in near)
 
 
+def test_own_texts_are_read_as_they_were_counted():
+    model = build("llama", num_hidden_layers=2)
+    texts = [f"go {c} {i}" for c in "abc" for i in range(6)]
+    labels, counts = list("abc") * 6, quick.count(model, TOKENIZER, texts)
+    study = atlas.own_study(model, TOKENIZER, texts, labels, counts)
+    assert study.template == quick.DEFAULT.template
+    assert (study.counts().tokens == counts.tokens).all()
+    other = build("llama", num_hidden_layers=3)
+    longer = [f"{text} again" for text in texts]
+    for wrong in (other, TOKENIZER, texts), (model, TOKENIZER, longer):
+        with pytest.raises(UserError, match="of other texts or of another model"):
+            atlas.own_study(*wrong, labels, counts)
+    for bad in ({"labels": [None, *labels[1:]]}, {"texts": [7, *texts[1:]]}):
+        given = {"texts": texts, "labels": labels} | bad
+        with pytest.raises(UserError, match="(label|text) 0 is"):
+            atlas.own_study(model, TOKENIZER, **given, counts=counts)
+    with pytest.raises(UserError, match="reference 1 is None"):
+        atlas.own_study(model, TOKENIZER, texts, labels, counts, ["a", None, *texts[2:]])
+    with pytest.raises(UserError, match="template"):
+        atlas.own_study(model, TOKENIZER, texts, labels, counts, template="x")
+
+
 def test_own_texts_need_no_base_no_references_and_no_disk():
     model = build("llama", num_hidden_layers=2)
     texts = [f"go {c} {i}" for c in "abc" for i in range(6)]
-    labels = np.repeat(["one kind", 7, None], 6).tolist()
+    labels = [*["one kind"] * 6, *[7] * 6, *["None"] * 6]
     counts = count(model, TOKENIZER, texts)
     table = atlas.atlas(atlas.own_study(model, TOKENIZER, texts, labels, counts))
     assert {"p_one_kind", "p_7", "p_None"} <= set(table)
@@ -348,9 +370,9 @@ def test_own_texts_need_no_base_no_references_and_no_disk():
     with pytest.raises(UserError, match="labels"):
         atlas.own_study(model, TOKENIZER, texts, labels[1:], counts)
     with pytest.raises(UserError, match="same word"):
-        atlas.own_study(model, TOKENIZER, texts, [*labels[:-1], "one  kind"], counts)
-    with pytest.raises(NotTestable, match="one category"):
-        atlas.atlas(atlas.own_study(model, TOKENIZER, texts, ["x"] * 18, counts))
+        atlas.own_study(model, TOKENIZER, texts, [*labels[:-2], "one  kind", "one  kind"], counts)
+    with pytest.raises(NotTestable, match="one label only"):
+        atlas.own_study(model, TOKENIZER, texts, ["x"] * 18, counts)
     with pytest.raises(UserError, match="score is 'best'"):
         atlas.atlas(study, "best")
     split = atlas.own_study(model, TOKENIZER, texts, labels, counts)

@@ -529,6 +529,7 @@ def test_a_long_temporary_folder_is_no_obstacle(tmp_path, start, monkeypatch):
         (UserError("found x"), 1, "error: found x\n"),
         (MemoryError(), 1, "error: out of memory"),
         (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: No space left on device"),
+        (ModuleNotFoundError("no", name="nbval.plugin"), 1, "error: this command needs nbval"),
         (KeyboardInterrupt(), 130, "interrupted; finished"),
         (stopping.Stopped(15), 143, "interrupted; finished"),
     ],

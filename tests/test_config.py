@@ -5,6 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from helpers.paths import MODELS
 from helpers.plots.style import save_figure
 from helpers.record import UserError
 from helpers.run.plan import plan
+from helpers.study.needed import ablated_rows
 
 PAIR = "pairs: [{name: a, base: b, tuned: c}]\n"
 
@@ -294,9 +296,7 @@ def test_overrides_replace_keys_and_none_keeps_them(profiles):
 
 
 def test_the_plan_knows_the_shipped_models():
-    """Against the training records, and by counting the rows that notebook 06 reads for one set
-    and its controls.
-    """
+    """Against the training records; what 06 reads is counted in test_needed."""
     profile = load_profile("tiny")
     table = plan(profile)
     for pair in profile.pairs:
@@ -304,6 +304,7 @@ def test_the_plan_knows_the_shipped_models():
         assert table.loc[pair.name, "parameters"] == record["parameters"]
     assert table["neurons"].tolist() == [4 * 512, 4 * (8 * 128 + 64)]
     assert table["routed experts"].tolist() == [0, 4 * 8]
-    rows, own, sets = profile.ablation_rows, profile.controls, profile.controls_all_rows
-    once = sum(6 * rows + own * rows + sets * 6 * rows for _ in range(6))
-    assert table["ablated sequences"].tolist() == [2 * 2 * once, 2 * 3 * once]
+    ablated = [ablated_rows(profile, 6, sparse) for sparse in (False, True)]
+    assert table["ablated sequences"].tolist() == ablated
+    share = table["ablation hours"] / table["core hours"]
+    assert np.allclose(share, table["ablated sequences"] / 1200 / table["passes"])

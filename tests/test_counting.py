@@ -21,7 +21,7 @@ from helpers.capture.interventions import ablate
 from helpers.capture.loading import load_model
 from helpers.capture.tokens import encode
 from helpers.config import Pair, Profile
-from helpers.hexainst import corpus, schema
+from helpers.hexainst import corpus
 from helpers.paths import MODELS, results_dir
 from helpers.record import DamagedFile, RecordMismatch, UserError
 from helpers.run import __main__ as command
@@ -418,11 +418,10 @@ def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
     monkeypatch.setattr(
         command,
         "load_profile",
-        lambda name: dataclasses.replace(setting[0], name=name, processes=2),
+        lambda name: dataclasses.replace(setting[0], name=name, processes=2, rows=4),
     )
-    monkeypatch.setattr(
-        schema, "load_hexainst", lambda dataset: ROWS.assign(half="ai", category="CLS")
-    )
+    every = ROWS.assign(half="ai", category=["CLS"] * 6 + ["QA"] * 4)
+    monkeypatch.setattr(room, "load_hexainst", lambda dataset, subset: every)
     assert command.main(["count", "--profile", "mine", "--variants", "tuned"]) == 0
     assert sorted(p.name for p in (tmp_path / "mine/pair/tuned").iterdir()) == [
         "drawn-16",
@@ -431,7 +430,7 @@ def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
         "prompt-odd",
         "response",
     ]
-    assert "pair tuned response: 10 instructions" in capsys.readouterr().out
+    assert "pair tuned response: 8 instructions" in capsys.readouterr().out  # four of each
     monkeypatch.undo()
     assert command.main(["count", "--profile", "no-such-profile"]) == 1
     assert "unknown profile 'no-such-profile'" in capsys.readouterr().err

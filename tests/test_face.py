@@ -68,5 +68,5 @@ def test_the_readmes_lines_run_as_they_stand_from_another_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "bars are silent where nobody looks"
-    assert all(word in done.stdout for word in ("gap", "layer", "ablated"))
+    assert all(word in done.stdout for word in ("gap", "layer", "effect"))
     assert (tmp_path / "ablation.png").read_bytes()[:4] == b"\x89PNG"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,6 +327,10 @@ def test_a_hub_checkpoint_is_recorded_with_the_commit_that_was_resolved(
     [
         ("data/models/none/base", {}, "does not exist.*make models"),
         ("/nowhere/at/all", {}, "does not exist"),
+        ("", {}, "a model is named '', expected a folder"),
+        (None, {}, "a model is named None"),
+        (3, {}, "a model is named 3"),
+        (Path("/nowhere/at/all"), {}, "does not exist"),
         ("x", {"dtype": "int4"}, "expected one of float32"),
         ("x", {"device_map": "cuda"}, "sees no GPU"),
     ],

@@ -7,12 +7,13 @@ import pandas as pd
 import pytest
 import torch
 
+from helpers.capture import budget
 from helpers.capture.interventions import Places, ablate
 from helpers.hexainst.schema import CATEGORIES
 from helpers.record import NotTestable, UserError
 from helpers.study import planted
 from helpers.study.evaluate import ablation_matrix, gain_lost
-from helpers.study.needed import Needed, groups_of, same_experts
+from helpers.study.needed import Needed, ablated_rows, groups_of, same_experts
 from tests import zoo
 
 SETTINGS = {
@@ -30,6 +31,22 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def needed():
     return Needed(planted.study(**SETTINGS))
+
+
+@pytest.mark.parametrize("few", [{}, {"controls": 3, "sizes": (0.01, 0.1)}])
+def test_the_plan_counts_the_rows_that_the_experiments_read(tmp_path, monkeypatch, few):
+    ledger = tmp_path / "tokens.jsonl"
+    monkeypatch.setenv(budget.LEDGER, str(ledger))
+    one = Needed(planted.study(**SETTINGS | few, grid="committed"))
+    for experiment in ("by_consensus", "following", "own_part", "pseudo", "doses", "sufficient"):
+        getattr(one, experiment)()
+    for experiment in ("operators", "places", "usage"):
+        getattr(one, experiment)()
+    one.damage(("frequency", "contribution"))
+    read = [line for line in budget.lines_of(ledger) if line["altered"]]
+    found = sum(len(line["lengths"]) for line in read if line["purpose"] == "losses")
+    planned = ablated_rows(one.profile, len(CATEGORIES), sparse=False)
+    assert 0.8 * planned <= found <= 1.1 * planned
 
 
 def circuit(study):

@@ -257,10 +257,14 @@ def test_a_single_model_with_one_half_leaves_out_what_needs_two(tmp_path, monkey
     assert numbers["nearest.neurons.all.tuned"] <= 1
     assert set(found["readable"].table["yardstick"]) == {"words"}
     said = overlap.sentences(
-        *(found[n] for n in ("wording_step", "own_categories", "left_over", "readable"))
+        *(
+            found[n]
+            for n in ("wording_step", "own_categories", "left_over", "readable", "membership")
+        )
     )
-    assert said[0] == "pair, neurons."
-    assert len(said) == 5
+    assert said[0].startswith("pair: ")
+    assert said[1] == "pair, neurons."
+    assert len(said) == 6
     assert "base 0" not in " ".join(said)
 
 
@@ -293,7 +297,10 @@ def test_one_wording_to_a_category_is_a_note_and_an_empty_figure_not_an_error(
         assert found[name].numbers == {"pair": {}}
     assert np.isfinite(found["level"].table["gap"]).all()
     said = overlap.sentences(
-        *(found[n] for n in ("wording_step", "own_categories", "left_over", "readable"))
+        *(
+            found[n]
+            for n in ("wording_step", "own_categories", "left_over", "readable", "membership")
+        )
     )
     assert sum("not testable" in line for line in said) >= 3
     gaps, tau = overlap.over_epsilon(pairs), overlap.over_tau(pairs, 3)

@@ -16,7 +16,7 @@ from helpers.bars import seen
 from helpers.capture import count as counting
 from helpers.capture.counts import Counts
 from helpers.config import defaults
-from helpers.paths import DATA
+from helpers.paths import DATA, ROOT
 from helpers.record import NotTestable, UserError
 from helpers.study import own, planted, quick
 from tests import zoo
@@ -127,6 +127,31 @@ def test_unbalanced_labels_and_ones_with_too_few_texts_keep_their_rows(tiny):
     assert any("places: not testable" in line for line in own.sentences(table))
 
 
+def test_where_no_label_has_texts_enough_the_table_has_every_column(tiny):
+    some = TOPICS.groupby("label", sort=False).head(3)
+    table = helpers.ablation_table(*tiny, some["text"], some["label"], controls=1)
+    assert list(table) == own.COLUMNS
+    assert table["effect"].isna().all()
+    helpers.draw_ablation(table)
+    assert all("not testable" in line for line in own.sentences(table)[:3])
+
+
+def test_a_table_says_the_same_when_it_is_read_back(tmp_path):
+    table = pd.read_csv(ROOT / "figures" / "tiny" / "09_ablation.csv")
+    assert own.sentences(table) == own.sentences(own.noted(table))
+    assert not any("nan" in line or "not testable" in line for line in own.sentences(table))
+    drawn = helpers.draw_ablation(table)
+    said = [text.get_text() for ax in drawn.axes for text in ax.get_yticklabels()]
+    assert not any("not testable" in text for text in said)
+
+
+@pytest.mark.parametrize("table", [None, "sets.csv", [], pd.DataFrame(), TOPICS])
+@pytest.mark.parametrize("draw", [helpers.draw_sets, helpers.draw_ablation, own.sentences])
+def test_what_is_no_table_of_ours_is_refused(draw, table):
+    with pytest.raises(UserError, match="expected the table that"):
+        draw(table)
+
+
 def test_every_default_is_the_profiles():
     profile = defaults()
     signature = inspect.signature
@@ -228,6 +253,9 @@ def test_bad_texts_are_one_clear_error(tiny, texts, said):
         (["a", "a", "b", float("nan")], "label 3 is nan"),
         (pd.Series(["a", "a", "b", pd.NA], dtype=object), "label 3 is <NA>"),
         (["a", "a", "b", ""], "label 3 is ''"),
+        (["a", "a", "b", " "], "label 3 is ' '"),
+        (np.array(3), "labels: found ndarray"),
+        (torch.tensor(3), "labels: found int"),
         (["a", "a", ["b"], ["b"]], r"label 2 is \['b'\]"),
         (["a", "a", "b", "c"], "one text only has the label 'b', 'c'"),
         (["a"] * 4, r"one label only \('a'\)"),
@@ -275,12 +303,58 @@ def test_a_label_of_copies_is_refused(tiny):
         ({"references": ["x"]}, "1 references for 4 texts"),
         ({"references": ["x", "y", "", "z"]}, "reference 2 is ''"),
         ({"score": "best"}, "score is 'best', expected one of frequency"),
+        ({"score": "Contrst"}, "did you mean 'contrast'"),
+        ({"score": "atribution", "references": GOOD}, "did you mean 'attribution'"),
+        ({"scores": ("lape",)}, "unknown key 'scores'"),
+        ({"subset": "matched"}, "unknown key 'subset'"),
+        ({"tau": 0.7}, "unknown key 'tau'"),
         ({"score": "attribution"}, "with references attribution"),
     ],
 )
 def test_bad_settings_are_one_clear_error(tiny, settings, said):
     with pytest.raises(UserError, match=said):
         helpers.ablation_table(*tiny, GOOD, ["a", "a", "b", "b"], **settings)
+
+
+def test_settings_that_counting_does_not_read_are_refused(tiny):
+    for given in ({"dataset": "tiny"}, {"name": "x"}, {"epsilon": 0.1}):
+        with pytest.raises(UserError, match="unknown key"):
+            helpers.count(*tiny, GOOD, **given)
+
+
+@pytest.mark.parametrize("share", ["0.05", True, None, [0.1], 0, 2, float("nan")])
+def test_a_share_that_is_none_is_refused(tiny, share):
+    counts = helpers.count(*tiny, GOOD)
+    with pytest.raises(UserError, match="share"):
+        helpers.find_sets(counts, ["a", "a", "b", "b"], share=share)
+    with pytest.raises(UserError, match="epsilon is"):
+        helpers.overlap(counts, ["a", "a", "b", "b"], share)
+
+
+@pytest.mark.parametrize("given", [{"seed": -1}, {"seed": "0"}, {"resamples": True}])
+def test_seeds_and_resamples_are_checked_as_in_a_profile(tiny, given):
+    with pytest.raises(UserError, match=f"settings: {next(iter(given))} is"):
+        helpers.overlap(helpers.count(*tiny, GOOD), ["a", "a", "b", "b"], **given)
+
+
+def test_numbers_and_labels_of_numpy_and_torch_are_taken(tiny):
+    counts = helpers.count(*tiny, GOOD, batch_tokens=np.int64(64))
+    by_list = helpers.find_sets(counts, [0, 0, 1, 1], share=np.float64(0.05))
+    for labels in (np.array([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])):
+        pd.testing.assert_frame_equal(helpers.find_sets(counts, labels), by_list)
+
+
+@pytest.mark.parametrize("counts", [None, GOOD, {}, np.zeros(4)])
+def test_what_are_no_counts_is_refused(counts):
+    for use in (helpers.find_sets, helpers.overlap):
+        with pytest.raises(UserError, match="counts: found .*, expected what count"):
+            use(counts, ["a", "a", "b", "b"])
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), 7, [-1], [0.5], np.array(3)])
+def test_a_missing_response_is_named(tiny, missing):
+    with pytest.raises(UserError, match="response 3"):
+        helpers.count(*tiny, GOOD, responses=["a", "b", "c", missing])
 
 
 def test_bars_are_seen_in_a_terminal_and_a_notebook_alone():

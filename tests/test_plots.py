@@ -1,11 +1,14 @@
 """Figures of alteration show what their tables hold, and nothing is missing or clipped."""
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from helpers.plots import alteration as figures
+from helpers.plots import style
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +142,24 @@ def test_legends_stand_inside_the_page(panels):
         assert page.x0 <= box.x0
         assert box.x1 <= page.x1
         assert len(fig.legends) == 1
+
+
+def test_a_figure_is_kept_as_pixels_of_few_colours_lines_and_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "figures_dir", lambda profile: tmp_path)
+    fig, ax = plt.subplots()
+    ax.imshow(np.linspace(0, 1, 900).reshape(30, 30), cmap="cividis")
+    table = pd.DataFrame({"x": [1, 2]})
+    for _ in range(2):  # the same bytes each time
+        before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        style.save_figure(fig, table, "one", "p")
+        after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        assert not before or before == after
+    assert set(after) == {"one.png", "one.svg", "one.csv"}
+    drawn = plt.imread(tmp_path / "one.png")
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png")
+    buffer.seek(0)
+    exact = plt.imread(buffer)[..., :3]
+    assert drawn.shape[:2] == exact.shape[:2]
+    assert np.abs(drawn[..., :3] - exact).max() < 0.02
+    assert np.abs(drawn[..., :3] - exact).mean() < 0.005

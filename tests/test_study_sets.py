@@ -183,7 +183,11 @@ def test_routing_is_relative_to_the_categories_mean(monkeypatch):
     assert own.loc[("twin", "X"), "own"] == 0
     share = sets.routing_share(study).assign(pair="p")
     assert share.loc[0, "corr(p, f)"] == pytest.approx(1)  # the gate is the same everywhere
+    assert share.loc[0, "reached"] == 1
+    assert np.isnan(share.loc[0, "corr(p, p given routed)"])  # the gate does not vary
+    assert share.loc[0, "chance"] == 2 / 4
     assert "100%" in sets.routing_findings(share, own.reset_index().assign(pair="p"))[0]
+    assert sets.expert_sizes(study)["model"].tolist() == ["tuned", "twin"]
     sizes = sets.expert_sizes(study).iloc[0]
     assert sizes["K"] == 2
     assert sizes["carry_half"] == pytest.approx((2 + 1.5) / 2, abs=0.3)

@@ -42,7 +42,8 @@ def takes(**shapes: str):
                     given.arguments[name] = value
             for name in COUNTED:
                 number = given.arguments.get(name, 1)
-                if not isinstance(number, int | np.integer) or number < 1:
+                whole = isinstance(number, int | np.integer) and not isinstance(number, bool)
+                if not whole or number < 1:
                     raise UserError(
                         f"{function.__name__}: {name} is {number!r}; expected a whole number above "
                         "0."

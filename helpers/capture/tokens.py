@@ -84,7 +84,8 @@ def encode_groups(
     if not isinstance(template, str) or template.count("{instruction}") != 1:
         raise UserError(f"template {template!r} must hold {{instruction}} once.")
     texts = list_of(texts, "texts")
-    responses = [None] * len(texts) if responses is None else list_of(responses, "responses")
+    given = responses is not None
+    responses = list_of(responses, "responses") if given else [None] * len(texts)
     if len(responses) != len(texts):
         raise UserError(
             f"{len(texts)} texts and {len(responses)} responses: give one response per text."
@@ -100,8 +101,8 @@ def encode_groups(
         groups = {"prompt": _holds(spans, *prompt), "all": tuple(s is not None for s in spans)}
         if isinstance(response, str):
             groups["response"] = _holds(spans, start, end)
-        elif response is not None:
-            ids, groups = _appended(ids, groups, response)
+        elif given:
+            ids, groups = _appended(ids, groups, response, row)
         for name, mask in groups.items():
             if not any(mask) and (name != "response" or isinstance(response, str)):
                 raise UserError(
@@ -139,7 +140,9 @@ def list_of(values, what: str) -> list:
     """The values of a list, a column, a generator as a list; UserError for what would be taken
     apart in silence (a string, a dict, a table, a set) and for what is no list at all.
     """
+    values = values.tolist() if isinstance(values, torch.Tensor) else values  # numbers, not tensors
     apart = isinstance(values, (str, bytes, bytearray, Mapping, set, frozenset))
+    apart = apart or getattr(values, "shape", None) == ()
     if apart or hasattr(values, "columns") or not isinstance(values, Iterable):
         raise UserError(
             f"{what}: found {type(values).__name__}, expected a list, as in ['Add 12 and 7.']."
@@ -185,11 +188,15 @@ def _joined(template, text, response, row):
     return prompt + response, len(prompt), len(prompt) + len(response)
 
 
-def _appended(ids, groups, response):
+def _appended(ids, groups, response, row):
     """Ids and groups with a response of token ids behind them."""
-    new = list_of(response, "a response")
-    if not all(type(i) is int or hasattr(i, "__index__") for i in new):
-        raise UserError(f"a response of {new[:5]!r}: expected a string or a list of token ids.")
+    listed = isinstance(response, Iterable) and getattr(response, "shape", None) != ()
+    new = list_of(response, f"response {row}") if listed else None
+    if new is None or not all(hasattr(i, "__index__") and i >= 0 for i in new):
+        raise UserError(
+            f"response {row} is {str(response)[:60]!r}: expected a string or a list of token ids. "
+            "Give one for each text, or none at all."
+        )
     ids, behind = [*ids, *map(int, new)], len(new)
     longer = {name: (*mask, *[name == "all"] * behind) for name, mask in groups.items()}
     longer["response"] = (*[False] * (len(ids) - behind), *[True] * behind)

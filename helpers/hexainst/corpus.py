@@ -136,6 +136,16 @@ def near_duplicates(rows: pd.DataFrame, threshold: float = 0.6, n: int = 3) -> p
     return pairs.sort_values("jaccard", ascending=False, ignore_index=True)
 
 
+def agreeing(pairs: pd.DataFrame, ids, labels) -> int:
+    """How many of `near_duplicates`' pairs have one label; `labels` [I] of the rows `ids` [I].
+
+    >>> agreeing(pd.DataFrame({"first": ["a", "a"], "second": ["b", "c"]}), list("abc"), [1, 1, 2])
+    1
+    """
+    label = dict(zip(ids, labels, strict=True))
+    return int((pairs["first"].map(label) == pairs["second"].map(label)).sum())
+
+
 def wordings(rows: pd.DataFrame) -> np.ndarray:
     """The wording of each row, str [I]: rows of one wording differ in their contents alone and are
     a cluster, no independent instructions. A wording lies in one category.

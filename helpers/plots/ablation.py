@@ -191,8 +191,9 @@ def planted(table: pd.DataFrame) -> Figure:
             cmap="cividis",
             annot=True,
             fmt=".2f",
+            cbar_kws={"label": "recall"},
         )
-        ax.set(
-            title=f"decoys: {name}", xlabel="noise, and loss without the planted, nats", ylabel=""
-        )
+        chance, draws = part["chance"].iloc[0], part["draws"].iloc[0]
+        title = f"decoys: {name} (chance {chance:.2f}, {draws:.0f} draws)"
+        ax.set(title=title, xlabel="noise, and loss without the planted, nats", ylabel="")
     return fig

@@ -31,7 +31,14 @@ def forest(table: pd.DataFrame) -> Figure:
     handles = [
         entry(pair, color=colours(pairs)[pair], marker=markers(pairs)[pair]) for pair in pairs
     ]
-    handles += [entry("not supported", color="0.2", marker="o", markerfacecolor="white")]
+    handles += [
+        entry(
+            "not supported, or not in every category",
+            color="0.2",
+            marker="o",
+            markerfacecolor="white",
+        )
+    ]
     handles += [entry("null", **NULL)]
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return fig

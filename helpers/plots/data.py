@@ -29,7 +29,8 @@ def lengths(table: pd.DataFrame) -> Figure:
     sns.boxplot(table, x="category", y="tokens", ax=ax, **look)
     ax.axhline(table["tokens"].median(), **NULL, label="median of all")
     ax.set(xlabel="", ylabel="counted tokens per instruction")
-    ax.legend(title=f"half (n = {len(table)} rows)", frameon=False, ncols=3)
+    most = table.groupby(["category", "half"]).size().max()
+    ax.legend(title=f"half (n = {most} rows a box)", frameon=False, ncols=3)
     return fig
 
 
@@ -44,7 +45,9 @@ def subset_lengths(table: pd.DataFrame) -> Figure:
         last = half == drawn[-1][1]
         sns.boxplot(part, x="category", y="tokens", ax=ax, legend=last, **look)
         ax.axhline(part["tokens"].median(), **NULL)
-        ax.set(xlabel="", title=f"{half} half, n = {len(part)} (dashed: median of both)")
+        most = part.groupby(["subset", "category"]).size().groupby("subset").max()
+        boxes = " or ".join(str(n) for n in sorted(set(most), reverse=True))
+        ax.set(xlabel="", title=f"half {half}, n = {boxes} rows a box (dashed: median of both)")
     label_left(drawn, "tokens per instruction")
     sns.move_legend(drawn[-1][0], "upper left", bbox_to_anchor=(1, 1), frameon=False, title="")
     return fig

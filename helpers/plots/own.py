@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..study.own import noted, refuse_table
 from .style import NULL, PALETTE, SMALLEST, entry, error_bars, heat_map, legend_below
 
 ANNOTATED = 8  # labels or layers up to which a map's cells hold their numbers
@@ -19,6 +20,7 @@ def draw_sets(table: pd.DataFrame) -> Figure:
     >>> draw_sets(pd.DataFrame(table)).axes[0].get_xlabel()
     'layer'
     """
+    refuse_table(table, ("label", "layer", "neuron"), "find_sets")
     layers = np.sort(table["layer"].unique())
     found = table.groupby("label", sort=False)["layer"].value_counts(normalize=True)
     grid = found.unstack(fill_value=0).loc[pd.unique(table["label"]), layers]
@@ -41,6 +43,7 @@ def draw_ablation(table: pd.DataFrame) -> Figure:
     Holm's p below 0.05), that interval around it, and the control sets, grey. Right, every set on
     every label's texts, random sets of the same layers taken off.
     """
+    table = noted(table)
     labels = list(pd.unique(table["measured"]))
     width, height = 3.6 + 0.5 * min(len(labels), 16), 1.9 + 0.36 * len(labels)
     fig, (left, right) = plt.subplots(1, 2, figsize=(3.9 + width, max(height, 3.2)))

@@ -1,11 +1,13 @@
 """What all figures share: colours (Okabe-Ito), grey dashed nulls, panels, legends, saving."""
 
 from functools import wraps
+from io import BytesIO
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..paths import checked, figures_dir
 from ..record import atomic, write_table
@@ -52,11 +54,18 @@ def markers(names) -> dict:
 
 
 def save_figure(fig: Figure, table: pd.DataFrame, name: str, profile: str) -> None:
-    """Write figures/<profile>/<name>.png, .svg and .csv (the table it was drawn from)."""
+    """Write figures/<profile>/<name>.png (of 256 colours: a third of the size), .svg and .csv (the
+    table it was drawn from).
+    """
     checked(name, "figure")
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
-        with atomic(figures_dir(profile) / f"{name}{suffix}") as draft:
-            fig.savefig(draft, metadata=metadata)
+    pixels = BytesIO()
+    fig.savefig(pixels, format="png")
+    how = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
+    flat = Image.open(pixels).convert("RGB").quantize(256, **how)
+    with atomic(figures_dir(profile) / f"{name}.png") as draft:
+        flat.save(draft, "png", optimize=True)
+    with atomic(figures_dir(profile) / f"{name}.svg") as draft:
+        fig.savefig(draft, metadata={"Date": None})
     write_table(figures_dir(profile) / f"{name}.csv", table)
 
 
@@ -143,21 +152,22 @@ def heat_map(ax, table, row: str, column: str, value: str, **look) -> None:
 
 
 def matrices(
-    table: pd.DataFrame, row: str, column: str, value: str, signed=(), fmt: str = ".2f", per_row=3
+    table: pd.DataFrame, row: str, column: str, value: str, signed=(), unit: str = ""
 ) -> Figure:
-    """C x C panels; columns `panel`, `row`, `column`, `value`.
+    """C x C panels; columns `panel`, `row`, `column`, `value`, the last in `unit`.
 
     Panels named in `signed` diverge around a white 0. Panels of one kind, whose names agree up to
     the colon, share one colour scale.
     """
-    fig, drawn = panels(table, "panel", (4.3, 3.7), per_row)
+    fig, drawn = panels(table, "panel", (4.3, 3.7), 3)
     kind = table["panel"].str.split(":").str[0]
     reach = table[value].abs().groupby([kind, table["panel"].isin(signed)]).max()
     for ax, name, part in drawn:
         diverges = name in signed
         most = reach[name.split(":")[0], diverges]
         look = {"vmin": -most, "cmap": "PuOr_r"} if diverges else {"vmin": 0, "cmap": "cividis"}
-        heat_map(ax, part, row, column, value, vmax=most, annot=True, fmt=fmt, **look)
+        look |= {"cbar_kws": {"label": unit}}
+        heat_map(ax, part, row, column, value, vmax=most, annot=True, fmt=".2f", **look)
         ax.set_title(name, fontsize=10)
         ax.set_ylabel(row if ax.get_subplotspec().is_first_col() else "")
     return fig

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from ..config import Profile, load_profile
+from ..config import Profile, load_profile, refuse_other
 from ..paths import CLONE, COMMAND, NOTEBOOKS, ROOT, results_dir, short
 from ..record import UserError
 from .stopping import Stopped, handled, household, stop
@@ -180,21 +180,19 @@ def run_plan(options) -> int:
 def run_count(options) -> int:
     """A profile's counts; under `accelerate launch` its shards are dealt out to the processes."""
     from ..capture.budget import kept_in
-    from ..hexainst import schema
     from ..study.study import Study, studies
 
     if options.job:
         todo = [Study.from_job(options.job)]
     else:
         profile = replace(load_profile(options.profile), processes=1)
-        kept_in(results_dir(profile.name) / "count.tokens.jsonl")
-        rows = schema.load_hexainst(dataset=profile.dataset)
         todo = [
             (study, variant, positions)
-            for study in studies(profile, rows).values()
+            for study in studies(profile).values()
             for variant in options.variants or study.variants
             for positions in options.positions
         ]
+        kept_in(results_dir(profile.name) / "count.tokens.jsonl")
     with household():
         for study, variant, positions in todo:
             shards = study.shards(variant, positions)
@@ -215,12 +213,13 @@ def run_grid(options) -> int:
     Under torchrun or `accelerate launch` its cells are dealt out to the processes.
     """
     from ..capture.budget import kept_in
-    from ..hexainst import schema
     from ..study import counting, grid
     from ..study.study import studies
 
     profile = load_profile(options.profile)
-    every = studies(profile, schema.load_hexainst(dataset=profile.dataset))
+    every = studies(profile)
+    for name in options.pairs or ():
+        refuse_other(name, every, "pair")
     kept_in(results_dir(profile.name) / "grid.tokens.jsonl")
     found = {}
     with household():
@@ -401,7 +400,7 @@ def run_validate(options) -> int:
     option("folder", nargs="?", help="HexaInst's AI half goes there"),
     PROFILE,
     option("--pair", help="a pair of the profile: its sets are written instead"),
-    option("--format", help="lsn, esft, safetensors or csv"),
+    option("--format", type=one_of("study.exports:KINDS"), help="lsn, esft, safetensors or csv"),
     option("--to", help="folder for the sets"),
 )
 def run_export(options) -> int:
@@ -419,8 +418,7 @@ def run_export(options) -> int:
     from ..study.study import studies
 
     every = studies(load_profile(options.profile))
-    if options.pair not in every:
-        raise UserError(f"pair {options.pair!r}: the profile has {', '.join(every)}. Name one.")
+    refuse_other(options.pair, every, "pair")
     with household():
         found = exports.sets_of_study(every[options.pair])
     print(*map(short, exports.export(found, options.format, options.to)), sep="\n")
@@ -431,6 +429,7 @@ def run_export(options) -> int:
 IN_CLONE = dict.fromkeys(("chain", "refresh", "check"), "the notebooks")
 IN_CLONE |= dict.fromkeys(("train", "trajectory"), "the tiny world's texts")
 IN_CLONE |= {"publish": "the README", "human": "the recipe in data/hexainst"}
+IN_CLONE["site"] = "the README, the glossary and the notebooks"
 ALIASES = {"chain": ["reproduce"]}
 
 
@@ -454,8 +453,8 @@ def command_line() -> argparse.ArgumentParser:
 def _refuse_outside(name: str) -> None:
     if CLONE is None and name in IN_CLONE:
         raise UserError(
-            f"{COMMAND} {name} needs {IN_CLONE[name]}, which are no part of the package. Clone the "
-            "repository and run it inside."
+            f"{COMMAND} {name} needs {IN_CLONE[name]}: not in the package. Clone the repository "
+            "and run it inside."
         )
 
 
@@ -471,6 +470,11 @@ def main(argv=None) -> int:
                 sys.stdout.flush()
     except UserError as error:
         said, code = f"error: {error}", 1
+    except ModuleNotFoundError as error:
+        if (name := (error.name or "").partition(".")[0]) in ("", __name__.partition(".")[0]):
+            raise  # a fault of ours
+        said, code = f"error: this command needs {name}, which is not installed. In a clone, ", 1
+        said += f"`make env` builds an environment that has it; else `pip install {name}`."
     except MemoryError:
         said, code = "error: out of memory. Lower batch_tokens in the profile, then run again.", 1
     except BrokenPipeError:  # whoever read the output has gone, e.g. `| head`

@@ -10,6 +10,7 @@ from ..capture.sites import find_sites
 from ..config import Pair, Profile, load_profile
 from ..hexainst.corpus import text
 from ..record import UserError
+from ..study.needed import ablated_rows
 from ..study.study import rows_of
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -40,10 +41,10 @@ def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict
 
     `memory GB` is one model's weights; notebooks 00 and 07 hold two. `analysis GB` is what
     notebook 05 holds of counts. `passes` over all rows, all kinds of positions in each: the pair's
-    models and the twins. `core hours` is what they take on one core, to a factor of about two: 2
-    operations per parameter in use and token, four letters to a token, no generation.
-    `ablated sequences`: rows read by notebook 06 for its consensus and equal-size sets with their
-    controls; its other experiments add about as many again, and generations.
+    models and the twins. `ablated sequences`: rows that notebook 06 reads under some ablation (see
+    `needed.ablated_rows`). `core hours` and `ablation hours` are what the two take on one core, to
+    a factor of about two: 2 operations per parameter in use and token, four letters to a token, no
+    generation.
     """
     if config is None:
         ref = (pair.base, pair.base_revision) if pair.base else (pair.tuned, pair.tuned_revision)
@@ -53,14 +54,11 @@ def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict
     parameters = sum(p.numel() for p in model.parameters())
     neurons = sum(site.width * site.experts for site in sites)
     routed = sum(site.experts for site in sites if site.family == "expert")
-    passes, sets = 1 + bool(pair.base) + profile.twins, 2 * (2 + bool(routed))
+    passes = 1 + bool(pair.base) + profile.twins
     counted = GROUPS * passes
     letters = sum(len(text(row)) + len(row["reference"]) for row in rows.to_dict("records"))
-    seconds = passes * letters / LETTERS * 2 * _in_use(model, sites) / SPEED
-    # each set and its controls, in rows per category: own sets and some controls on all rows,
-    # controls on their own
-    each = [36 + 6 * kinds * profile.controls + 36 * profile.controls_all_rows for kinds in (1, 3)]
-    scores = 0 if profile.grid else 2 * len(profile.scores)
+    hours = letters / LETTERS * 2 * _in_use(model, sites) / SPEED / 3600  # of all rows, once
+    ablated = ablated_rows(profile, rows["category"].nunique(), bool(routed))
     return {
         "pair": pair.name,
         "parameters": parameters,
@@ -71,8 +69,9 @@ def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict
         "counts GB": counted * len(rows) * 2 * (neurons + routed) / 2**30,
         "analysis GB": passes * len(rows) * 2 * (neurons + routed) / 2**30,
         "passes": passes,
-        "core hours": seconds / 3600,
-        "ablated sequences": profile.ablation_rows * (sets * each[0] + scores * each[1]),
+        "core hours": passes * hours,
+        "ablated sequences": ablated,
+        "ablation hours": ablated / len(rows) * hours,
     }
 
 

@@ -23,7 +23,8 @@ PLANNED = {  # README's columns: {title: (column of plans.csv, format)}
     "counts on disk, GB": ("counts GB", "{:.1f}"),
     "texts read": ("instructions", "{:,}"),
     "times each": ("passes", "{}"),
-    "hours of one core": ("core hours", "{:.1f}"),
+    "core hours to count": ("core hours", "{:,.1f}"),
+    "to ablate": ("ablation hours", "{:,.0f}"),
 }
 
 
@@ -112,7 +113,8 @@ def claims_table(folders) -> str:
         head += [f"verdict, {name}", *pd.unique(tests["pair"])]
     lines = [head, ["---"] * len(head)]
     for claim in claims.to_dict("records"):
-        components, line = claim["components"].split(), [claim["claim"]]
+        components = claim["components"].split()
+        line = [f"`{claim['id']}`: {claim['claim']} ({claim['unit']})"]
         for tests, verdicts in parts.values():
             cells = [_cells(tests, verdicts, claim["id"], component) for component in components]
             line += [_stacked(components, cell) for cell in zip(*cells, strict=True)]

@@ -2,6 +2,8 @@
 likeliest of a few, and how much likelier an instruction makes it.
 """
 
+import re
+
 import numpy as np
 import pandas as pd
 
@@ -9,7 +11,7 @@ from ..analysis.stats import SMALLEST, clustered_share, paired_effect
 from ..capture.loading import check_pair
 from ..capture.tokens import encode
 from ..hexainst.checkers import bare
-from ..hexainst.corpus import texts, wordings
+from ..hexainst.corpus import text, texts, wordings
 from .evaluate import nll, scored
 
 NEIGHBOURS = (-2, -1, 1, 2)  # of a row, among those of its category and half: its distractors
@@ -25,7 +27,7 @@ def ability(study, variant: str = "tuned") -> pd.DataFrame:
 
     answer, score      as in `evaluate.scored`: all rows, NaN where the checker may not run code
     first              1 if the right answer has the lowest loss per token of the candidates: the
-                       row's labels where its checker has labels, else its reference and those of
+                       labels that the row names, else its reference and those of
                        up to four neighbours; NaN without a candidate beside the right one
     chance             what `first` would be if candidates were drawn
     own, other, none   loss of the reference, nats per token: after its own instruction, after the
@@ -107,8 +109,9 @@ def neighbours(rows: pd.DataFrame) -> dict[int, list[int]]:
 
 
 def candidates(row, others) -> dict[str, bool]:
-    """Answers to rank, and whether each is right: the row's labels where its checker has labels,
-    else its own reference and `others`, those of its neighbours.
+    """Answers to rank, and whether each is right: where its checker has labels those that the row
+    names (all of them if those are not a right and a wrong one), else its own reference and
+    `others`, those of its neighbours.
 
     >>> candidates({"reference": "no", "checker": {"name": "exact"}}, ["yes"])
     {'yes': False, 'no': True}
@@ -117,7 +120,13 @@ def candidates(row, others) -> dict[str, bool]:
     if "labels" not in checker:
         return dict.fromkeys(others, False) | {row["reference"]: True}
     right = {bare(name) for name in (checker["answer"], *checker.get("aliases", ()))}
-    return {label: bare(label) in right for label in checker["labels"]}
+    offered = {label: bare(label) in right for label in checker["labels"]}
+    named = {label: ok for label, ok in offered.items() if _names(row, label)}
+    return named if any(named.values()) and not all(named.values()) else offered
+
+
+def _names(row, label) -> bool:
+    return re.search(rf"(?<!\w){re.escape(label)}(?!\w)", text(row), re.IGNORECASE) is not None
 
 
 def rank_first(losses) -> dict[str, float]:
@@ -239,15 +248,16 @@ def findings(summed: pd.DataFrame) -> list[str]:
         count = len(by["gain"])
         lines.append(
             f"{pair}, {model}: {_range(by['strict'], 'of the answers are right')}; the right one "
-            f"is the likeliest {_range(by['first'], 'of the time')} (drawn: "
-            f"{by['first']['null'].min():.2f} to {by['first']['null'].max():.2f}). The own "
+            f"is the likeliest {_range(by['first'], 'of the time')} (a random draw among the "
+            f"candidates: {by['first']['null'].min():.2f} to {by['first']['null'].max():.2f}, by "
+            "category). The own "
             f"instruction makes the reference likelier in {count - len(missing)} of {count} "
             f"categories{_least(by['gain'], missing)}."
         )
         if missing:
             lines.append(
-                f"   No gain is seen in {', '.join(missing)}: no neuron of {pair}, {model}, is "
-                "said to serve what the model does not do."
+                f"   No gain is seen in {', '.join(missing)}. For these categories we call no "
+                f"neuron of {pair}, {model}, instruction-serving."
             )
     return lines
 
@@ -267,7 +277,10 @@ def _least(gain, missing):
     if rest.empty:
         return ""
     row = rest.loc[rest["value"].idxmin()]
-    return f", least in {row.name}: {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}] nats"
+    return (
+        f"; among these the gain is smallest in {row.name}: {row['value']:.3f} "
+        f"[{row['low']:.3f}, {row['high']:.3f}] nats per token"
+    )
 
 
 def numbers(summed: pd.DataFrame) -> dict[str, dict]:

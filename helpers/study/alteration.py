@@ -731,25 +731,34 @@ def _said(pair, unit, numbers):
         )
     key = f"trajectory.{unit}.all"
     if f"alteration.{key}.lead" in numbers:
-        yield f"{pair}, {unit}: lead by leaving the base {_value(numbers, key, 'lead')}."
+        what = "routing" if unit == "experts" else "what left the base's sets"
+        yield (
+            f"{pair}, {unit}: counted by {what}, the components' lead over accuracy is "
+            f"{_value(numbers, key, 'lead')}."
+        )
     if f"alteration.{key}.smaller_lead" in numbers:
         first = numbers[f"alteration.{key}.smaller_lead_ci"][0] > 0
-        value, told = _value(numbers, key, "smaller_lead"), "first" if first else "not first"
-        yield f"{pair}, {unit}: {told} by both metrics, the smaller lead is {value}."
+        told = "" if first else "not "
+        yield (
+            f"{pair}, {unit}: that components change before accuracy does is {told}supported by "
+            f"both metrics; the smaller lead is {_value(numbers, key, 'smaller_lead')}."
+        )
 
 
 def _said_of_sets(pair, numbers):
-    for kind, names, what, said in (
-        ("matter", ("gained", "kept", "lost"), "critical", "ablated, beyond random sets"),
-        ("transplant", tuple(WAYS), "effect", "transplant of the most moved tenth, beyond random"),
+    moved = "transplant of the most moved tenth, beyond random"
+    given = " on these instructions, random sets given"
+    for kind, names, what, said, where in (
+        ("matter", ("gained", "kept", "lost"), "critical", "ablated, beyond random sets", ""),
+        ("transplant", tuple(WAYS), "effect", moved, given),
     ):
         for name in names:
             key = f"{kind}.{name}.all"
             if f"alteration.{key}.{what}" in numbers:
                 value, told = (f(numbers, key, what) for f in (_value, _told))
                 sets = numbers.get(f"alteration.{key}.p_sets")
-                drawn = f"; p over drawn sets {sets:.2f}" if sets else ""
-                yield f"{pair}, {name}: {said}: {value} nats per token, {told}{drawn}."
+                drawn = f"; p over random sets {sets:.2f}" if sets else ""
+                yield f"{pair}, {name}: {said}: {value} nats per token, {told}{where}{drawn}."
 
 
 def ways(curve: pd.DataFrame) -> list[str]:
@@ -759,5 +768,8 @@ def ways(curve: pd.DataFrame) -> list[str]:
     for row in whole.itertuples():
         gap = row.donor - row.host
         far = f"{100 * (row.loss - row.host) / gap:.0f} % of the way" if gap else "no way to go"
-        lines.append(f"{row.panel}: {row.host:.2f} -> {row.loss:.2f} of {row.donor:.2f}, {far}")
+        lines.append(
+            f"{row.panel}: the loss goes from {row.host:.2f} to {row.loss:.2f}; the model that the "
+            f"weights come from has {row.donor:.2f}: {far}"
+        )
     return lines

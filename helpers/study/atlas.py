@@ -13,8 +13,9 @@ from ..analysis.alteration import changes
 from ..analysis.controls import rate_matched, usage_matched
 from ..analysis.generality import category_scores
 from ..analysis.sets import category_means, category_sets, frequency, membership, ranks, set_size
-from ..capture.tokens import Encoded, list_of
-from ..config import SCORES, Pair, Profile
+from ..capture.sites import find_sites
+from ..capture.tokens import Encoded, texts_of
+from ..config import SCORES, defaults, refuse_other
 from ..paths import results_dir, short
 from ..record import (
     DamagedFile,
@@ -83,7 +84,7 @@ def atlas(study: Study, score: str = "contrast", share: float | None = None, top
 
 
 def own_study(
-    model, tokenizer, texts, labels, counts, references=None, template="{instruction}"
+    model, tokenizer, texts, labels, counts, references=None, template=quick.DEFAULT.template
 ) -> Study:
     """A Study of texts of your own that a model has counted (see `count`), for `atlas`: nothing is
     read from or written to disk.
@@ -95,20 +96,29 @@ def own_study(
     >>> study = own_study(model, tokenizer, texts, labels, counts)           # doctest: +SKIP
     >>> table = atlas(study, share=0.02)                                     # doctest: +SKIP
     """
-    texts, labels = list_of(texts, "texts"), list_of(labels, "labels")
-    references = [""] * len(texts) if references is None else list_of(references, "references")
-    found = {"labels": len(labels), "references": len(references), "counts": len(counts.tokens)}
+    texts = texts_of(texts, "text")
+    y, labels = quick.labels_of(labels, len(texts))
+    references = [""] * len(texts) if references is None else texts_of(references, "reference")
+    found = {"references": len(references), "counts": len(quick.counts_of(counts).tokens)}
     if wrong := {name: size for name, size in found.items() if size != len(texts)}:
         raise UserError(f"{len(texts)} texts, but {wrong}: give one of each per text, in order.")
     names = ["_".join(str(label).split()) for label in labels]
-    if len(set(names)) < len(set(labels)):
-        raise UserError(f"labels {sorted(map(str, set(labels)))} become the same word: rename one.")
-    rows = pd.DataFrame({"instruction": texts, "reference": references, "category": names})
+    if len(set(names)) < len(labels):
+        raise UserError(f"labels {sorted(map(repr, labels))} become the same word: rename one.")
+    category = [names[code] for code in y]
+    rows = pd.DataFrame({"instruction": texts, "reference": references, "category": category})
     rows = rows.assign(id=[f"text-{i}" for i in range(len(rows))], half="own", fold="own", input="")
-    profile = Profile(
-        name="own", dataset="own", pairs=(Pair("own", None, "own"),), template=template
-    )
+    profile = defaults(template=template)
     study = Study(profile, profile.pairs[0], rows, {"tuned": (model, tokenizer)})
+    sites = find_sites(model)
+    shapes = {f: (n.shape[1], n.shape[-1]) for f, n in counts.neurons.items()}
+    widths = {f: [s.width for s in sites if s.family == f] for f in {s.family for s in sites}}
+    read = [sum(one.counted) for one in study.encoded()]
+    if read != counts.tokens.tolist() or shapes != {f: (len(w), w[0]) for f, w in widths.items()}:
+        raise UserError(
+            "the counts are of other texts or of another model: tokens or layers differ. Give what "
+            "count(model, tokenizer, texts) gives for these."
+        )
     study.once(("counts", "tuned", "prompt"), lambda: counts)
     study.once(("checkpoint", "tuned"), lambda: {"ref": "own", "commit": None, "weights": None})
     return study
@@ -116,8 +126,7 @@ def own_study(
 
 def refuse(study, score: str) -> None:
     """UserError for an unknown score or names of several words, NotTestable for one category."""
-    if score not in SCORES:
-        raise UserError(f"score is {score!r}, expected one of {', '.join(SCORES)}.")
+    refuse_other(score, SCORES, "score")
     if len(study.categories) < 2:
         raise NotTestable("one category: nothing can be its own. Give rows of two or more.")
     if split := [name for name in study.categories if len(str(name).split()) != 1]:

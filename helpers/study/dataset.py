@@ -83,8 +83,8 @@ def fault_rate(table: pd.DataFrame) -> dict[str, float]:
 def findings(words: pd.DataFrame, faults: dict) -> list[str]:
     """What `lexical` and `fault_rate` say, a sentence for each set and one for the readers."""
     lines = [
-        f"{row['set']}: words alone tell the category of {row['right']:.3f} [{row['low']:.3f}, "
-        f"{row['high']:.3f}] of {row['n']} rows (chance {row['chance']:.2f}); "
+        f"{row['set']}: the words alone give the right category in a share of {row['right']:.3f} "
+        f"[{row['low']:.3f}, {row['high']:.3f}] of {row['n']} rows (chance {row['chance']:.2f}); "
         f"{_hardest(words[words['set'] == row['set']])}"
         for row in words[words["category"] == "all"].to_dict("records")
     ]
@@ -97,5 +97,7 @@ def findings(words: pd.DataFrame, faults: dict) -> list[str]:
 
 def _hardest(table):
     own = table[table["category"] != "all"]
+    if own["right"].nunique() == 1:
+        return "equally in every category."
     row = own.loc[own["right"].idxmin()]
-    return f"least in {row['category']}, {row['right']:.3f}."
+    return f"the lowest share is in {row['category']}: {row['right']:.3f}."

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..analysis.stats import SEEN_TWO_SIDED, adjust
+from ..config import SCORES
 from ..paths import CLAIMS
 
 TEST = ["id", "components", "pair", "half", "category"]
@@ -125,13 +126,17 @@ def _verdict(supported) -> str:
 
 def replaced(ledger, found: pd.DataFrame) -> pd.DataFrame:
     """The verdicts of replaced claims beside those that replace them: id, components, verdict, by,
-    new verdict (of the same components, else of all that the newer claim has).
+    new verdict (of the same components; of neurons those of the scores that choose them, where the
+    newer claim is about scores).
     """
     rows = []
     for claim in ledger[ledger["replaces"] != ""].to_dict("records"):
         new = found[found["id"] == claim["id"]].set_index("components")["verdict"]
+        by_score = "; ".join(f"{score}: {said}" for score, said in new.items() if score in SCORES)
         for old in found[found["id"].isin(claim["replaces"].split())].itertuples():
-            said = new.get(old.components) or "; ".join(f"{k} {v}" for k, v in new.items())
+            said = new.get(old.components) or f"not asked of {old.components}"
+            if old.components == "neurons" and "neurons" not in new:
+                said = by_score or said
             rows.append((old.id, old.components, old.verdict, claim["id"], said))
     return pd.DataFrame(rows, columns=["id", "components", "verdict", "by", "new verdict"])
 

@@ -25,7 +25,7 @@ from ..analysis.stats import adjust, plus_one, resample_weights
 from ..capture.interventions import ablate
 from ..hexainst.corpus import texts
 from ..record import NotTestable
-from .ablation import measure, own_effect, pooled, spared
+from .ablation import KINDS, measure, own_effect, pooled, spared
 from .evaluate import WHERE, ablation_matrix, accuracy, gain_lost, plain_text_nll, scored
 from .scores import reference_activations, sets_of, standing, written
 
@@ -586,6 +586,34 @@ class Needed:
         return mask
 
 
+def ablated_rows(profile, categories: int, sparse: bool) -> int:
+    """How many rows notebook 06 reads under some ablation, of one pair whose halves both have
+    `ablation_rows` of every category: what its experiments ask for. What two of them share is read
+    once, so a run reads a little less. (Ours.)
+    """
+    own, full, sizes = categories, categories**2, len(profile.sizes)
+    drawn, few = profile.controls, profile.controls_elsewhere
+    everywhere = full * profile.controls_all_rows
+    half = {
+        "consensus": (2 + sparse) * (full + own * drawn + everywhere),
+        "dose": len(TESTED) * sizes * own * (1 + few) + 3 * sizes * own,
+        "following": 2 * len(TESTED) * own * (1 + drawn),
+        "own part": own * (1 + drawn),
+        "pseudo": (1 + len(GROUPINGS)) * 2 * full,
+        "sufficient": len(TESTED) * own * (2 + few),
+        "operators": (3 * len(TESTED) + 2 * sparse) * own * (1 + few),
+        "usage": sparse * own * (1 + 2 * drawn),
+        "damage": len(TESTED) * full + own,
+    }
+    if profile.grid is None:
+        main = full + len(KINDS) * own * drawn + everywhere
+        other = full + len(KINDS) * own * few + everywhere
+        half["grid"] = len(profile.scores) * (main + (sizes - 1) * other)
+    places = 0 if sparse else len(WHERE) * 2 * len(TESTED) * 2 * full
+    checks = own + own * (1 + few)
+    return profile.ablation_rows * (2 * sum(half.values()) + places + checks)
+
+
 def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: int) -> tuple:
     """Codes 0..count-1 of the rows that sets are chosen on and of those measured: groups of like
     size that are no kinds of instruction. `opening`: by the first word; `length`: by characters;
@@ -684,33 +712,87 @@ def per_category(table: pd.DataFrame, pairs: dict, size: float) -> pd.DataFrame:
 
 def shown(table: pd.DataFrame, index, columns, otherwise: str):
     """Some columns of a table, rounded; or a sentence where it is empty."""
-    return table.set_index(index)[columns].round(3) if len(table) else otherwise
+    return table.set_index(index)[columns].round(4) if len(table) else otherwise
 
 
 def sentences(found: dict) -> list[str]:
     """What the page found, pair by pair."""
     said = []
     for name, one in found.items():
+        numbers, every = one.numbers, one.study.categories
         for score in TESTED:
             key = f"ablation.equal.{score}.all"
-            if f"{key}.critical" not in one.numbers:
+            if f"{key}.critical" not in numbers:
                 continue
-            low, high = one.numbers[f"{key}.critical_ci"]
-            cases = [
-                one.numbers.get(f"{key}.{c}.critical_ci", [0])[0] > 0 for c in one.study.categories
-            ]
+            held = _held(numbers, key, "critical_ci", every)
             said.append(
                 f"{name}: losing the {one.profile.epsilon:.0%} of neurons that {score} ranks first "
-                f"costs {one.numbers[f'{key}.critical']:.2f} nats per token [{low:.2f}, "
-                f"{high:.2f}] beyond the hardest control; the interval lies above 0 in "
-                f"{sum(cases)} of {len(cases)} categories."
+                f"costs {_nats(numbers, key, 'critical')} beyond the hardest control. Category by "
+                f"category that is supported in {len(held)} of {len(every)} "
+                f"({', '.join(held) or 'none'})."
             )
+            held = _held(numbers, f"ablation.gain.{score}.all", "lost_ci", every)
+            said.append(
+                f"{name}: losing them takes instruction gain away in {len(held)} of {len(every)} "
+                f"({', '.join(held) or 'none'})."
+            )
+        said += [f"{name}: {line}" for line in _said_once(numbers)]
         said += [f"{name}: {alike}" for alike in same_experts(one)]
         said.append(
-            f"{name}: the whole last layer costs {one.numbers['ablation.positive']:.2f}; the same "
-            f"sets in an untrained twin {one.numbers['ablation.negative']:.3f}."
+            f"{name}: the whole last layer costs {numbers['ablation.positive']:.2f}; the same "
+            f"sets in an untrained twin {numbers['ablation.negative']:.3f}."
         )
     return said
+
+
+def _nats(numbers, key, name) -> str:
+    low, high = numbers[f"{key}.{name}_ci"]
+    return f"{numbers[f'{key}.{name}']:.2f} nats per token [{low:.2f}, {high:.2f}]"
+
+
+def _held(numbers, key, interval, categories) -> list[str]:
+    """The categories whose interval lies above 0 and whose p, Holm over them, is below 0.05: the
+    ledger's rule.
+    """
+    asked = [c for c in categories if f"{key}.{c}.p_sets" in numbers]
+    if not asked:
+        return []
+    holm = adjust([numbers[f"{key}.{c}.p_sets"] for c in asked], "holm")
+    return [
+        c
+        for c, p in zip(asked, holm, strict=True)
+        if numbers[f"{key}.{c}.{interval}"][0] > 0 and p < 0.05
+    ]
+
+
+ONCE = {  # beginnings of keys, what of them, the sentence around the value
+    "pseudo.contribution": (
+        "beyond",
+        "sets by contribution are more specific than those of groups "
+        "of rows that are no categories, by {}.",
+    ),
+    "dose.{score}": (
+        "slope",
+        "each doubling of the share that {score} ranks first adds {} beyond random sets.",
+    ),
+    "sufficient.{score}": (
+        "saved",
+        "sparing the category's own set by {score} saves {} more than sparing random ones.",
+    ),
+    "usage.experts": (
+        "critical",
+        "losing a category's most used experts costs {} more than losing "
+        "others that are used as much.",
+    ),
+}
+
+
+def _said_once(numbers):
+    for beginning, (name, around) in ONCE.items():
+        for score in TESTED if "{score}" in beginning else ("",):
+            key = f"ablation.{beginning.format(score=score)}.all"
+            if f"{key}.{name}" in numbers:
+                yield around.format(_nats(numbers, key, name), score=score)
 
 
 def same_experts(one) -> list[str]:

@@ -813,12 +813,12 @@ def _gaps_at(overlap, size, sizes) -> dict:
 # ---- in words
 
 
-def sentences(steps: Found, own: Found, left: Found, read: Found) -> list[str]:
+def sentences(steps: Found, own: Found, left: Found, read: Found, members: Found) -> list[str]:
     """What was found of all rows of each pair and unit, in sentences: `wording_step`,
-    `own_categories`, `left_over`, `readable`. What is not supported stands beside the smallest
-    effect that the test could have seen.
+    `own_categories`, `left_over`, `readable`, and of each pair `membership`. What is not supported
+    stands beside the smallest effect that the test could have seen.
     """
-    found = []
+    found = list(_say_members(members.table))
     for (pair, unit), _ in steps.table.groupby(["pair", "unit"], sort=False):
         rows = [_of(one.table, pair, unit) for one in (steps, own, left, read)]
         says = (_say_step, _say_own, _say_left, _say_read)
@@ -827,6 +827,16 @@ def sentences(steps: Found, own: Found, left: Found, read: Found) -> list[str]:
             notes = part["note"].iloc[0]
             found.append(f"  {notes}" if notes else f"  {say(part)}")
     return found
+
+
+def _say_members(table):
+    for pair, part in table[table["note"] == ""].groupby("pair", sort=False):
+        first, last = part.iloc[0], part.iloc[-1]
+        yield (
+            f"{pair}: {first['components']:.0f} neurons stand in one category's consensus set "
+            f"(null: {first['null']:.0f}), {last['components']:.0f} in all {last['number']} "
+            f"(null: {last['null']:.0f})."
+        )
 
 
 def _of(table, pair, unit):
@@ -886,6 +896,6 @@ def _say_read(part):
     beside = ", ".join(f"{name} {row[name]:.2f}" for name in others)
     beyond = _value(row, "beyond", "p_beyond", "beyond_detectable")
     return (
-        f"The category is read off with accuracy {row['tuned']:.2f} ({beside}): beyond "
-        f"{row['yardstick']}, the better of base and words, by {beyond}."
+        f"The category is read off with accuracy {row['tuned']:.2f} ({beside}). Tuned minus "
+        f"{row['yardstick']}, the better of base and words: {beyond}, two-sided."
     )

@@ -12,7 +12,7 @@ from ..analysis.effects import critical, specific_by_category
 from ..analysis.stats import SMALLEST, adjust
 from ..capture.count import count_encoded, refuse_long
 from ..capture.tokens import check_tokenizer, texts_of
-from ..config import defaults
+from ..config import defaults, refuse_other
 from ..record import NotTestable, UserError
 from .ablation import draws_of, measure, pooled
 from .evaluate import nll
@@ -45,7 +45,7 @@ class Own(Study):
         Of a label with more than 200 texts (2 x `rows`) as many are drawn. Raises UserError for
         what cannot be read or told apart: see `labels_of` and `texts_of`; a text with two labels.
         """
-        profile = defaults(**{"rows": ROWS} | settings)
+        profile = defaults((*SETTINGS, "rows"), **{"rows": ROWS} | settings)
         check_tokenizer(tokenizer, model)
         texts = texts_of(texts, "text")
         y, names = labels_of(labels, len(texts))
@@ -118,15 +118,16 @@ def ablation_table(
     >>> print(found["note"][0][:61])
     not testable: group 0 has 2 instructions; expected at least 5
     """
-    if score not in (*SCORES, "contribution") and references is None:
-        known = f"{', '.join(SCORES)}, contribution; with references {', '.join(SEES_REFERENCE)}"
-        raise UserError(f"score is {score!r}, expected one of {known}.")
+    known, more = (*SCORES, "contribution"), f"; with references {', '.join(SEES_REFERENCE)}"
+    if references is not None:
+        known, more = (*known, *SEES_REFERENCE), ""
+    refuse_other(score, known, "score", more)
     study = Own.on(model, tokenizer, texts, labels, references, **settings)
     arrays, half = pooled([_measured(study, half, score) for half in study.halves])
     table = pd.DataFrame(_cells(study, arrays, half))
     own = table["ablated"] == table["measured"]
-    if "p" not in table:
-        return table
+    if "p" not in table:  # no label has texts enough
+        return table.reindex(columns=COLUMNS)
     for some in (own, ~own):
         tested = some & table["p"].notna()
         if tested.any():
@@ -244,11 +245,28 @@ def _halved(rows, y, names, profile) -> pd.DataFrame:
             "ones or more, to choose on some and measure on others."
         )
     rows = rows.assign(fold=rows["instruction"].map(place)).iloc[order]
-    return rows[rows.groupby(["fold", "category"]).cumcount() < profile.rows]
+    return rows[rows.groupby(["fold", "category"]).cumcount() < (profile.rows or len(rows))]
+
+
+def noted(table) -> pd.DataFrame:
+    """An ablation table whose rows without a note have "": one read back from a CSV file has NaN.
+    Raises UserError for what is none.
+    """
+    refuse_table(table, COLUMNS, "ablation_table")
+    return table.assign(note=[note if isinstance(note, str) else "" for note in table["note"]])
+
+
+def refuse_table(table, columns, maker: str) -> None:
+    """UserError unless a table has a row, and the columns, of what `maker` gives."""
+    missing = [name for name in columns if name not in getattr(table, "columns", ())]
+    if missing or not len(table):
+        found = f"{type(table).__name__} without {missing[0]!r}" if missing else "no row"
+        raise UserError(f"found {found}, expected the table that {maker}(...) gives.")
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
     """What an ablation table says, a sentence per label and one for all."""
+    table = noted(table)
     own, lines = table[table["ablated"] == table["measured"]], []
     for row in own.itertuples():
         if row.note:

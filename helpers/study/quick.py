@@ -18,7 +18,7 @@ from ..analysis.stats import SMALLEST, bootstrap, length_strata, permutation_tes
 from ..capture.count import count as count_texts
 from ..capture.counts import Counts
 from ..capture.tokens import chat_template, list_of
-from ..config import defaults
+from ..config import defaults, refuse_other
 from ..record import NotTestable, UserError
 
 SCORES = ("frequency", "lape", "contrast")  # those that counts alone can give
@@ -26,6 +26,7 @@ MOST = 50  # labels
 COMPARED = 1200  # texts held against one another, as many as HexaInst has
 CELLS = 2**24  # frequencies in memory at once (64 MiB)
 DEFAULT = defaults()
+READ = ("template", "chat", "batch_tokens")  # what of a profile decides counts
 
 
 def count(model, tokenizer, texts, responses=None, **settings) -> Counts:
@@ -43,7 +44,7 @@ def count(model, tokenizer, texts, responses=None, **settings) -> Counts:
     >>> counts.tokens.tolist(), counts.neurons["dense"].shape, counts.neurons["dense"].dtype
     ([5, 6], (2, 4, 512), dtype('uint16'))
     """
-    profile = defaults(**settings)
+    profile = defaults(READ, **settings)
     how = {"template": read_in(profile, tokenizer), "responses": responses}
     return count_texts(model, tokenizer, texts, profile.batch_tokens, **how)
 
@@ -72,9 +73,8 @@ def find_sets(
     >>> sets.groupby("label").size().to_dict()  # 5 % of 4 x 512 neurons
     {'pets': 102, 'sums': 102}
     """
-    y, names = labels_of(labels, len(counts.tokens))
-    if score not in SCORES:
-        raise UserError(f"score is {score!r}, expected one of {', '.join(SCORES)}.")
+    refuse_other(score, SCORES, "score")
+    y, names = labels_of(labels, len(counts_of(counts).tokens))
     values = counts.unit("neurons")
     scores, means = _scores(score, values.reshape(len(y), -1), counts.tokens, y)  # [C, M] each
     members = category_sets(scores, set_size(scores.shape[1], share))
@@ -107,7 +107,8 @@ def overlap(
     Of more than 1,200 texts, as many of each label are drawn; n says how many are compared. Raises
     NotTestable where a label has fewer than five texts. (Paper, sec. generality; ours.)
     """
-    y, names = labels_of(labels, len(counts.tokens))
+    defaults(epsilon=epsilon, resamples=resamples, seed=seed)  # refused as in a profile
+    y, names = labels_of(labels, len(counts_of(counts).tokens))
     some = _drawn(y, COMPARED // len(names), seed)
     y, tokens, values = y[some], counts.tokens[some], counts.unit("neurons")[some]
     for code, name in enumerate(names):
@@ -137,6 +138,16 @@ def overlap(
     return pd.DataFrame([{name: float(value) for name, value in row.items()}]).astype({"n": int})
 
 
+def counts_of(counts) -> Counts:
+    """Counts as they are; UserError for what is none."""
+    if not isinstance(counts, Counts):
+        raise UserError(
+            f"counts: found {type(counts).__name__}, expected what count(model, tokenizer, texts) "
+            "gives. Count the texts first."
+        )
+    return counts
+
+
 def labels_of(labels, texts: int) -> tuple[np.ndarray, list]:
     """Labels of `texts` texts as codes int [texts], and their names in order of first appearance.
 
@@ -153,7 +164,7 @@ def labels_of(labels, texts: int) -> tuple[np.ndarray, list]:
             "texts."
         )
     for row, label in enumerate(labels):
-        if not pd.api.types.is_scalar(label) or pd.isna(label) or label == "":
+        if not pd.api.types.is_scalar(label) or pd.isna(label) or not str(label).strip():
             raise UserError(
                 f"label {row} is {label!r}: expected a name or a number, one for each text. Label "
                 "the text, or leave it out."

@@ -24,10 +24,12 @@ from ..analysis.stats import (
     shared_profile,
     shared_profile_beyond,
 )
+from ..capture.sites import find_sites
 from ..capture.tokens import Encoded
 from ..hexainst.corpus import wordings
 from ..record import read_json
 from .scores import read_outputs
+from .study import READ_ALONE
 
 MASSIVE = 100  # times the median of its layer
 NEEDED = ("prompt", "prompt-even", "prompt-odd", "response")  # kinds of positions
@@ -80,27 +82,41 @@ def inventory(study) -> pd.DataFrame:
     )
 
 
+def sites_of(study) -> pd.DataFrame:
+    """Where neurons stand in the tuned model: columns layer, family, name, width, experts."""
+    columns = ("layer", "family", "name", "width", "experts")
+    sites = find_sites(study.reader("tuned")[0])
+    return pd.DataFrame([{k: getattr(site, k) for k in columns} for site in sites])
+
+
 def positions(study) -> pd.DataFrame:
     """Counts of every model at every kind of positions the chain needs, counted where they are not
-    on disk: columns model, positions, instructions, tokens, mean p (over all its neurons).
+    on disk: columns model, positions, instructions, tokens, mean p (over dense or routed neurons,
+    a shared expert's left out), where read (the same of the tokens that reach the neuron alone).
     """
     out = []
     for model in models(study):
         for where in ("prompt",) if model == "twin" else NEEDED:
             c = study.counts(model, where)
             values = c.unit("neurons")
-            mean = values.sum(dtype=np.int64) / c.tokens.sum() / values[0].size
+            on, tokens = values.sum(dtype=np.int64), c.tokens.sum()
+            reached = tokens * values[0].size
+            if c.routed is not None:
+                reached = c.routed.sum(dtype=np.int64) * values.shape[-1]
             line = {"model": model, "positions": where, "instructions": len(c.tokens)}
-            out.append(line | {"tokens": c.tokens.sum(), "mean p": mean})
+            line |= {"tokens": tokens, "mean p": on / tokens / values[0].size}
+            out.append(line | {"where read": on / reached})
     return pd.DataFrame(out)
 
 
 def batching(study) -> pd.DataFrame:
     """Of the tuned model's first instructions: cells whose count differs when each is read alone
-    instead of in a batch, as the record beside the counts says: columns cells, differ, most.
+    instead of in a batch, as the record beside the counts says: columns instructions, cells,
+    differ, most.
     """
     record = study.shards("tuned", "prompt").folder / "counts-00000.json"
-    return pd.DataFrame([read_json(record)["found"]["batching"]])
+    read = {"instructions": min(READ_ALONE, len(study.rows))}
+    return pd.DataFrame([read | read_json(record)["found"]["batching"]])
 
 
 def frequencies(study) -> pd.DataFrame:
@@ -305,6 +321,7 @@ def pattern_numbers(pattern: pd.DataFrame, unit: str) -> dict:
                 "beyond_twin": row["beyond"],
                 "beyond_twin_ci": [row["beyond_low"], row["beyond_high"]],
                 "p_beyond_twin": row["p_beyond"],
+                "beyond_twin_detectable": row["detectable"],
             }.items()
         }
     return numbers
@@ -375,22 +392,32 @@ def _own(values, study, code, clusters):
 
 
 def expert_sizes(study) -> pd.DataFrame:
-    """One row: K, the mean number of experts that carry half of a layer's routing, and the size of
-    each category's consensus set of the K most frequent experts of each layer.
+    """A row for the tuned model and one for the twin: K, the mean number of experts that carry half
+    of a layer's routing, the size of each category's consensus set of the K most frequent experts
+    of each layer, and how many experts stand in all of them.
     """
-    counts, profile = study.counts(), study.profile
-    k = int(counts.routed[0, 0].sum() // counts.tokens[0])
-    sets = top_experts(counts.routed, k, profile.seed)
-    agreed = consensus(sets.reshape(len(sets), -1), study.labels, profile.tau)
-    half = share_experts(counts.routed, 0.5, profile.seed).sum(-1).mean()
-    own = dict(zip(study.categories, agreed.sum(1), strict=True))
-    return pd.DataFrame([{"K": k, "carry_half": half} | own | {"in all": agreed.all(0).sum()}])
+    out, profile = [], study.profile
+    for model in ("tuned", "twin"):
+        counts = study.counts(model)
+        sets = top_experts(counts.routed, per_token(counts), profile.seed)
+        agreed = consensus(sets.reshape(len(sets), -1), study.labels, profile.tau)
+        half = share_experts(counts.routed, 0.5, profile.seed).sum(-1).mean()
+        line = {"model": model, "K": per_token(counts), "carry_half": half}
+        line |= dict(zip(study.categories, agreed.sum(1), strict=True))
+        out.append(line | {"in all": agreed.all(0).sum()})
+    return pd.DataFrame(out)
+
+
+def per_token(counts) -> int:
+    """K, the experts that a token is sent to."""
+    return int(counts.routed[0, 0].sum() // counts.tokens[0])
 
 
 def routing_share(study) -> pd.DataFrame:
     """How much of an expert neuron's frequency is routing, in the tuned model and the twin:
     correlation over (instruction, neuron) cells of p with f, and of p given routed (p / f, where
-    the expert was reached) with f; their means.
+    the expert was reached) with f and with p; their means; how much of an instruction's set stands
+    in the K most frequent experts of its layer, and what chance would put there.
     """
     out = []
     for model in ("tuned", "twin"):
@@ -399,11 +426,19 @@ def routing_share(study) -> pd.DataFrame:
         given = conditional_frequency(counts.unit("neurons"), counts.routed)
         reached = np.broadcast_to(counts.routed[..., None] > 0, p.shape)
         wide = np.broadcast_to(f[..., None], p.shape)
+        k, (chosen, _) = per_token(counts), top_sets(counts.unit("neurons"), study.profile.epsilon)
+        first = np.broadcast_to(
+            top_experts(counts.routed, k, study.profile.seed)[..., None], p.shape
+        )
         out.append(
             {
                 "model": model,
                 "corr(p, f)": np.corrcoef(p.ravel(), wide.ravel())[0, 1],
                 "corr(p given routed, f)": np.corrcoef(given[reached], wide[reached])[0, 1],
+                "corr(p, p given routed)": np.corrcoef(p[reached], given[reached])[0, 1],
+                "reached": reached.mean(),
+                "set in top-K": (chosen & first.reshape(len(p), -1)).sum() / chosen.sum(),
+                "chance": k / f.shape[2],
                 "mean p": p.mean(),
                 "mean p given routed": given[reached].mean(),
                 "cells": p.size,
@@ -517,8 +552,10 @@ def capture_findings(positions: pd.DataFrame, batching: pd.DataFrame) -> list[st
         lines.append(
             f"{row['pair']}: on {tuned['tokens']:,} prompt tokens of {tuned['instructions']:,} "
             f"instructions a neuron of the tuned model is on {tuned['mean p']:.1%} of the time, "
-            f"of the random twin {twin['mean p']:.1%}; batching moved {row['differ']} of "
-            f"{row['cells']:,} cells looked at."
+            f"of the random twin {twin['mean p']:.1%} (of the tokens that reach it: "
+            f"{tuned['where read']:.1%} and {twin['where read']:.1%}). Batching moved "
+            f"{row['differ']} of {row['cells']:,} cells, looked at in {row['instructions']} "
+            "instructions."
         )
     return lines
 
@@ -531,6 +568,21 @@ def set_findings(sizes: pd.DataFrame, epsilon: float) -> list[str]:
         f"cut, and the exact rule keeps {row['kept by exact']:.2f} of it."
         for row in sizes[sizes["epsilon"] == epsilon].to_dict("records")
     ]
+
+
+def layer_findings(shares: pd.DataFrame) -> list[str]:
+    """Where the largest share of a layer's neurons is in the set: for each category, and for the
+    models that `layer_shares` puts beside the tuned one; a sentence for each pair.
+    """
+    lines = []
+    for pair, part in shares.groupby("pair", sort=False):
+        best = part.loc[part.groupby("category", sort=False)["share"].idxmax()]
+        where = [f"{row.category} in layer {row.layer}" for row in best.itertuples()]
+        lines.append(
+            f"{pair}: the layer with the largest share of its neurons in the set is, by "
+            f"category and model, {', '.join(where)}."
+        )
+    return lines
 
 
 def pattern_findings(pattern: pd.DataFrame) -> list[str]:
@@ -547,19 +599,23 @@ def _pattern_said(row):
     if np.isnan(row.get("stability", np.nan)):
         return f"whether categories share a layer pattern is {row['note']}"
     more = row["beyond_low"] > 0 and row["p_beyond"] < 0.05
-    return (
-        f"the categories' layer profiles correlate {row['stability']:.3f} "
-        f"[{row['low']:.3f}, {row['high']:.3f}] (layers shuffled: 0, p {row['p']:.4f}), the "
-        f"untrained twin's {row['twin']:.3f}. Tuned minus twin: {row['beyond']:+.3f} "
-        f"[{row['beyond_low']:+.3f}, {row['beyond_high']:+.3f}], p {row['p_beyond']:.4f}, "
-        f"n = {row['n']}. That the pattern was learnt is {'' if more else 'not '}supported "
-        f"(smallest difference that could be seen: {row['detectable']:.3f})."
-        + (
-            " The categories' profiles are less alike than untrained."
-            if row["beyond_high"] < 0
-            else ""
-        )
+    said = (
+        f"the layer profiles of two categories correlate {row['stability']:.3f} "
+        f"[{row['low']:.3f}, {row['high']:.3f}] on average (null, layers shuffled: 0; "
+        f"p {row['p']:.4f}). In the untrained twin they correlate {row['twin']:.3f}. Tuned minus "
+        f"twin is {row['beyond']:+.3f} [{row['beyond_low']:+.3f}, {row['beyond_high']:+.3f}] "
+        f"(one-sided p {row['p_beyond']:.4f}, n = {row['n']} instructions). That the pattern was "
+        f"learnt is {'' if more else 'not '}supported."
     )
+    if row["beyond_high"] < 0:
+        said += " The categories are less alike in the tuned model than in the twin."
+    if 1 - row["twin"] < row["detectable"]:
+        said += (
+            f" The twin leaves room for a difference of {1 - row['twin']:.3f} at most, and the "
+            f"test sees differences from {row['detectable']:.3f} on: it had little chance to "
+            "support the claim."
+        )
+    return said
 
 
 def routing_findings(share: pd.DataFrame, own: pd.DataFrame) -> list[str]:
@@ -569,18 +625,24 @@ def routing_findings(share: pd.DataFrame, own: pd.DataFrame) -> list[str]:
     lines = []
     for pair, part in share[share["model"] == "tuned"].groupby("pair", sort=False):
         row = part.iloc[0]
-        whole, rest = (row[name] ** 2 for name in ("corr(p, f)", "corr(p given routed, f)"))
+        untrained = share[(share["pair"] == pair) & (share["model"] == "twin")].iloc[0]
         lines.append(
-            f"{pair}: routing accounts for {whole:.0%} of the variance of an expert neuron's "
-            f"frequency, and for {rest:.1%} of it once it is divided by routing."
+            f"{pair}: an expert neuron's frequency shares {row['corr(p, f)'] ** 2:.0%} of its "
+            f"variance with routing (twin: {untrained['corr(p, f)'] ** 2:.0%}), and its frequency "
+            f"given routed shares {row['corr(p given routed, f)'] ** 2:.1%}. Of a set, "
+            f"{row['set in top-K']:.0%} stand in the layer's K most frequent experts (twin: "
+            f"{untrained['set in top-K']:.0%}; chance: {row['chance']:.0%})."
         )
         mine = own[own["pair"] == pair].set_index(["model", "category"])
         tuned, twin = (mine.loc[model] for model in ("tuned", "twin"))
         beyond = tuned.index[tuned["low"] > twin["high"].reindex(tuned.index)].to_list()
+        above = tuned.index[tuned["low"] > 0].to_list()
         lines.append(
-            f"{pair}: a category's most own expert gets {tuned['own'].min():+.2f} to "
-            f"{tuned['own'].max():+.2f} of the tokens more than on the mean of categories (null 0; "
-            f"the twin's: {twin['own'].min():+.2f} to {twin['own'].max():+.2f}); its interval lies "
-            f"above the twin's in {', '.join(beyond) or 'no category'}."
+            f"{pair}: the expert that is most a category's own receives between "
+            f"{tuned['own'].min():+.2f} and {tuned['own'].max():+.2f} more of its tokens than on "
+            f"the categories' mean (null 0; in the twin between {twin['own'].min():+.2f} and "
+            f"{twin['own'].max():+.2f}). The interval lies above 0 in "
+            f"{', '.join(above) or 'no category'}, and above the twin's interval in "
+            f"{', '.join(beyond) or 'no category'}."
         )
     return lines

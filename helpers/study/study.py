@@ -42,6 +42,9 @@ def rows_of(profile: Profile) -> pd.DataFrame:
     return rows.assign(fold=folds(rows))
 
 
+READ_ALONE = 4  # instructions that are read twice, in a batch and alone
+
+
 def open_model(pair: Pair, variant: str, seed: int = 0):
     """(model, tokenizer) of one variant of a pair: "base", "tuned", or a twin, the base's
     architecture (without a base the tuned model's) with random weights: "twin" from `seed`,
@@ -332,7 +335,7 @@ class Study:
                 drawn(batch, counts)
         found, names = counting.made_with(model), [n for n in some[0].groups if "drawn" not in n]
         if k == 0:
-            found["batching"] = flips(model, some[:4], gathered.counts(names[0]))
+            found["batching"] = flips(model, some[:READ_ALONE], gathered.counts(names[0]))
         for name in names:
             shards = self._shards(variant, name)
             if name != positions and shards.missing([k]):
