@@ -76,9 +76,9 @@ class Recipe:
     checkpoints before the last one; context: tokens of a piece of plain text.
     """
 
-    steps: int = 200
+    steps: int = 100
     tokens: int = 2048
-    kept: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    kept: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     rate: float = 1e-4
     low_rank_rate: float = 1e-3
     rank: int = 16
