@@ -28,7 +28,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 
 # Recipes are single commands where they run long: make starts those without a shell between, so a signal to make reaches them.
 .DEFAULT_GOAL := help
-.PHONY: help env lab reproduce test lint refresh models trajectory grid hexainst-human bench bench-peers bench-analysis bench-chain plan site clean
+.PHONY: help env lab reproduce test lint refresh models trajectory grid tune hexainst-human bench bench-peers bench-analysis bench-chain plan site clean
 
 help: ## print this list
 	@echo "make TARGET [PROFILE=$(PROFILE)]"; grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -79,6 +79,9 @@ trajectory: $(READY) ## tune the tiny bases again with checkpoints kept and meas
 
 grid: $(READY) ## the whole grid of ablations, three dense seeds and the sparse pair; writes data/grid (half an hour of one core, resumes)
 	$(PY) -m helpers.run grid --profile tiny-full
+
+tune: $(READY) ## tune SmolLM2 five ways, measure each on HexaInst; writes data/tuning (hours of two cores; resumes)
+	$(PY) -m helpers.run tune
 
 bench: $(READY) ## cost of capture as ratios in one run; writes data/results/bench.json
 	$(PY) -m tests.bench

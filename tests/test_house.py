@@ -169,6 +169,7 @@ TARGETS = {
     *("help", "env", "lab", "reproduce", "test", "lint", "refresh", "models", "trajectory", "grid"),
     *("hexainst-human", "bench", "bench-peers", "bench-analysis", "bench-chain", "plan", "clean"),
     "site",
+    "tune",
 }
 
 
@@ -248,7 +249,15 @@ def test_make_hands_a_signal_on_to_what_runs_long():
     """A recipe line with a shell in between would leave the command running; and the chain's
     list of notebooks stands once.
     """
-    for target in ("reproduce", "refresh", "models", "trajectory", "grid", "hexainst-human"):
+    for target in (
+        "reproduce",
+        "refresh",
+        "models",
+        "trajectory",
+        "grid",
+        "tune",
+        "hexainst-human",
+    ):
         for line in make("-n", target).stdout.splitlines():
             assert re.fullmatch(r"\.venv/bin/python -m helpers\.run [\w./ -]+", line)
     books = [f"notebooks/{path.name}" for path in BOOKS]

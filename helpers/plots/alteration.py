@@ -124,6 +124,25 @@ def matter(table: pd.DataFrame) -> Figure:
     return _finish(fig, drawn, "loss beyond random sets\n(nats per token)", 2)
 
 
+def improved(table: pd.DataFrame) -> Figure:
+    """What tunings made of each category, after minus before; columns panel (the measure),
+    category, tuning, value, low, high, n.
+    """
+    fig, drawn = _panels(table, (4.4, 3.4))
+    for ax, _, part in drawn:
+        names, tunings = list(pd.unique(part["category"])), list(pd.unique(part["tuning"]))
+        for n, tuning in enumerate(tunings):
+            rows = part[part["tuning"] == tuning]
+            shift = 0.13 * (n - (len(tunings) - 1) / 2)
+            at = [names.index(category) + shift for category in rows["category"]]
+            bars = error_bars(rows["low"], rows["value"], rows["high"])
+            look = {"color": PALETTE[n % 8], "marker": SHAPES[n % 8], "linestyle": ""}
+            ax.errorbar(at, rows["value"], bars, label=tuning, capsize=2, markersize=4, **look)
+        ax.axhline(0, label="null: nothing gained", **NULL)
+        ax.set_xticks(range(len(names)), names)
+    return _finish(fig, drawn, "after minus before", 6)
+
+
 def transplant(table: pd.DataFrame) -> Figure:
     """Loss along the share of neurons transplanted; columns panel, set ("most moved", "random"),
     share, loss, low, high (of the draws), host (loss without), donor (the other model's), n.

@@ -323,6 +323,37 @@ def run_trajectory(options) -> int:
 
 
 @command(
+    "tune",
+    option("--profile", help="a profile of one model (default: smollm2)", default="smollm2"),
+    option("--tunings", nargs="+", type=one_of("study.tuning:TUNINGS"), help="default: all"),
+    option("--gather", action="store_true", help="only make the rows to tune on, and count them"),
+    option("--local", help="folder that holds copies of the source files (for work offline)"),
+    option("--device", help="cpu, or cuda:0 (default: a GPU where there is one)"),
+    option("--out", type=Path, help="folder of the tables (default: data/tuning)"),
+    option("--rehearse", action="store_true", help="few steps, few rows: does all of it run?"),
+)
+def run_tune(options) -> int:
+    """Tune a pretrained model five ways and measure what that changed; writes data/tuning."""
+    from transformers.utils import logging
+
+    from ..study import tuned, tuning
+
+    logging.disable_progress_bar()
+    with household():
+        if options.gather:
+            print(tuned.gathered(options.local)[1])
+            return 0
+        plan = tuned.planned(options.profile, options.device, options.out, options.rehearse)
+        rows = tuned.rows_to_tune_on(plan, options.local)
+        job = tuning.Job(plan.start, rows, plan.recipe, device=plan.device)
+        for name in options.tunings or tuning.TUNINGS:
+            tuning.train(job, tuning.TUNINGS[name], plan.folder / name)
+        tuned.Tunings(plan, tuning.read_runs(plan.folder)).measure()
+    print(short(plan.out))
+    return 0
+
+
+@command(
     "human",
     option("--local", help="folder that holds copies of the source files (for work offline)"),
     option("--run-code", action="store_true", help="execute the CODE references, sandboxed"),

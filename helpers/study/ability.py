@@ -41,7 +41,7 @@ def ability(study, variant: str = "tuned") -> pd.DataFrame:
     found = scored(study, variant).assign(fold=rows["fold"], wording=wordings(rows))
     first = rows.groupby(["fold", "category"]).cumcount() < study.profile.ablation_rows
     places = np.flatnonzero(first)
-    return found.join(_likely(study.take(places), variant).set_axis(places, axis=0))
+    return found.join(likely(study.take(places), variant).set_axis(places, axis=0))
 
 
 def abilities(pairs: dict) -> pd.DataFrame:
@@ -69,7 +69,10 @@ def lineage(pairs: dict) -> pd.DataFrame:
     return pd.concat(tables[1:] or tables).set_index(["pair", "family", "layer"])
 
 
-def _likely(study, variant) -> pd.DataFrame:
+def likely(study, variant: str = "tuned") -> pd.DataFrame:
+    """What `variant` finds likely of every row of a study: the columns first, chance, own, other,
+    none, gain and gain_none of `ability`, without any answer generated.
+    """
     rows, near = study.rows, neighbours(study.rows)
     reference = rows["reference"].to_list()
     offered = [

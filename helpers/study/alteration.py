@@ -391,11 +391,7 @@ def smaller_lead(study, curves, correct, rows) -> dict:
     wordings drawn. p: share of resamples no higher than 0.
     """
 
-    def statistic(weights):
-        ability = shares(correct, weights)
-        ahead = [(shares(values, weights) - ability)[:, 1:].mean(1) for values in curves]
-        return np.min(ahead, axis=0)
-
+    statistic = partial(least_lead, curves, correct)
     found = bootstrap(statistic, np.zeros(len(rows), int), **_how(study), clusters=wordings(rows))
     return {
         "smaller_lead": found.estimate,
@@ -403,6 +399,13 @@ def smaller_lead(study, curves, correct, rows) -> dict:
         "p_smaller_lead": plus_one(0.0, -found.replicates),
         "smaller_detectable": found.detectable,
     }
+
+
+def least_lead(curves, ability, weights) -> np.ndarray:
+    """The smaller of the leads of several curves [S, I] over the ability's, of weights [R, I]."""
+    own = shares(ability, weights)
+    ahead = [(shares(values, weights) - own)[:, 1:].mean(1) for values in curves]
+    return np.min(ahead, axis=0)
 
 
 def curves(pairs: dict, runs: dict) -> pd.DataFrame:

@@ -17,11 +17,15 @@ from ..paths import CLAIMS
 TEST = ["id", "components", "pair", "half", "category"]
 LEVEL = 0.05
 SEES = ("_detectable", "_sees")  # ends of keys that say what a test would have seen
+TUNINGS = "tunings"  # what these claims need: the tables of data/tuning
 
 
-def read_ledger(path=CLAIMS) -> pd.DataFrame:
-    """The claims as declared, a row each, every cell a text (empty where there is nothing)."""
-    return pd.read_csv(path, keep_default_na=False, dtype=str)
+def read_ledger(path=CLAIMS, tunings: bool = False) -> pd.DataFrame:
+    """The claims as declared, a row each, every cell a text (empty where there is nothing): those
+    of the chain's pairs or, with `tunings`, those of the real model's tunings (notebook 10).
+    """
+    claims = pd.read_csv(path, keep_default_na=False, dtype=str)
+    return claims[(claims["needs"] == TUNINGS) == tunings].reset_index(drop=True)
 
 
 def look_up(ledger, numbers: dict, halves, categories) -> pd.DataFrame:

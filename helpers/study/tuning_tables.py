@@ -1,0 +1,426 @@
+"""Tables and numbers of the tunings of one model, from what `tuned` kept: no model, no text.
+
+Every comparison is paired, row by row of HexaInst, and draws whole wordings. What cannot be tested
+is a row with a note. All is ours, not the paper's.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ..analysis.alteration import shares
+from ..analysis.stats import SMALLEST, adjust, attempt, bootstrap, paired_effect, plus_one
+from ..record import read_json, read_tensors, verify
+from . import alteration
+from .ledger import LEVEL
+from .tuned import CONTROL, MAIN, MATTERS, ROWS, RUNS, START
+from .tuning import TUNINGS
+
+SECOND, ALONE = "again", "alone"
+MEASURES = {"likelier": ("own", -1), "gain": ("gain", 1), "ranked": ("first", 1)}  # and its sign
+
+
+class Measured(NamedTuple):
+    """What `Tunings.measure` left in a folder. parts: {part: (arrays, record)}; rows as
+    `rows_table`; runs {tuning: record}; how: resamples and seed of every interval and test.
+    """
+
+    rows: pd.DataFrame
+    runs: dict
+    parts: dict
+    how: dict
+
+    def part(self, name: str):
+        """(arrays, record) of a part; empty where it was not measured."""
+        return self.parts.get(name, ({}, {}))
+
+    def halves(self, places=slice(None)) -> dict[str, np.ndarray]:
+        """{"all" and each half: which of these rows}."""
+        half = self.rows["half"].to_numpy()[places]
+        both = {name: half == name for name in pd.unique(half)}
+        return {"all": np.ones(len(half), bool)} | both
+
+    def effect(self, first, second, places):
+        """`paired_effect` of two arrays over rows, wordings the clusters, or rows where a set of
+        them has fewer than five wordings.
+        """
+        names = self.rows["wording"].to_numpy()[places]
+        clusters = names if len(set(names)) >= SMALLEST else None
+        return paired_effect(first, second, **self.how, clusters=clusters)
+
+
+def read_measured(folder, resamples: int = 2000, seed: int = 0) -> Measured:
+    """What is kept in a folder. Raises DamagedFile where a file is not the one that was written,
+    RecordMismatch where parts were measured on different rows or tunings.
+    """
+    folder, parts = Path(folder), {}
+    rows = pd.read_csv(folder / ROWS)
+    first = None
+    for path in sorted(folder.glob("*.safetensors")):
+        arrays, record = read_tensors(path)
+        first = first or {key: record[key] for key in ("rows", "tunings", "epsilon")}
+        verify(record, first, path)
+        parts[path.stem] = arrays, record
+    runs = read_json(folder / RUNS)
+    runs = {name: runs[name] for name in TUNINGS if name in runs}
+    return Measured(rows, runs, parts, {"resamples": resamples, "seed": seed})
+
+
+def numbers(found: Measured) -> dict[str, dict]:
+    """{tuning: {key: number}} of all that the claims about tunings ask for; what was not measured,
+    or cannot be tested, is left out.
+    """
+    out = {}
+    for name in found.runs:
+        out[name] = {}
+        for part, record in _stated(found, name):
+            for row in record:
+                key = {"weights": "weights.", "churned": ""}.get(part, f"{part}.")
+                key = f"alteration.{key}{row['what']}.{row['half']}"
+                keep = {k: v for k, v in row.items() if k not in ("pair", "what", "half", "note")}
+                out[name] |= {f"{key}.{k}": v for k, v in keep.items() if v is not None}
+        for table in (improved, beyond, led):
+            for row in table(found, name).to_dict("records"):
+                out[name] |= _keyed(row)
+    return out
+
+
+def _stated(found, name):
+    for part, kept in (("churned", "changed"), *((what, what) for what in MATTERS)):
+        record = found.part(f"{kept}-{name}")[1]
+        if part in record:
+            yield part, record[part]
+
+
+def _keyed(row):
+    """A row of a table with columns key, value, value_ci, p as the summary's numbers."""
+    if row["note"]:
+        return {}
+    stem, _, name = row["key"].rpartition(".")
+    p = "p" if name in ("improved", "excess") else f"p_{name}"
+    return {row["key"]: row["value"], f"{row['key']}_ci": row["ci"], f"{stem}.{p}": row["p"]}
+
+
+def _row(key, compute, **place):
+    """A row of a table: its place, key, value, ci, p, n, note."""
+
+    def tried():
+        effect, n = compute()
+        ci = [float(effect.low), float(effect.high)]
+        return {"value": float(effect.difference), "ci": ci, "p": float(effect.p), "n": n}
+
+    empty = {"value": np.nan, "ci": [np.nan, np.nan], "p": np.nan, "n": 0, "note": ""}
+    return place | {"key": key} | empty | attempt(tried)
+
+
+def improved(found: Measured, name: str) -> pd.DataFrame:
+    """What a tuning made of rows it never saw, after minus before, by measure, half and category:
+    tuning, measure, half, category, before, after, chance, value, ci, p, n, note, key, and p by
+    Holm over the categories.
+
+    likelier: nats per token by which the loss of the reference fell; gain: by which the
+    instruction gain grew; ranked: share of rows whose right answer is the likeliest candidate.
+    """
+    (before, _), (after, _) = found.part(f"able-{START}"), found.part(f"able-{name}")
+    if not before or not after:
+        return pd.DataFrame(columns=["key", "note"])
+    places, out = before["rows"], []
+    category = found.rows["category"].to_numpy()[places]
+    for measure, (column, sign) in MEASURES.items():
+        for half, here in found.halves(places).items():
+            for one in pd.unique(category):
+                some = here & (category == one) & np.isfinite(before[column] + after[column])
+                pair = [sign * values[column][some].astype(float) for values in (after, before)]
+                place = {"tuning": name, "measure": measure, "half": half, "category": one}
+                place |= {"before": before[column][some].mean() if some.any() else np.nan}
+                place |= {"after": after[column][some].mean() if some.any() else np.nan}
+                place |= {"chance": before["chance"][some].mean() if some.any() else np.nan}
+                out.append(
+                    _row(
+                        f"tuning.{measure}.{half}.{one}.improved",
+                        lambda p=pair, s=some: (found.effect(*p, places[s]), int(s.sum())),
+                        **place,
+                    )
+                )
+    return holm(pd.DataFrame(out), ["measure", "half"])
+
+
+def holm(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """The table with `holm`, p adjusted within each group of `by`."""
+    table = table.assign(holm=np.nan)
+    for _, part in table[table["p"].notna()].groupby(by, sort=False):
+        table.loc[part.index, "holm"] = adjust(part["p"].to_numpy(float), "holm")
+    return table
+
+
+def beyond(found: Measured, name: str) -> pd.DataFrame:
+    """A tuning against continued language modelling, and against another seed: tuning, what, half,
+    category ("" for all), tuned, control, value, ci, p, n, note, key.
+
+    beyond: similarity of start and continued model minus that of start and tuned one; beyond_seed:
+    of the two seeds' ends minus that of the tuning's and the continued end; excess: Jaccard with
+    the main tuning's gained neurons, chance taken off, minus the continued model's; own: see `own`.
+    """
+    pairs, out = found.part("pairs")[0], []
+    alike = _between(pairs, found)
+    if name not in (CONTROL, START) and alike(START, name) is not None:
+        out += _compared(found, name, "beyond", alike(START, CONTROL), alike(START, name), True)
+    if name == MAIN and alike(MAIN, SECOND) is not None:
+        out += _compared(found, name, "beyond_seed", alike(MAIN, SECOND), alike(MAIN, CONTROL))
+    if f"gain~{name}" in pairs and name not in (CONTROL, ALONE):
+        both = (pairs.get(f"gain~{one}") for one in (name, CONTROL))
+        out += _compared(found, name, "excess", *both, unit=f"common.{name}")
+    if name == ALONE and alike(START, ALONE) is not None:
+        out += _own(found, alike(START, MAIN), alike(START, ALONE))
+    columns = ["tuning", "what", "half", "category", "tuned", "control", "key", "note"]
+    return pd.DataFrame(out) if out else pd.DataFrame(columns=columns)
+
+
+def _between(pairs, found):
+    """A function of two models: similarity of their sets, [I], or None."""
+
+    def alike(one, other):
+        if one == START and f"changed-{other}" in found.parts:
+            return found.part(f"changed-{other}")[0]["similarity"]
+        return pairs.get(f"{one}~{other}", pairs.get(f"{other}~{one}"))
+
+    return alike
+
+
+def _compared(found, name, what, first, second, each=False, unit="neurons"):
+    """Rows of `beyond`: first minus second per row, of all rows and halves, and by category."""
+    if first is None or second is None:
+        return
+    category = found.rows["category"].to_numpy()
+    groups = [""] + (list(pd.unique(category)) if each else [])
+    for half, here in found.halves().items():
+        for one in groups:
+            some = here & ((category == one) | (one == "")) & np.isfinite(first + second)
+            pair = [values[some].astype(float) for values in (first, second)]
+            key = ".".join(["tuning", unit, half, *([one] if one else []), what])
+            place = {"tuning": name, "what": what, "half": half, "category": one}
+            place |= {"control": pair[0].mean(), "tuned": pair[1].mean()}
+            at = np.flatnonzero(some)
+            yield _row(key, lambda p=pair, a=at: (found.effect(*p, a), len(a)), **place)
+
+
+class Statistic(NamedTuple):
+    """An estimate with its interval and p, named as `stats.Effect` names them."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def _resampled(statistic, groups, clusters, how) -> Statistic:
+    """A statistic of weights [R, I], its interval, and the share of resamples no higher than 0."""
+    found = bootstrap(statistic, groups, **how, clusters=clusters)
+    p = plus_one(0.0, -found.replicates)
+    return Statistic(found.estimate, found.low, found.high, p)
+
+
+def _own(found, main, alone):
+    """Does tuning on one category move its components more than others'? Per row by how much more
+    it moved than the tuning on all did; the mean over its own category minus the mean of the
+    others' means; wordings drawn within categories.
+    """
+    category, own = found.rows["category"].to_numpy(), TUNINGS[ALONE].category
+    more = (main - alone).astype(float)
+    for half, here in found.halves().items():
+        names = [own, *(one for one in pd.unique(category) if one != own)]
+        member = np.array([(category == one)[here] for one in names], float)  # [C, I]
+
+        def statistic(weights, member=member, values=more[here]):
+            means = (weights * values) @ member.T / (weights @ member.T)
+            return means[:, 0] - means[:, 1:].mean(1)
+
+        def compute(here=here, statistic=statistic):
+            clusters = found.rows["wording"].to_numpy()[here]
+            return _resampled(statistic, category[here], clusters, found.how), int(here.sum())
+
+        place = {"tuning": ALONE, "what": "own", "half": half, "category": own}
+        yield _row(f"tuning.neurons.{half}.own", compute, **place)
+
+
+def led(found: Measured, name: str) -> pd.DataFrame:
+    """Did the components change before the loss fell? The smaller of two leads, by half: tuning,
+    what, half, value, ci, p, n, note, key.
+    """
+    arrays, out = found.part(f"changed-{name}")[0], []
+    if not arrays or name == CONTROL:
+        return pd.DataFrame(columns=["key", "note"])
+    places = arrays["curve_rows"]
+    for half, here in found.halves(places).items():
+        curves = [arrays[key][:, here] for key in ("near", "settled", "loss")]
+
+        def compute(curves=curves, here=here):
+            *components, loss = curves
+            statistic = partial(alteration.least_lead, components, loss)
+            clusters = found.rows["wording"].to_numpy()[places[here]]
+            groups = np.zeros(int(here.sum()), int)
+            return _resampled(statistic, groups, clusters, found.how), int(here.sum())
+
+        place = {"tuning": name, "what": "smaller_lead", "half": half}
+        out.append(_row(f"tuning.neurons.{half}.smaller_lead", compute, **place))
+    return pd.DataFrame(out)
+
+
+# ---- what the page shows
+
+
+def every(found: Measured, table) -> pd.DataFrame:
+    """`improved`, `beyond` or `led` of all tunings, one below the other."""
+    parts = [table(found, name) for name in found.runs]
+    return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+
+
+def budgets(found: Measured) -> pd.DataFrame:
+    """What each tuning read: tuning, reads, category, seed, steps, tokens, and the mean loss of its
+    first and of its last tenth of steps (of what it reads: not comparable between kinds of text).
+    """
+    rows = []
+    for name, run in found.runs.items():
+        losses = [loss for _, _, loss in run["losses"]]
+        tenth, how = max(1, len(losses) // 10), run["tuning"]
+        row = {"tuning": name, "reads": how["reads"], "category": how["category"] or "all"}
+        row |= {"low rank": how["low_rank"], "seed": how["seed"], "steps": len(losses)}
+        row |= {"tokens": run["losses"][-1][1], "first": np.mean(losses[:tenth])}
+        rows.append(row | {"last": np.mean(losses[-tenth:])})
+    return pd.DataFrame(rows)
+
+
+def recorded(found: Measured, part: str, table: str, rename: bool = False) -> pd.DataFrame:
+    """A table that was made beside the models, of every tuning that has it: of part "changed" the
+    tables churned, layers and categories; of "matter", "transplant", "weights" theirs.
+    """
+    tables = [
+        pd.DataFrame(found.part(f"{part}-{name}")[1][table])
+        for name in found.runs
+        if table in found.part(f"{part}-{name}")[1]
+    ]
+    whole = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    return whole.rename(columns={"pair": "panel"}) if rename else whole
+
+
+def pictured(table: pd.DataFrame, value: str, panel: str) -> pd.DataFrame:
+    """Rows that have a value, for a figure: its interval as low and high, `panel` named so."""
+    table = table[table[value].notna()] if value in table else table.iloc[:0]
+    ci = "ci" if "ci" in table else f"{value}_ci"
+    bounds = pd.DataFrame(table[ci].tolist(), table.index, ["low", "high"])
+    return table.drop(columns=ci).join(bounds).rename(columns={panel: "panel"})
+
+
+def resemblance(found: Measured) -> pd.DataFrame:
+    """Mean similarity of the sets of every two models, over all rows: names by names."""
+    names = [START, *found.runs]
+    alike = _between(found.part("pairs")[0], found)
+    table = pd.DataFrame(1.0, index=names, columns=names)
+    for one in names:
+        for other in names:
+            if one != other and (values := alike(one, other)) is None:
+                values = alike(other, one)
+            if one != other:
+                table.loc[one, other] = np.nan if values is None else float(np.mean(values))
+    return table
+
+
+def of_one_category(found: Measured) -> pd.DataFrame:
+    """Category by category: similarity to the start of the model tuned on all, of the one tuned on
+    a single category, and by how much the second moved more.
+    """
+    alike = _between(found.part("pairs")[0], found)
+    values = {name: alike(START, name) for name in (MAIN, ALONE)}
+    if any(value is None for value in values.values()):
+        return pd.DataFrame()
+    table = pd.DataFrame(values).groupby(found.rows["category"], sort=False).mean()
+    return table.assign(**{"moved more": table[MAIN] - table[ALONE]}).reset_index()
+
+
+def training_curves(found: Measured) -> pd.DataFrame:
+    """Similarity to the start along the steps of each tuning and of continued language modelling:
+    panel, run, step, value, low, high, n, as `plots.alteration.training` draws them.
+    """
+    control, out = found.part(f"changed-{CONTROL}")[0], []
+    for name in [name for name in found.runs if name != CONTROL and control]:
+        own = found.part(f"changed-{name}")[0]
+        for said, arrays in (("further pre-training", control), ("instruction tuning", own)):
+            if arrays:
+                at = arrays["curve_rows"]
+                near = arrays["near"].T.astype(float)
+                line = found.effect(near, np.zeros_like(near), at)
+                rows = {"panel": name, "run": said, "step": arrays["steps"]}
+                rows |= {"value": line.difference, "low": line.low, "high": line.high}
+                out.append(pd.DataFrame(rows | {"n": len(at)}))
+    return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
+
+
+def trajectories(found: Measured) -> pd.DataFrame:
+    """Shares of the final change along each tuning: panel, line, step, value, null, n; the null is
+    the loss of the same references under continued language modelling, in units of what the tuning
+    took off it.
+    """
+    control, out = found.part(f"changed-{CONTROL}")[0], []
+    for name in [name for name in found.runs if name != CONTROL]:
+        arrays = found.part(f"changed-{name}")[0]
+        lines = {"left the start's sets": "near", "came to the final sets": "settled"}
+        lines |= {"loss of references": "loss"} if arrays else {}
+        curves = attempt(partial(_shares, arrays, lines)) if arrays else {}
+        if control and arrays and "note" not in curves:
+            loss, other = arrays["loss"].mean(1), control["loss"].mean(1)
+            said = "null: loss, continued language modelling"
+            curves[said] = (other - loss[0]) / (loss[-1] - loss[0])
+        for line, values in curves.items():
+            if line != "note":
+                rows = {"panel": name, "line": line, "step": arrays["steps"], "value": values}
+                rows |= {"null": line.startswith("null"), "n": len(arrays["curve_rows"])}
+                out.append(pd.DataFrame(rows))
+    return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
+
+
+def _shares(arrays, lines):
+    return {line: shares(arrays[key].astype(float))[0] for line, key in lines.items()}
+
+
+def sentences(found: Measured, numbers: dict) -> list[str]:
+    """What was found, tuning by tuning, from the numbers alone; what is not there is left out."""
+    lines = []
+    for name, known in numbers.items():
+        lines += _said_to_improve(found, name, known)
+        for key, what, p in (
+            ("alteration.neurons.all.excess_churn", "changed beyond the noise floor by", "p"),
+            ("tuning.neurons.all.beyond", "beyond continued language modelling by", "p_beyond"),
+            ("tuning.neurons.all.beyond_seed", "further than two seeds by", "p_beyond_seed"),
+            ("tuning.neurons.all.own", "its own category moved more than others by", "p_own"),
+            ("tuning.neurons.all.smaller_lead", "the smaller lead is", "p_smaller_lead"),
+            ("alteration.transplant.forward.all.effect", "the most moved tenth carries", "p"),
+            ("alteration.matter.gained.all.critical", "losing what was gained costs", "p"),
+        ):
+            if key in known:
+                p_value = known[f"{key.rpartition('.')[0]}.{p}"]
+                lines.append(f"{name}: {what} {_said(known, key, p_value)}.")
+    return lines
+
+
+def _said(known, key, p):
+    low, high = known[f"{key}_ci"]
+    told = "above 0" if low > 0 and p < LEVEL else "below 0" if high < 0 and p < LEVEL else ""
+    return f"{known[key]:.3f} [{low:.3f}, {high:.3f}], {told or 'not told from 0'}"
+
+
+def _said_to_improve(found, name, known):
+    """In how many categories each measure improved or fell, by interval and Holm."""
+    table = improved(found, name)
+    for measure in MEASURES if len(table) and "measure" in table else ():
+        part = table[(table["measure"] == measure) & (table["half"] == "all")]
+        part = part[part["value"].notna()]
+        low, high = (np.array([ci[end] for ci in part["ci"]]) for end in (0, 1))
+        sure = (part["holm"] < LEVEL).to_numpy()
+        up, down = (part["category"][sure & side].tolist() for side in (low > 0, high < 0))
+        yield (
+            f"{name}, {measure}: better in {', '.join(up) or 'none'}, worse in "
+            f"{', '.join(down) or 'none'} of {len(part)} categories."
+        )

@@ -1,0 +1,456 @@
+"""Tunings of a model: equal budgets, killed runs go on bit for bit, what was changed in between is
+refused, and what is measured is what a loop finds.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers.config import Pair, Profile
+from helpers.hexainst import leftover
+from helpers.paths import ROOT
+from helpers.record import DamagedFile, RecordMismatch, UserError, read_json
+from helpers.study import evaluate, ledger, planted, tuned, tuning, tuning_tables
+from tests import zoo
+
+torch.set_num_threads(1)
+RECIPE = tuning.Recipe(steps=6, tokens=60, kept=(1, 2, 4), rate=1e-2, rank=2, warm=2, context=16)
+ALONE = replace(tuning.TUNINGS["alone"], category="MATH")
+
+
+def rows_to_tune_on(number=6):
+    """Other rows than those that are measured."""
+    rows = planted.rows(number)
+    rows["instruction"] = rows["instruction"].str[::-1] + "z"
+    rows["tags"] = [{"instruction": "human"}] * len(rows)
+    return rows.assign(id="left-" + rows["id"], source="made, row " + rows["id"])
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A random Llama of two layers, saved with its tokenizer."""
+    folder = tmp_path_factory.mktemp("start")
+    zoo.build("llama", num_hidden_layers=2).save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def job(start, **changes):
+    return tuning.Job(str(start), rows_to_tune_on(), RECIPE, planted.TEMPLATE)._replace(**changes)
+
+
+def train(start, name, folder, **changes):
+    return tuning.train(job(start, **changes), tuning.TUNINGS[name], folder, 0, lambda said: None)
+
+
+@pytest.fixture(scope="module")
+def runs(start, tmp_path_factory):
+    """All five tunings."""
+    folder = tmp_path_factory.mktemp("tunings")
+    for name in tuning.TUNINGS:
+        train(start, name, folder / name)
+    return folder
+
+
+# ---- what is read
+
+
+def test_a_schedule_reads_each_sequence_before_any_again_and_keeps_the_budget():
+    sizes = np.random.default_rng(0).integers(3, 30, 40).tolist()
+    plan = tuning.schedule(sizes, 50, 30, seed=3)
+    read = np.cumsum([sum(sizes[i] for i in step) for step in plan])
+    assert ((read >= 50 * np.arange(1, 31)) & (read < 50 * np.arange(1, 31) + 30)).all()
+    flat = [i for step in plan for i in step]
+    for k in range(0, len(flat) - 40, 40):
+        assert sorted(flat[k : k + 40]) == list(range(40))
+    assert tuning.schedule(sizes, 50, 10, 3) == plan[:10]
+    assert tuning.schedule(sizes, 50, 10, 4) != plan[:10]
+
+
+def test_budgets_are_equal_and_instructions_teach_references_alone(start, runs):
+    records = tuning.read_runs(runs)
+    assert list(records) == list(tuning.TUNINGS)
+    tokenizer, rows = zoo.tokenizer(), rows_to_tune_on()
+    read = {
+        name: tuning.reading(tokenizer, rows, tuning.TUNINGS[name], RECIPE, planted.TEMPLATE)
+        for name in records
+    }
+    for name, record in records.items():
+        total, longest = record["losses"][-1][1], max(len(e.ids) for e in read[name])
+        assert 360 <= total < 360 + longest
+    for one, row in zip(read["full"], rows.to_dict("records"), strict=True):
+        taught = [token for token, counted in zip(one.ids, one.counted, strict=True) if counted]
+        assert taught == [*tokenizer(row["reference"])["input_ids"], tokenizer.eos_token_id]
+    assert len(read["alone"]) == (rows["category"] == "MATH").sum()
+    assert all(sum(e.counted) == len(e.ids) - 1 for e in read["continued"])
+
+
+def test_plain_text_never_holds_a_question_with_its_answer():
+    rows = rows_to_tune_on(2)
+    rows["input"] = ["text " + str(n) for n in range(len(rows))]
+    rows.at[0, "tags"] = {"instruction": "ours"}
+    documents = leftover.plain_text(rows)
+    assert documents[0] == "text 0"  # an instruction of ours is no human word
+    assert documents[1] == rows["instruction"][1] + "\ntext 1"
+    assert documents[len(rows) :] == rows["reference"].to_list()
+
+
+def test_the_loss_is_that_of_a_loop_over_tokens(start):
+    model = AutoModelForCausalLM.from_pretrained(start)
+    read = tuning.reading(
+        zoo.tokenizer(), rows_to_tune_on(2), tuning.TUNINGS["full"], RECIPE, planted.TEMPLATE
+    )
+    batch = tuning.padded(read, [0, 5, 9])
+    losses = []
+    for row in (0, 5, 9):
+        logits = model(torch.tensor([read[row].ids])).logits[0].log_softmax(-1)
+        for t in range(1, len(read[row].ids)):
+            if read[row].counted[t]:
+                losses.append(-logits[t - 1, read[row].ids[t]].item())
+    found = tuning.loss_of(model, batch, torch.device("cpu")).item()
+    assert found == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_the_rate_warms_up_and_falls():
+    rates = [tuning.rate_at(step, RECIPE, 1.0) for step in range(6)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[2] == 1.0
+    assert (np.diff(rates[2:]) < 0).all()
+    assert rates[-1] > tuning.FLOOR
+
+
+# ---- training
+
+
+def test_tunings_learn_keep_and_are_left_alone(start, runs):
+    for name, record in tuning.read_runs(runs).items():
+        assert list(record["checkpoints"]) == ["0001", "0002", "0004", "0006"]
+        assert not (runs / name / tuning.STATE).exists()
+        before = (runs / name / tuning.RUN).stat().st_mtime_ns
+        assert train(start, name, runs / name) == record
+        assert (runs / name / tuning.RUN).stat().st_mtime_ns == before
+        read = tuning.reading(
+            zoo.tokenizer(), rows_to_tune_on(), tuning.TUNINGS[name], RECIPE, planted.TEMPLATE
+        )
+        batch = tuning.padded(read, list(range(len(read))))
+        ends = (tuning.load_model(str(ref))[0] for ref in (start, runs / name / "0006"))
+        before, after = (tuning.loss_of(model, batch, "cpu").item() for model in ends)
+        assert after < before
+
+
+def test_a_low_rank_tuning_leaves_the_start_as_it_was_and_loads(start, runs):
+    model, _ = tuning.load_model(str(runs / "lora" / "0006"))
+    base, _ = tuning.load_model(str(start))
+    change = model.model.layers[0].mlp.gate_proj.weight - base.model.layers[0].mlp.gate_proj.weight
+    assert torch.linalg.matrix_rank(change.detach(), atol=1e-5) <= RECIPE.rank
+    assert change.abs().max() > 0
+    assert torch.equal(model.model.embed_tokens.weight, base.model.embed_tokens.weight)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests import test_tuning as t
+from helpers.study import tuning
+def report(said):
+    if "step {}:" in said:
+        os.kill(os.getpid(), signal.SIGKILL)
+job = t.job({!r})
+tuning.train(job, tuning.TUNINGS[{!r}], {!r}, 0, report)
+"""
+
+
+@pytest.mark.parametrize(("name", "step"), [("full", 4), ("lora", 4), ("continued", 1)])
+def test_a_killed_tuning_goes_on_bit_for_bit(start, runs, tmp_path, name, step):
+    script = KILLED.format(step, str(start), name, str(tmp_path / name))
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / name / tuning.RUN).exists()
+    assert (tmp_path / name / tuning.STATE).exists() == (step > 1)
+    record = train(start, name, tmp_path / name)
+    whole = tuning.read_runs(runs)[name]
+    assert record["checkpoints"] == whole["checkpoints"]
+    assert record["losses"] == whole["losses"]
+
+
+def interrupted(start, folder, after=2):
+    def report(said):
+        if f"step {after + 2}:" in said:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuning.train(job(start), tuning.TUNINGS["full"], folder, 0, report)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("what", ["rows", "recipe", "template", "start"])
+def test_what_was_changed_in_between_is_refused(start, runs, tmp_path, what, finished):
+    folder = tmp_path / "full"
+    if finished:
+        shutil.copytree(runs / "full", folder)
+    else:
+        interrupted(start, folder)
+    other = tmp_path / "other"
+    zoo.build("llama", num_hidden_layers=2, seed=5).save_pretrained(other)
+    zoo.tokenizer().save_pretrained(other)
+    rows = rows_to_tune_on()
+    rows.loc[7, "reference"] = "zz"
+    changed = {
+        "rows": {"rows": rows},
+        "recipe": {"recipe": replace(RECIPE, rate=2e-2)},
+        "template": {"template": "tell: {instruction}\n"},
+        "start": {"start": str(other)},
+    }[what]
+    with pytest.raises(RecordMismatch, match=what):
+        tuning.train(
+            job(start)._replace(**changed), tuning.TUNINGS["full"], folder, 0, lambda said: None
+        )
+
+
+def test_a_checkpoint_that_was_altered_is_refused(start, runs, tmp_path):
+    folder = tmp_path / "full"
+    shutil.copytree(runs / "full", folder)
+    shutil.copy(folder / "0001" / "model.safetensors", folder / "0004" / "model.safetensors")
+    with pytest.raises(DamagedFile, match="0004"):
+        train(start, "full", folder)
+    interrupted(start, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "0002")
+    with pytest.raises(DamagedFile, match="0002"):
+        train(start, "full", tmp_path / "again")
+
+
+def test_a_loss_that_is_not_finite_ends_the_tuning_and_keeps_what_was(start, tmp_path):
+    recipe = replace(RECIPE, rate=1e30)
+    with pytest.raises(UserError, match=r"step \d: the loss is (nan|inf)"):
+        train(start, "full", tmp_path / "full", recipe=recipe)
+    assert not (tmp_path / "full" / tuning.RUN).exists()
+
+
+def test_without_peft_a_low_rank_tuning_is_refused(start, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match="needs the package peft"):
+        train(start, "lora", tmp_path / "lora")
+
+
+def test_a_start_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError):
+        train(tmp_path / "nothing", "full", tmp_path / "full")
+
+
+def test_tunings_of_different_starts_are_not_compared(runs, tmp_path):
+    for name in ("full", "again"):
+        shutil.copytree(runs / name, tmp_path / name)
+    record = read_json(tmp_path / "again" / tuning.RUN)
+    (tmp_path / "again" / tuning.RUN).write_text(json.dumps(record | {"start": "another"}))
+    with pytest.raises(UserError, match="differ in their start"):
+        tuning.read_runs(tmp_path)
+
+
+# ---- rows to tune on
+
+
+@pytest.mark.parametrize("how", ["text", "source", "near"])
+def test_a_row_that_stands_in_hexainst_is_refused(how):
+    rows = rows_to_tune_on(2)
+    held = planted.rows(2).assign(source=[f"s, row {n}" for n in range(24)])
+    leftover.refuse_overlap(rows, held)
+    long = "one two three four five six seven eight nine ten eleven twelve"
+    if how == "text":
+        rows.loc[3, "instruction"] = held.loc[5, "instruction"]
+    if how == "source":
+        rows.loc[3, "source"] = "s, row 5"
+    if how == "near":
+        held.loc[5, "instruction"], rows.loc[3, "instruction"] = long, long + " thirteen"
+    with pytest.raises(UserError, match=rf"row {rows['id'][3]} to tune on stands"):
+        leftover.refuse_overlap(rows, held)
+
+
+def test_nearest_is_that_of_a_loop():
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(list("abcd"), 12)) for _ in range(30)]
+    some, others = texts[:12], texts[12:]
+    found = leftover.nearest(some, others).set_index("row")
+    for row, said in enumerate(some):
+        own = leftover.shingles(said.split())
+        jaccard = [
+            len(own & g) / len(own | g) for g in (leftover.shingles(o.split()) for o in others)
+        ]
+        assert found["jaccard"].get(row, 0) == pytest.approx(max(jaccard))
+
+
+def test_rows_come_back_from_disk_and_damage_is_one_line(tmp_path):
+    rows = rows_to_tune_on()
+    leftover.save_rows(tmp_path / "rows.jsonl", rows)
+    assert leftover.rows_digest(leftover.read_rows(tmp_path / "rows.jsonl")) == (
+        leftover.rows_digest(rows)
+    )
+    (tmp_path / "rows.jsonl").write_text('{"half')
+    with pytest.raises(DamagedFile, match="rows to tune on"):
+        leftover.read_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match="human half"):
+        leftover.gather_rows(planted.rows(2))
+
+
+# ---- what is measured
+
+
+def plan_of(start, folder, out, per_half=6):
+    pair = Pair("start", None, str(start))
+    settings = {"resamples": 100, "controls": 2, "ablation_rows": 5, "batch_tokens": 1024}
+    profile = Profile("p", "none", (pair,), template=planted.TEMPLATE, epsilon=0.1, **settings)
+    rows = planted.rows(per_half)
+    rows["tags"] = [{"wording": name} for name in rows["id"]]
+    rows["reference"] += rows.groupby("category").cumcount().astype(str)
+    return tuned.Plan(profile, rows, RECIPE, folder, out, "cpu", 3, 5, 4)
+
+
+@pytest.fixture(scope="module")
+def measured(start, runs, tmp_path_factory):
+    """All five tunings measured: (plan, what was kept)."""
+    plan = plan_of(start, runs, tmp_path_factory.mktemp("tables"))
+    tuned.Tunings(plan, tuning.read_runs(runs), lambda said: None).measure()
+    return plan, tuning_tables.read_measured(plan.out, 200)
+
+
+def sets_of(ref, rows, epsilon=0.1):
+    """Each row's most frequent neurons, by a loop: the model's own gates, one row at a time."""
+    model, tokenizer = tuning.load_model(str(ref))
+    found, gates = [], []
+    hooks = [
+        layer.mlp.act_fn.register_forward_hook(lambda m, i, o: gates.append(o))
+        for layer in model.model.layers
+    ]
+    read = tuned.encode_rows(tokenizer, rows, planted.TEMPLATE, "prompt")
+    for one in read:
+        gates.clear()
+        with torch.no_grad():
+            model(torch.tensor([one.ids]))
+        counted = torch.tensor(one.counted)
+        found.append(torch.cat([(g[0] > 0)[counted].sum(0) for g in gates]).numpy())
+    for hook in hooks:
+        hook.remove()
+    return np.array([top(counts, epsilon) for counts in found])
+
+
+def top(counts, epsilon):
+    """At least the cut's count, and on at all."""
+    cut = np.sort(counts)[::-1][round(epsilon * len(counts)) - 1]
+    return (counts >= cut) & (counts > 0)
+
+
+def test_similarities_are_those_of_a_loop_over_rows(start, runs, measured):
+    plan, found = measured
+    before, after = (sets_of(ref, plan.rows) for ref in (start, runs / "full" / "0006"))
+    jaccard = (before & after).sum(1) / (before | after).sum(1)
+    arrays = found.part("changed-full")[0]
+    assert arrays["similarity"] == pytest.approx(jaccard, abs=1e-6)
+    some = plan.first(3)
+    middle = sets_of(runs / "full" / "0002", plan.rows.iloc[some])
+    for key, end in (("near", before[some]), ("settled", after[some])):
+        expected = (middle & end).sum(1) / (middle | end).sum(1)
+        assert arrays[key][2] == pytest.approx(expected, abs=1e-6)
+    assert arrays["steps"].tolist() == [0, 1, 2, 4, 6]
+    again = sets_of(runs / "again" / "0006", plan.rows)
+    expected = (after & again).sum(1) / (after | again).sum(1)
+    assert found.part("pairs")[0]["full~again"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_loss_along_a_tuning_is_each_checkpoints_own(start, runs, measured):
+    plan, found = measured
+    rows = plan.rows.iloc[plan.first(3)]
+    for name in ("full", "lora"):
+        curve = found.part(f"changed-{name}")[0]["loss"]
+        for at, ref in ((0, start), (2, runs / name / "0002"), (4, runs / name / "0006")):
+            model, tokenizer = tuning.load_model(str(ref))
+            encoded = tuned.encode_rows(tokenizer, rows, planted.TEMPLATE, "response")
+            expected = evaluate.nll(model, encoded)
+            assert curve[at] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_is_kept_is_not_measured_again_and_other_tunings_are_refused(start, runs, measured):
+    plan, _ = measured
+    said = []
+    known = tuning.read_runs(runs)
+    before = {path: path.stat().st_mtime_ns for path in plan.out.glob("*.safetensors")}
+    tuned.Tunings(plan, known, said.append).measure()
+    assert before == {path: path.stat().st_mtime_ns for path in plan.out.glob("*.safetensors")}
+    assert len(said) == len(before)
+    changed = known | {"full": known["full"] | {"checkpoints": {"0006": "another"}}}
+    with pytest.raises(RecordMismatch, match="tunings"):
+        tuned.Tunings(plan, changed, said.append).measure()
+    tuned.write_json(plan.out / tuned.RUNS, known)
+
+
+def test_a_part_of_other_rows_is_refused_by_the_tables(measured, tmp_path):
+    plan, _ = measured
+    shutil.copytree(plan.out, tmp_path / "tables")
+    path = tmp_path / "tables" / "pairs.json"
+    path.write_text(json.dumps(read_json(path) | {"rows": "others"}))
+    with pytest.raises(RecordMismatch, match="rows"):
+        tuning_tables.read_measured(tmp_path / "tables")
+
+
+def test_every_declared_claim_is_asked_and_its_numbers_are_means_of_rows(measured):
+    plan, found = measured
+    numbers = tuning_tables.numbers(found)
+    claims = ledger.read_ledger(tunings=True)
+    halves, categories = ["all", "A", "B"], list(pd.unique(plan.rows["category"]))
+    tests = ledger.judge(ledger.look_up(claims, numbers, halves, categories))
+    asked = {(row["id"], c) for row in claims.to_dict("records") for c in row["components"].split()}
+    assert {(i, c) for i, c in asked if i != "tuning-matter"} <= set(
+        zip(tests["id"], tests["components"], strict=True)
+    )
+    able = {name: found.part(f"able-{name}")[0] for name in ("start", "full")}
+    here = plan.rows["category"].to_numpy()[able["full"]["rows"]] == "CODE"
+    fell = (able["start"]["own"] - able["full"]["own"])[here].mean()
+    assert numbers["full"]["tuning.likelier.all.CODE.improved"] == pytest.approx(fell, abs=1e-6)
+    alike = {name: found.part(f"changed-{name}")[0]["similarity"] for name in found.runs}
+    gap = (alike["continued"] - alike["full"]).mean()
+    assert numbers["full"]["tuning.neurons.all.beyond"] == pytest.approx(gap, abs=1e-6)
+    more, category = alike["full"] - alike["alone"], plan.rows["category"].to_numpy()
+    means = {c: more[category == c].mean() for c in categories}
+    own = means.pop("MATH") - np.mean(list(means.values()))
+    assert numbers["alone"]["tuning.neurons.all.own"] == pytest.approx(own, abs=1e-6)
+
+
+def test_the_page_has_its_tables_and_sentences(measured):
+    _, found = measured
+    table = tuning_tables.resemblance(found)
+    assert np.allclose(table, table.T)
+    assert tuning_tables.budgets(found)["tokens"].between(360, 400).all()
+    for made in (tuning_tables.training_curves(found), tuning_tables.trajectories(found)):
+        assert set(made["panel"]) <= set(found.runs) - {"continued"}
+        assert np.isfinite(made["value"]).all()
+    said = tuning_tables.sentences(found, tuning_tables.numbers(found))
+    assert any(line.startswith("full: beyond continued language modelling by") for line in said)
+
+
+def test_a_file_of_other_weights_is_refused(start, runs):
+    model, _ = tuning.load_model(str(start))
+    with pytest.raises(DamagedFile, match="other weights"):
+        tuned.fill(model, runs / "lora" / "0006" / "adapter_model.safetensors")
+    tuned.fill(model, runs / "full" / "0006" / "model.safetensors")
+    other, _ = tuning.load_model(str(runs / "full" / "0006"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+
+
+def test_a_plan_needs_one_model_alone_and_a_gpu_that_is_there():
+    with pytest.raises(UserError, match="one model alone"):
+        tuned.planned("tiny", "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="sees no GPU"):
+            tuned.planned("smollm2", "cuda:0")
