@@ -69,9 +69,10 @@ def share(most: float):
     return Annotated[float, limits]
 
 
-def several(kind, said: str):
-    """A list of 1 to 100 of one kind, none twice."""
-    limits = Field(min_length=1, max_length=100, strict=False, description=f"1 to 100 {said}")
+def several(kind, said: str, least: int = 1):
+    """A list of `least` to 100 of one kind, none twice."""
+    described = f"{least} to 100 {said}"
+    limits = Field(min_length=least, max_length=100, strict=False, description=described)
     return Annotated[tuple[kind, ...], limits, AfterValidator(_different)]
 
 
@@ -173,7 +174,7 @@ class Profile:
     ablation_rows: Many = 20
     grid: maybe(Name) = None
     scores: several(one_of(*SCORES), f"scores of {', '.join(SCORES)}") = SCORES[:5]
-    sizes: several(share(0.99), "shares in (0, 0.99]") = (0.01, 0.02, 0.05, 0.1, 0.2)
+    sizes: several(share(0.99), "shares in (0, 0.99]", least=2) = (0.01, 0.02, 0.05, 0.1, 0.2)
     batch_tokens: whole(1, 2**22) = 4096  # padded tokens in one batch
     chat: Switch = False  # the tuned model's own chat template in place of `template`
     subset: one_of("full", "matched") = "full"  # matched: the categories alike in length

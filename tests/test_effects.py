@@ -188,6 +188,9 @@ def test_exchange_and_beyond_on_cases_by_hand():
     own, control = np.ones(60), np.zeros((60, 4))
     assert exchange(own, control, GROUPS, 999) <= 0.01  # 5 ** -6 places give as much
     assert exchange(np.zeros(60), control, GROUPS, 99) == 1.0
+    halves = np.repeat([0, 1], 10)  # few exchanges: all of them, each once
+    assert exchange(np.ones(20), np.zeros((20, 10)), halves) == pytest.approx(1 / 121)
+    assert exchange(np.ones(20), np.eye(1, 3).repeat(20, 0), halves) == pytest.approx(4 / 16)
     assert label_statistic(np.eye(3) * 2, np.arange(3)[None]) == 2
     assert label_statistic(np.ones((3, 3)), np.arange(3)[None]) == 0
 

@@ -13,7 +13,7 @@ from helpers.hexainst.schema import CATEGORIES
 from helpers.record import NotTestable, UserError
 from helpers.study import planted
 from helpers.study.evaluate import ablation_matrix, gain_lost
-from helpers.study.needed import Needed, ablated_rows, groups_of, same_experts
+from helpers.study.needed import Needed, ablated_rows, groups_of, same_experts, sentences
 from tests import zoo
 
 SETTINGS = {
@@ -31,6 +31,23 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def needed():
     return Needed(planted.study(**SETTINGS))
+
+
+def test_sentences_say_of_which_categories_a_test_was_made():
+    one = SimpleNamespace(profile=SimpleNamespace(epsilon=0.05), study=SimpleNamespace())
+    one.study.categories = ("a", "b", "c")
+    key = "ablation.equal.frequency.all"
+    one.numbers = {f"{key}.critical": 1.0, f"{key}.critical_ci": [0.5, 1.5]}
+    one.numbers |= {"ablation.positive": 2.0, "ablation.negative": 0.0}
+    said = " ".join(sentences({"p": one}))
+    assert said.count("no category: none can be tested") == 2
+    one.numbers |= {f"{key}.a.p_sets": 0.02, f"{key}.a.critical_ci": [0.1, 2.0]}
+    one.numbers |= {f"{key}.b.p_sets": 0.04, f"{key}.b.critical_ci": [0.1, 2.0]}
+    assert "supported in 2 of 2 categories tested (a, b)" in " ".join(sentences({"p": one}))
+    one.numbers[f"{key}.a.p_sets"] = 0.03  # Holm: twice that
+    assert "0 of 2 categories tested (none)" in " ".join(sentences({"p": one}))
+    one.numbers |= {f"{key}.a.p_sets": 0.01, f"{key}.b.critical_ci": [-0.1, 2.0]}
+    assert "1 of 2 categories tested (a)" in " ".join(sentences({"p": one}))
 
 
 @pytest.mark.parametrize("few", [{}, {"controls": 3, "sizes": (0.01, 0.1)}])

@@ -9,6 +9,7 @@ independently, the group's control draws. Rows that share a wording are not inde
 """
 
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -213,16 +214,18 @@ def _apart(effect, category, count, halves, labels, weights=None) -> np.ndarray:
 
 @takes(own="n", control="n D", groups="n")
 def exchange(own, control, groups, resamples=2000, seed=0) -> float:
-    """p that a set is this harmful when, within each group, own and draws change places; smallest:
-    (D + 1) ** -G.
+    """p that a set is this harmful when, within each group, own and draws change places: exact
+    where there are at most `resamples` exchanges, the smallest then (D + 1) ** -G; else by drawing.
     """
     values = np.stack(
         [np.r_[own[groups == g].mean(), control[groups == g].mean(0)] for g in np.unique(groups)]
     )
-    pick = np.random.default_rng([seed, 3]).integers(values.shape[1], size=(resamples, len(values)))
-    return float(
-        plus_one(values[:, 0].mean(), values[np.arange(len(values)), pick].mean(1))
-    )  # values [G, D + 1]
+    groups, sets = np.arange(len(values)), values.shape[1]  # values [G, D + 1]
+    if sets ** len(values) <= resamples:
+        pick = np.array(list(product(range(sets), repeat=len(values)))[1:])  # the first is none
+    else:
+        pick = np.random.default_rng([seed, 3]).integers(sets, size=(resamples, len(values)))
+    return float(plus_one(values[:, 0].mean(), values[groups, pick].mean(1)))
 
 
 @takes(groups="n", coefficients="P", clusters="n")

@@ -62,6 +62,10 @@ class Counts:
         """
         return self.routed if unit == "experts" else self.neurons[self.family(unit)]
 
+    def per_token(self) -> int:
+        """K, the experts that a token is sent to."""
+        return int(self.routed[0, 0].sum() // self.tokens[0])
+
     def mask(self, unit: str, members) -> dict[str, np.ndarray]:
         """The component mask (see `ablation`) of a unit's `members`, bool [M] with M = L x ..."""
         return {self.family(unit): np.asarray(members).reshape(self.unit(unit).shape[1:])}

@@ -471,7 +471,7 @@ def main(argv=None) -> int:
     except UserError as error:
         said, code = f"error: {error}", 1
     except ModuleNotFoundError as error:
-        if (name := (error.name or "").partition(".")[0]) in ("", __name__.partition(".")[0]):
+        if (name := (error.name or "").partition(".")[0]) in ("", __package__.partition(".")[0]):
             raise  # a fault of ours
         said, code = f"error: this command needs {name}, which is not installed. In a clone, ", 1
         said += f"`make env` builds an environment that has it; else `pip install {name}`."

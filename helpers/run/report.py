@@ -122,13 +122,21 @@ def claims_table(folders) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _by_category(numbers, measure) -> list:
+    named = re.compile(rf"ability\.tuned\.all\..+\.{measure}")
+    found = [value for key, value in numbers.items() if named.fullmatch(key)]
+    if not found:
+        raise KeyError(measure)
+    return found
+
+
 def _spread(numbers, measure) -> str:
-    found = [v for k, v in numbers.items() if re.fullmatch(rf"ability.tuned.all.\w+.{measure}", k)]
+    found = _by_category(numbers, measure)
     return f"{min(found):.2f} to {max(found):.2f}"
 
 
 def _gains(numbers) -> str:
-    ends = [v for k, v in numbers.items() if re.fullmatch(r"ability.tuned.all.\w+.gain_ci", k)]
+    ends = _by_category(numbers, "gain_ci")
     return f"{sum(low > 0 for low, _ in ends)} of {len(ends)} categories"
 
 
@@ -175,10 +183,13 @@ def _told(answer, numbers) -> str:
 
 def findings(folders) -> str:
     """A Markdown row per question of FOUND, a column per pair of the published folders."""
-    pairs = {}
-    for folder in folders:
-        pairs |= read_json(Path(folder) / "summary.json")["pairs"]
-    lines = [["", *(f"`{name}`" for name in pairs)], ["---"] * (1 + len(pairs))]
+    pairs = {
+        (Path(folder).name, pair): numbers
+        for folder in folders
+        for pair, numbers in read_json(Path(folder) / "summary.json")["pairs"].items()
+    }
+    head = [f"`{pair}`" if pair == name else f"`{pair}` ({name})" for name, pair in pairs]
+    lines = [["", *head], ["---"] * (1 + len(pairs))]
     lines += [
         [asked, *(_told(answer, n) for n in pairs.values())] for asked, answer in FOUND.items()
     ]
@@ -201,12 +212,11 @@ def compared(folders) -> str:
             for key, said in asked.items()
             if key not in alike
         ]
-        left = [_named(key) for key in tiny if key not in asked]
+        left = [f"{_named(k)}: {other.get(k, 'not tested')}" for k in tiny if k not in asked]
         lines += [
             f"- **Another verdict in `{name}` than in `tiny`:** {'; '.join(differ) or 'none'}.",
             f"- **The same verdict in both:** {'; '.join(alike.values()) or 'none'}.",
-            f"- **Not asked of `{name}`** (it lacks a base, or routed experts): "
-            f"{', '.join(left) or 'none'}.",
+            f"- **Without a verdict in `{name}`:** {'; '.join(left) or 'none'}.",
         ]
     return "\n".join(lines)
 
@@ -268,7 +278,9 @@ def pages() -> dict[Path, str]:
     text}. Nothing is written.
     """
     readme, sheet = ROOT / "README.md", DATA / "README.md"
-    folders = sorted((DATA / "published").glob("*/"), key=lambda folder: folder.name == "tiny")
+    folders = sorted(
+        (DATA / "published").glob("*/"), key=lambda folder: (folder.name == "tiny", folder)
+    )
     blocks = {
         "cost": cost(read_json(DATA / "published" / "tiny" / "summary.json")),
         "claims": claims_table(folders),

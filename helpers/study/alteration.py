@@ -284,7 +284,7 @@ def routing(pairs: dict) -> pd.DataFrame:
         if "experts" not in study.units:
             continue
         one, two = (study.counts(model) for model in MODELS)
-        k, seed = int(one.routed[0, 0].sum() // one.tokens[0]), study.profile.seed
+        k, seed = one.per_token(), study.profile.seed
         most = [top_experts(c.routed, k, seed + n) for n, c in enumerate((one, two))]
         kept = _effect(study, agreement(*most))
         for layer, (value, low, high) in enumerate(zip(*kept[:3], strict=True)):

@@ -93,6 +93,10 @@ def own_study(
     ablations are measured on, or none; template: what the counts were made with. Raises UserError
     for lengths that do not fit, or labels that become one.
 
+    The template is that of the profile, as `count`'s; counts made in another one are not told
+    apart by their tokens, so name it here. Raises UserError for counts of other texts or of another
+    model, and for labels and texts that `count` and `find_sets` refuse.
+
     >>> study = own_study(model, tokenizer, texts, labels, counts)           # doctest: +SKIP
     >>> table = atlas(study, share=0.02)                                     # doctest: +SKIP
     """
@@ -153,7 +157,7 @@ def _size(study, unit, share) -> int:
     """How many a category's set holds: of experts, as many as the router takes."""
     counts = study.counts()
     if unit == "experts":
-        return len(counts.layers["expert"]) * int(counts.routed[0, 0].sum() // counts.tokens[0])
+        return len(counts.layers["expert"]) * counts.per_token()
     return set_size(counts.unit(unit)[0].size, share)
 
 

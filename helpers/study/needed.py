@@ -100,7 +100,7 @@ class Needed:
             sized = [category_sets(scores, n, profile.seed)[c] for c, n in enumerate(own.sum(1))]
             found["neurons", half], found["contribution", half] = own, np.stack(sized)
             if counts.routed is not None:
-                k = int(counts.routed[0, 0].sum() // counts.tokens[0])
+                k = counts.per_token()
                 top = top_experts(counts.routed, k, profile.seed).reshape(len(neurons), -1)
                 found["experts", half] = consensus(top[part.places], part.labels, profile.tau)
         return found
@@ -587,9 +587,9 @@ class Needed:
 
 
 def ablated_rows(profile, categories: int, sparse: bool) -> int:
-    """How many rows notebook 06 reads under some ablation, of one pair whose halves both have
-    `ablation_rows` of every category: what its experiments ask for. What two of them share is read
-    once, so a run reads a little less. (Ours.)
+    """How many losses of a row notebook 06 measures under some ablation, of one pair whose halves
+    both have `ablation_rows` of every category: what its experiments ask for. What two of them
+    share is read once, so a run reads a little less. (Ours.)
     """
     own, full, sizes = categories, categories**2, len(profile.sizes)
     drawn, few = profile.controls, profile.controls_elsewhere
@@ -607,7 +607,7 @@ def ablated_rows(profile, categories: int, sparse: bool) -> int:
     }
     if profile.grid is None:
         main = full + len(KINDS) * own * drawn + everywhere
-        other = full + len(KINDS) * own * few + everywhere
+        other = full + len(KINDS) * own * few + full * min(2, profile.controls_all_rows)
         half["grid"] = len(profile.scores) * (main + (sizes - 1) * other)
     places = 0 if sparse else len(WHERE) * 2 * len(TESTED) * 2 * full
     checks = own + own * (1 + few)
@@ -724,18 +724,13 @@ def sentences(found: dict) -> list[str]:
             key = f"ablation.equal.{score}.all"
             if f"{key}.critical" not in numbers:
                 continue
-            held = _held(numbers, key, "critical_ci", every)
             said.append(
                 f"{name}: losing the {one.profile.epsilon:.0%} of neurons that {score} ranks first "
                 f"costs {_nats(numbers, key, 'critical')} beyond the hardest control. Category by "
-                f"category that is supported in {len(held)} of {len(every)} "
-                f"({', '.join(held) or 'none'})."
+                f"category that is supported in {_held(numbers, key, 'critical_ci', every)}."
             )
             held = _held(numbers, f"ablation.gain.{score}.all", "lost_ci", every)
-            said.append(
-                f"{name}: losing them takes instruction gain away in {len(held)} of {len(every)} "
-                f"({', '.join(held) or 'none'})."
-            )
+            said.append(f"{name}: losing them takes instruction gain away in {held}.")
         said += [f"{name}: {line}" for line in _said_once(numbers)]
         said += [f"{name}: {alike}" for alike in same_experts(one)]
         said.append(
@@ -750,19 +745,20 @@ def _nats(numbers, key, name) -> str:
     return f"{numbers[f'{key}.{name}']:.2f} nats per token [{low:.2f}, {high:.2f}]"
 
 
-def _held(numbers, key, interval, categories) -> list[str]:
-    """The categories whose interval lies above 0 and whose p, Holm over them, is below 0.05: the
-    ledger's rule.
+def _held(numbers, key, interval, categories) -> str:
+    """In how many of the categories that can be tested the interval lies above 0 and p, Holm over
+    them, is below 0.05: the ledger's rule.
     """
     asked = [c for c in categories if f"{key}.{c}.p_sets" in numbers]
     if not asked:
-        return []
+        return "no category: none can be tested"
     holm = adjust([numbers[f"{key}.{c}.p_sets"] for c in asked], "holm")
-    return [
+    held = [
         c
         for c, p in zip(asked, holm, strict=True)
         if numbers[f"{key}.{c}.{interval}"][0] > 0 and p < 0.05
     ]
+    return f"{len(held)} of {len(asked)} categories tested ({', '.join(held) or 'none'})"
 
 
 ONCE = {  # beginnings of keys, what of them, the sentence around the value

@@ -267,6 +267,13 @@ def refuse_table(table, columns, maker: str) -> None:
         raise UserError(f"found {found}, expected the table that {maker}(...) gives.")
 
 
+def _said_specific(row) -> str:
+    if pd.isna(row.specific):
+        return "whether it costs the other labels less is not testable: they have too few texts"
+    ends = f"[{row.specific_low:+.2f}, {row.specific_high:+.2f}]"
+    return f"{row.specific:+.2f} {ends} beyond what it costs the other labels"
+
+
 def sentences(table: pd.DataFrame) -> list[str]:
     """What an ablation table says, a sentence per label and one for all."""
     table = noted(table)
@@ -281,7 +288,6 @@ def sentences(table: pd.DataFrame) -> list[str]:
         lines.append(
             f"{row.measured} {word}: {row.increase:+.2f} nats per token without it, "
             f"{row.effect:+.2f} [{row.low:+.2f}, {row.high:+.2f}] beyond the hardest control "
-            f"({row.hardest}); {row.specific:+.2f} [{row.specific_low:+.2f}, "
-            f"{row.specific_high:+.2f}] beyond what it costs the other labels."
+            f"({row.hardest}); {_said_specific(row)}."
         )
     return lines

@@ -304,7 +304,8 @@ def _pattern(study, unit, half):
 
 def pattern_numbers(pattern: pd.DataFrame, unit: str) -> dict:
     """`layer_pattern` of one pair as keys of the summary: layers.<unit>.<half>.stability, _ci, p,
-    base, twin, beyond_twin, beyond_twin_ci, p_beyond_twin; nothing where it was not testable.
+    base, twin, beyond_twin, beyond_twin_ci, p_beyond_twin, beyond_twin_detectable; nothing where it
+    was not testable.
     """
     numbers = {}
     for row in pattern.to_dict("records"):
@@ -399,18 +400,13 @@ def expert_sizes(study) -> pd.DataFrame:
     out, profile = [], study.profile
     for model in ("tuned", "twin"):
         counts = study.counts(model)
-        sets = top_experts(counts.routed, per_token(counts), profile.seed)
+        sets = top_experts(counts.routed, counts.per_token(), profile.seed)
         agreed = consensus(sets.reshape(len(sets), -1), study.labels, profile.tau)
         half = share_experts(counts.routed, 0.5, profile.seed).sum(-1).mean()
-        line = {"model": model, "K": per_token(counts), "carry_half": half}
+        line = {"model": model, "K": counts.per_token(), "carry_half": half}
         line |= dict(zip(study.categories, agreed.sum(1), strict=True))
         out.append(line | {"in all": agreed.all(0).sum()})
     return pd.DataFrame(out)
-
-
-def per_token(counts) -> int:
-    """K, the experts that a token is sent to."""
-    return int(counts.routed[0, 0].sum() // counts.tokens[0])
 
 
 def routing_share(study) -> pd.DataFrame:
@@ -426,7 +422,7 @@ def routing_share(study) -> pd.DataFrame:
         given = conditional_frequency(counts.unit("neurons"), counts.routed)
         reached = np.broadcast_to(counts.routed[..., None] > 0, p.shape)
         wide = np.broadcast_to(f[..., None], p.shape)
-        k, (chosen, _) = per_token(counts), top_sets(counts.unit("neurons"), study.profile.epsilon)
+        k, (chosen, _) = counts.per_token(), top_sets(counts.unit("neurons"), study.profile.epsilon)
         first = np.broadcast_to(
             top_experts(counts.routed, k, study.profile.seed)[..., None], p.shape
         )
@@ -609,7 +605,7 @@ def _pattern_said(row):
     )
     if row["beyond_high"] < 0:
         said += " The categories are less alike in the tuned model than in the twin."
-    if 1 - row["twin"] < row["detectable"]:
+    if not more and 1 - row["twin"] < row["detectable"]:
         said += (
             f" The twin leaves room for a difference of {1 - row['twin']:.3f} at most, and the "
             f"test sees differences from {row['detectable']:.3f} on: it had little chance to "
