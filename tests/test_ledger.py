@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from helpers.study.ledger import judge, look_up, read_ledger, verdicts
+from helpers.study.ledger import forest_table, judge, look_up, read_ledger, verdicts
 
 ROW = {
     "needs": "",
@@ -57,6 +57,21 @@ def test_a_claim_about_each_category_says_in_how_many():
     said = verdicts(rows, tests).iloc[0]
     assert (said["verdict"], said["where"]) == ("mixed", "m: in 2 of 3 categories")
     assert (said["tests"], said["supported"]) == (3, 2)
+
+
+def test_a_claim_that_holds_where_it_could_be_tested_is_not_supported_elsewhere():
+    found = {"p": {}}
+    for name in "012":
+        found["p"] |= numbers(0.1, 0.001, f"e.neurons.all.{name}")
+        if name != "2":
+            found["p"] |= numbers(0.1, 0.001, f"e.shared.all.{name}")
+    rows = ledger(a=EACH | {"components": "neurons shared"})
+    tests = judge(look_up(rows, found, ["all"], ["0", "1", "2"]))
+    said = verdicts(rows, tests).set_index("components")
+    assert said["verdict"].to_dict() == {"neurons": "supported", "shared": "not testable"}
+    assert said.loc["shared", "where"] == "p: in 2 of 3 categories (1 not testable)"
+    drawn = forest_table(rows.assign(unit="x"), tests).set_index("components")["supported"]
+    assert drawn.to_dict() == {"neurons": True, "shared": False}
 
 
 def test_what_a_model_does_not_have_is_not_tested():

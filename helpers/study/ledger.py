@@ -81,12 +81,14 @@ def verdicts(ledger, tests: pd.DataFrame, single=()) -> pd.DataFrame:
     detectable, unit, where.
 
     verdict  supported (all tests), not supported (none), mixed; "needs a pair" where all pairs are
-             in `single` (models without a base) and the claim compares two; else "not testable"
+             in `single` (models without a base) and the claim compares two; else "not testable",
+             also for a claim about each category that holds in all that could be tested, but not
+             all could
     detectable  what *every* test of the row would have found with power 0.8 (the least sensitive
              one's number), in `unit`: read it beside "not supported"
     where    of claims about each category: in how many of them, pair by pair, halves pooled
     """
-    rows = []
+    rows, asked = [], tests.loc[tests["category"] != "", "category"].nunique()
     for claim in ledger.to_dict("records"):
         for component in claim["components"].split():
             part = tests[(tests["id"] == claim["id"]) & (tests["components"] == component)]
@@ -94,11 +96,13 @@ def verdicts(ledger, tests: pd.DataFrame, single=()) -> pd.DataFrame:
             if len(each):
                 part = each[each["half"] == "all"]
             where = [
-                f"{pair}: in {group.sum()} of {len(group)} categories"
+                f"{pair}: in {group.sum()} of {asked} categories{_untested(asked - len(group))}"
                 for pair, group in part.groupby("pair", sort=False)["supported"]
                 if len(each)
             ]
             verdict = _verdict(part["supported"])
+            if verdict == "supported" and len(each) and (part.groupby("pair").size() < asked).any():
+                verdict = "not testable"
             if not len(part) and claim["needs"] == "pair" and single:
                 verdict = "needs a pair"
             rows.append(
@@ -114,6 +118,10 @@ def verdicts(ledger, tests: pd.DataFrame, single=()) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _untested(number: int) -> str:
+    return f" ({number} not testable)" if number else ""
 
 
 def _verdict(supported) -> str:
@@ -145,14 +153,18 @@ def forest_table(ledger, tests: pd.DataFrame) -> pd.DataFrame:
     """A row per claim, kind of component and pair on all data, as plots.claims.forest draws it.
 
     A claim about each category is shown by the mean over the categories of effect, bounds and null
-    (the bounds' mean is wider than the mean's interval), supported where all categories are.
+    (the bounds' mean is wider than the mean's interval), supported where all categories are, and
+    all could be tested.
     """
     measure = ledger.set_index("id")["unit"]
     part = tests[(tests["half"] == "all") & tests["id"].isin(ledger["id"])]
     values = ["effect", "low", "high", "null", "supported"]
     grouped = part.groupby(["id", "components", "pair"], sort=False)[values]
     table = grouped.mean().reset_index()
-    table["supported"] = table["supported"] == 1
+    asked = tests.loc[tests["category"] != "", "category"].nunique()
+    each = part.loc[part["category"] != "", "id"].unique()
+    whole = (grouped.size().to_numpy() == asked) | ~table["id"].isin(each)
+    table["supported"] = (table["supported"] == 1) & whole
     table["claim"] = table["id"] + ", " + table["components"]
     return table.assign(measure=table["id"].map(measure)).sort_values(
         "measure", kind="stable", ignore_index=True
