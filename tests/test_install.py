@@ -106,7 +106,7 @@ def test_the_command_says_where_results_go_and_what_needs_a_clone(installed, tmp
     done = sparcom(installed, "reproduce", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "needs the notebooks, which are no part of the package. Clone" in done.stderr
+    assert "needs the notebooks: not in the package. Clone" in done.stderr
     done = sparcom(installed, "plan", cwd=tmp_path)  # the tiny world is not in the package
     assert done.returncode == 1
     assert "lie in a clone of the repository" in done.stderr

@@ -236,7 +236,7 @@ def test_foreign_functions_that_a_program_finds_in_frames_do_nothing():
         "say('layers', 'forged')",
         "say('nonsense', 'forged')",
         "say('unsafe', ''); say('end', 'finished'); os._exit(0)",
-        "for i in range(3, 16):\n    try: os.write(i, f'{nonce}unsafe x\\n'.encode())\n"
+        "for i in range(3, 256):\n    try: os.write(i, f'{nonce}unsafe x\\n'.encode())\n"
         "    except OSError: pass",
         "while True: say('unsafe', 'x' * 9999)",
         "say('end', 'a \\ud800 surrogate'); os._exit(0)",
