@@ -287,10 +287,9 @@ def refuse_other(value, known, what: str, more: str = "") -> None:
     >>> refuse_other("lape", SCORES, "score")
     """
     if not isinstance(value, str) or value not in known:
-        hint = _hint(value, known)
-        expected = ", e" if hint == "." else f"{hint} E"
         raise UserError(
-            f"{what} is {_shown(value)}{expected}xpected one of {', '.join(known)}{more}."
+            f"{what} is {_shown(value)}, expected one of {', '.join(known)}{more}"
+            f"{_hint(value, known)}"
         )
 
 

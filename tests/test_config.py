@@ -77,6 +77,7 @@ def test_the_papers_families_are_one_word_away():
         (f"{PAIR}sizes: []", "sizes is [], expected"),
         (f"{PAIR}sizes: [a]", "sizes[0] is 'a', expected"),
         (f"{PAIR}sizes: [0.05, 0.05000000001]", "expected each once"),
+        (f"{PAIR}sizes: [0.05]", "expected 2 to 100 shares"),
         (f"{PAIR}taus: [0, 0.5]", "taus[0] is 0, expected"),
         (f"{PAIR}scores: [freqency]", "scores[0] is 'freqency', expected 1 to 100 scores of freq"),
         (f"{PAIR}scores: [[a]]", "scores[0] is ['a'], expected"),

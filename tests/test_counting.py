@@ -533,6 +533,14 @@ def test_a_model_is_loaded_once_and_let_go(setting, monkeypatch):
     assert opened == ["tuned", "twin", "twin-1", "tuned"]
 
 
+def test_a_model_is_opened_with_the_profiles_threads(setting):
+    before = torch.get_num_threads()
+    study = Study(dataclasses.replace(setting[0], threads=2), setting[1], named())
+    study.model("tuned")
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
 def test_files_are_read_once(setting, monkeypatch):
     Study(*setting, named()).counts()
     read = []

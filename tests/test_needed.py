@@ -1,5 +1,6 @@
 """Ablations of a study, on a model whose critical neurons are known (see helpers.study.planted)."""
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from helpers.capture import budget
 from helpers.capture.interventions import Places, ablate
 from helpers.hexainst.schema import CATEGORIES
 from helpers.record import NotTestable, UserError
-from helpers.study import planted
+from helpers.study import grid, planted
 from helpers.study.evaluate import ablation_matrix, gain_lost
 from helpers.study.needed import Needed, ablated_rows, groups_of, same_experts, sentences
 from tests import zoo
@@ -50,11 +51,22 @@ def test_sentences_say_of_which_categories_a_test_was_made():
     assert "1 of 2 categories tested (a)" in " ".join(sentences({"p": one}))
 
 
-@pytest.mark.parametrize("few", [{}, {"controls": 3, "sizes": (0.01, 0.1)}])
+@pytest.mark.parametrize(
+    "few",
+    [
+        {"grid": "committed"},
+        {"grid": "committed", "controls": 3, "sizes": (0.01, 0.1)},
+        {"controls": 3, "controls_all_rows": 4, "controls_elsewhere": 1},
+    ],
+)
 def test_the_plan_counts_the_rows_that_the_experiments_read(tmp_path, monkeypatch, few):
     ledger = tmp_path / "tokens.jsonl"
     monkeypatch.setenv(budget.LEDGER, str(ledger))
-    one = Needed(planted.study(**SETTINGS | few, grid="committed"))
+    one = Needed(planted.study(**SETTINGS | few))
+    if one.profile.grid is None:
+        one.study.once(("checkpoint", "tuned"), lambda: {"weights": None})
+        for cell in product(one.profile.scores, one.profile.sizes, one.halves):
+            grid.compute(one.study, grid.expected(one.study, *cell))
     for experiment in ("by_consensus", "following", "own_part", "pseudo", "doses", "sufficient"):
         getattr(one, experiment)()
     for experiment in ("operators", "places", "usage"):

@@ -63,7 +63,7 @@ def locate(ref: str, revision: str | None = None) -> tuple[Path, str | None]:
     return prove(folder, ref), folder.name
 
 
-def named(ref) -> str:
+def model_name(ref) -> str:
     """A checkpoint's name as text, of a Path too. Raises UserError for what names none."""
     text = os.fspath(ref) if isinstance(ref, str | os.PathLike) else None
     if not isinstance(text, str) or not text.strip():

@@ -19,7 +19,7 @@ from .checkpoints import (
     fingerprint,
     locate,
     locate_base,
-    named,
+    model_name,
     weight_files,
 )
 from .gguf_files import BAD, conversion, one_line, quiet, say
@@ -57,7 +57,7 @@ def load_model(ref: str, *, dtype: str = "float32", device_map=None, revision: s
     check_tokenizer, and weights that do not fill the architecture, are left over, or are not
     finite. (Ours.)
     """
-    ref = named(ref)
+    ref = model_name(ref)
     if dtype not in DTYPES:
         raise UserError(
             f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}. Correct it in the profile's "
@@ -102,7 +102,7 @@ def load_model(ref: str, *, dtype: str = "float32", device_map=None, revision: s
 
 def load_tokenizer(ref: str, revision: str | None = None):
     """The tokenizer of a checkpoint; of an adapter that brings none, its base's."""
-    ref = named(ref)
+    ref = model_name(ref)
     folder, _ = locate(ref, revision)
     own = any((folder / name).is_file() for name in TOKENIZERS)
     try:

@@ -165,15 +165,20 @@ def _rank(seed, row, preferred):
     return row["tags"]["subtask"] == FREE, name_of(row) not in preferred, drawn
 
 
+def sources_of(plan: dict, files: dict[str, Path], category: str) -> dict[str, dict]:
+    """The plan's sources of a category whose files are here."""
+    return {
+        name: source
+        for name, source in plan["sources"].items()
+        if source["category"] == category and all(file in files for file in source["files"])
+    }
+
+
 def select(plan: dict, files: dict[str, Path], others: pd.DataFrame) -> tuple[list[dict], dict]:
     """All rows chosen, with ids, and counts per source: offered, taken, refused (reason: count)."""
     chosen, counts = [], {}
     for category in CATEGORIES:
-        sources = {
-            name: source
-            for name, source in plan["sources"].items()
-            if source["category"] == category and all(file in files for file in source["files"])
-        }
+        sources = sources_of(plan, files, category)
         found = []
         for name, source in sources.items():
             rows = upstream(source, files)

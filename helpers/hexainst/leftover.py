@@ -14,7 +14,7 @@ import pandas as pd
 from ..paths import HEXAINST, short
 from ..record import DamagedFile, UserError, atomic, digest
 from .corpus import shingles, text, texts, tokens
-from .human import candidates, choose, gather, name_of, read_plan, upstream
+from .human import candidates, choose, gather, name_of, read_plan, sources_of, upstream
 from .rules import draft
 from .schema import CATEGORIES
 
@@ -41,11 +41,7 @@ def gather_rows(
     known, taken = hexainst.to_dict("records"), []
     standing = {row["source"] for row in known}
     for category in CATEGORIES:
-        sources = {
-            name: source
-            for name, source in plan["sources"].items()
-            if source["category"] == category and all(file in files for file in source["files"])
-        }
+        sources = sources_of(plan, files, category)
         found = []
         for name, source in sources.items():
             made, _ = candidates(name, source, upstream(source, files), plan["longest"])

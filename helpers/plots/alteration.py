@@ -112,16 +112,21 @@ def matter(table: pd.DataFrame) -> Figure:
     for ax, _, part in drawn:
         names, parts = list(pd.unique(part["what"])), list(pd.unique(part["half"]))
         for n, half in enumerate(parts):
-            rows = part[part["half"] == half]
+            rows = part[part["half"] == half].rename(columns={"critical": "value"})
             at = [names.index(what) + 0.2 * (n - (len(parts) - 1) / 2) for what in rows["what"]]
-            bars = error_bars(rows["low"], rows["critical"], rows["high"])
-            look = {"color": PALETTE[n % 8], "marker": SHAPES[n % 8], "linestyle": ""}
             said = "both halves" if half == "all" else f"measured on {half}"
-            ax.errorbar(at, rows["critical"], bars, label=f"{said} (95 % CI)", capsize=3, **look)
+            _points(ax, at, rows, n, label=f"{said} (95 % CI)", capsize=3)
         ax.axhline(0, label="null: as many random neurons of the same layers", **NULL)
         ax.set_xticks(range(len(names)), names)
         ax.set_xlim(-0.5, len(names) - 0.5)
     return _finish(fig, drawn, "loss beyond random sets\n(nats per token)", 2)
+
+
+def _points(ax, at, rows, n, **look) -> None:
+    """Values with their intervals at `at`, in the n-th colour and shape."""
+    bars = error_bars(rows["low"], rows["value"], rows["high"])
+    look |= {"color": PALETTE[n % 8], "marker": SHAPES[n % 8], "linestyle": ""}
+    ax.errorbar(at, rows["value"], bars, **look)
 
 
 def improved(table: pd.DataFrame) -> Figure:
@@ -135,9 +140,7 @@ def improved(table: pd.DataFrame) -> Figure:
             rows = part[part["tuning"] == tuning]
             shift = 0.13 * (n - (len(tunings) - 1) / 2)
             at = [names.index(category) + shift for category in rows["category"]]
-            bars = error_bars(rows["low"], rows["value"], rows["high"])
-            look = {"color": PALETTE[n % 8], "marker": SHAPES[n % 8], "linestyle": ""}
-            ax.errorbar(at, rows["value"], bars, label=tuning, capsize=2, markersize=4, **look)
+            _points(ax, at, rows, n, label=tuning, capsize=2, markersize=4)
         ax.axhline(0, label="null: nothing gained", **NULL)
         ax.set_xticks(range(len(names)), names)
     return _finish(fig, drawn, "after minus before", 6)

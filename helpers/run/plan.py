@@ -41,10 +41,10 @@ def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict
 
     `memory GB` is one model's weights; notebooks 00 and 07 hold two. `analysis GB` is what
     notebook 05 holds of counts. `passes` over all rows, all kinds of positions in each: the pair's
-    models and the twins. `ablated sequences`: rows that notebook 06 reads under some ablation (see
-    `needed.ablated_rows`). `core hours` and `ablation hours` are what the two take on one core, to
-    a factor of about two: 2 operations per parameter in use and token, four letters to a token, no
-    generation.
+    models and the twins. `ablated sequences`: losses that notebook 06 measures under some ablation
+    (see `needed.ablated_rows`). `core hours` and `ablation hours` are what the two take on one
+    core, to a factor of about two: 2 operations per parameter in use and token, four letters to a
+    token, no generation.
     """
     if config is None:
         ref = (pair.base, pair.base_revision) if pair.base else (pair.tuned, pair.tuned_revision)

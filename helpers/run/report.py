@@ -145,10 +145,10 @@ def _members(numbers) -> str:
     return f"{found[1]:,} / {found[max(found)]:,}"
 
 
-def _one(key, form="{:.2f}"):
+def _one(key):
     def said(numbers):
-        ends = " [" + ", ".join(map(form.format, numbers[f"{key}_ci"])) + "]"
-        return form.format(numbers[key]) + ends
+        low, high = numbers[f"{key}_ci"]
+        return f"{numbers[key]:.2f} [{low:.2f}, {high:.2f}]"
 
     return said
 
@@ -161,11 +161,13 @@ FOUND = {  # a question; what the summary's numbers of a pair answer
     "losing the most frequent 5 %, beyond the hardest control, nats per token": _one(
         "ablation.equal.frequency.all.critical"
     ),
-    "the same, own category minus the others": _one("ablation.equal.frequency.all.specificity"),
+    "by frequency, own category minus the others": _one("ablation.equal.frequency.all.specificity"),
     "losing 5 % by contribution, beyond the hardest control": _one(
         "ablation.equal.contribution.all.critical"
     ),
-    "the same, own category minus the others ": _one("ablation.equal.contribution.all.specificity"),
+    "by contribution, own category minus the others": _one(
+        "ablation.equal.contribution.all.specificity"
+    ),
     "layers of two categories alike, tuned / untrained": lambda n: (
         f"{n['layers.neurons.all.stability']:.3f} / {n['layers.neurons.all.twin']:.3f}"
     ),

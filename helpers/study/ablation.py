@@ -24,7 +24,8 @@ def measure(
     {"own": [n, sets], kind: [n, draws], "everywhere": [n, everywhere, C], "labels": [n]}.
 
     own: {name: mask}, on all rows. controls: {kind: {category: [masks]}}, each on its own
-    category's rows alone; the first `everywhere` draws of the first kind also on all rows.
+    category's rows alone; the first `everywhere` draws of the first kind (all, if there are
+    fewer) also on all rows.
     `options` go to `ablate`.
     """
 
@@ -34,6 +35,7 @@ def measure(
         ).to_numpy()
 
     rows, first = study.rows, next(iter(controls.values()))
+    everywhere = min(everywhere, *map(len, first.values()))
     found = {"own": run(study, own)} if own else {}
     for category in first:
         at = (rows["category"] == category).to_numpy()

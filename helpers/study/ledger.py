@@ -22,7 +22,7 @@ TUNINGS = "tunings"  # what these claims need: the tables of data/tuning
 
 def read_ledger(path=CLAIMS, tunings: bool = False) -> pd.DataFrame:
     """The claims as declared, a row each, every cell a text (empty where there is nothing): those
-    of the chain's pairs or, with `tunings`, those of the real model's tunings (notebook 10).
+    of the chain's pairs or, with `tunings`, those of the real model's tunings (`make tune`).
     """
     claims = pd.read_csv(path, keep_default_na=False, dtype=str)
     return claims[(claims["needs"] == TUNINGS) == tunings].reset_index(drop=True)

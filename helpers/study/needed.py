@@ -593,7 +593,7 @@ def ablated_rows(profile, categories: int, sparse: bool) -> int:
     """
     own, full, sizes = categories, categories**2, len(profile.sizes)
     drawn, few = profile.controls, profile.controls_elsewhere
-    everywhere = full * profile.controls_all_rows
+    everywhere = full * min(drawn, profile.controls_all_rows)
     half = {
         "consensus": (2 + sparse) * (full + own * drawn + everywhere),
         "dose": len(TESTED) * sizes * own * (1 + few) + 3 * sizes * own,
@@ -607,7 +607,7 @@ def ablated_rows(profile, categories: int, sparse: bool) -> int:
     }
     if profile.grid is None:
         main = full + len(KINDS) * own * drawn + everywhere
-        other = full + len(KINDS) * own * few + full * min(2, profile.controls_all_rows)
+        other = full + len(KINDS) * own * few + full * min(2, few, profile.controls_all_rows)
         half["grid"] = len(profile.scores) * (main + (sizes - 1) * other)
     places = 0 if sparse else len(WHERE) * 2 * len(TESTED) * 2 * full
     checks = own + own * (1 + few)

@@ -151,8 +151,8 @@ def _measured(study, half: str, score: str) -> dict:
     sets = sets_of(ranked, score, profile.epsilon, profile.seed)
     drawn, _ = draws_of(ranked, counts, sets, profile.controls, profile.seed, f"own/{half}")
     kinds = {k: dict(zip(study.categories, masks, strict=True)) for k, masks in drawn.items()}
-    here, elsewhere = study.half(half).measured(), min(profile.controls, profile.controls_all_rows)
-    arrays = measure(here, study.masks(sets), kinds, everywhere=elsewhere)
+    here, everywhere = study.half(half).measured(), profile.controls_all_rows
+    arrays = measure(here, study.masks(sets), kinds, everywhere=everywhere)
     return arrays | {"loss": nll(here.model()[0], here.encoded("reference"), profile.batch_tokens)}
 
 

@@ -1,5 +1,5 @@
 """What the tunings of one model did to it: HexaInst's rows read by every checkpoint, kept as arrays
-from which `tuning_tables` makes what notebook 10 shows.
+from which `tuning_tables` makes its tables.
 
 A part is measured once and kept (`record.cached`), so an interrupted run goes on where it was: of
 each tuning what changed, then what it can do, then who resembles whom, then whether it matters. All
