@@ -144,6 +144,8 @@ def numbers(*lists):
         ([numbers([0], [7], [])], "neurons 0 to 7, but a layer has 7"),
         ([numbers([0], [-1], [])], "neurons -1 to 0"),
         ([[torch.tensor([0.5])] * 3], "whole numbers"),
+        ([[torch.tensor([1]).to_sparse()] * 3], "whole numbers"),
+        ([[torch.empty(1, dtype=torch.int64, device="meta")] * 3], "whole numbers"),
         ([[[1], [2], [3]]], "expected a tensor"),
         ({"en": numbers([0], [1], [2])}, "holds dict"),
         ([], "expected a list of lists"),

@@ -187,6 +187,9 @@ def test_routing_is_relative_to_the_categories_mean(monkeypatch):
     assert np.isnan(share.loc[0, "corr(p, p given routed)"])  # the gate does not vary
     assert share.loc[0, "chance"] == 2 / 4
     assert "100%" in sets.routing_findings(share, own.reset_index().assign(pair="p"))[0]
+    read = sets.positions(study).set_index(["model", "positions"])
+    assert read.loc[("tuned", "prompt"), "mean p"] == pytest.approx(0.25, abs=0.01)  # K / E halved
+    assert read.loc[("tuned", "prompt"), "where read"] == pytest.approx(0.5, abs=0.01)
     assert sets.expert_sizes(study)["model"].tolist() == ["tuned", "twin"]
     sizes = sets.expert_sizes(study).iloc[0]
     assert sizes["K"] == 2

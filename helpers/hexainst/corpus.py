@@ -139,7 +139,8 @@ def near_duplicates(rows: pd.DataFrame, threshold: float = 0.6, n: int = 3) -> p
 def agreeing(pairs: pd.DataFrame, ids, labels) -> int:
     """How many of `near_duplicates`' pairs have one label; `labels` [I] of the rows `ids` [I].
 
-    >>> agreeing(pd.DataFrame({"first": ["a", "a"], "second": ["b", "c"]}), list("abc"), [1, 1, 2])
+    >>> pairs = pd.DataFrame({"first": list("aab"), "second": list("bcc")})
+    >>> agreeing(pairs, list("abc"), [1, 1, 2])  # a and b
     1
     """
     label = dict(zip(ids, labels, strict=True))

@@ -10,7 +10,7 @@ from ..capture.sites import find_sites
 from ..config import Pair, Profile, load_profile
 from ..hexainst.corpus import text
 from ..record import UserError
-from ..study.needed import ablated_rows
+from ..study.needed import ablations
 from ..study.study import rows_of
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,7 +42,7 @@ def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict
     `memory GB` is one model's weights; notebooks 00 and 07 hold two. `analysis GB` is what
     notebook 05 holds of counts. `passes` over all rows, all kinds of positions in each: the pair's
     models and the twins. `ablated sequences`: losses that notebook 06 measures under some ablation
-    (see `needed.ablated_rows`). `core hours` and `ablation hours` are what the two take on one
+    (see `needed.ablations`). `core hours` and `ablation hours` are what the two take on one
     core, to a factor of about two: 2 operations per parameter in use and token, four letters to a
     token, no generation.
     """
@@ -58,7 +58,7 @@ def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict
     counted = GROUPS * passes
     letters = sum(len(text(row)) + len(row["reference"]) for row in rows.to_dict("records"))
     hours = letters / LETTERS * 2 * _in_use(model, sites) / SPEED / 3600  # of all rows, once
-    ablated = ablated_rows(profile, rows["category"].nunique(), bool(routed))
+    ablated = sum(ablations(profile, rows["category"].nunique(), bool(routed)).values())
     return {
         "pair": pair.name,
         "parameters": parameters,

@@ -586,19 +586,20 @@ class Needed:
         return mask
 
 
-def ablated_rows(profile, categories: int, sparse: bool) -> int:
-    """How many losses of a row notebook 06 measures under some ablation, of one pair whose halves
-    both have `ablation_rows` of every category: what its experiments ask for. What two of them
-    share is read once, so a run reads a little less. (Ours.)
+def ablations(profile, categories: int, sparse: bool) -> dict[str, int]:
+    """How many losses of a row each experiment of notebook 06 measures under some ablation, by the
+    name of its method ("grid": the cells, where none is committed); of one pair whose halves both
+    have `ablation_rows` of every category. A row that two tables ask for is read once, so a run
+    reads a little less. (Ours.)
     """
     own, full, sizes = categories, categories**2, len(profile.sizes)
     drawn, few = profile.controls, profile.controls_elsewhere
     everywhere = full * min(drawn, profile.controls_all_rows)
     half = {
-        "consensus": (2 + sparse) * (full + own * drawn + everywhere),
-        "dose": len(TESTED) * sizes * own * (1 + few) + 3 * sizes * own,
+        "by_consensus": (2 + sparse) * (full + own * drawn + everywhere),
+        "doses": len(TESTED) * sizes * own * (1 + few) + 3 * sizes * own,
         "following": 2 * len(TESTED) * own * (1 + drawn),
-        "own part": own * (1 + drawn),
+        "own_part": own * (1 + drawn),
         "pseudo": (1 + len(GROUPINGS)) * 2 * full,
         "sufficient": len(TESTED) * own * (2 + few),
         "operators": (3 * len(TESTED) + 2 * sparse) * own * (1 + few),
@@ -609,9 +610,12 @@ def ablated_rows(profile, categories: int, sparse: bool) -> int:
         main = full + len(KINDS) * own * drawn + everywhere
         other = full + len(KINDS) * own * few + full * min(2, few, profile.controls_all_rows)
         half["grid"] = len(profile.scores) * (main + (sizes - 1) * other)
-    places = 0 if sparse else len(WHERE) * 2 * len(TESTED) * 2 * full
-    checks = own + own * (1 + few)
-    return profile.ablation_rows * (2 * sum(half.values()) + places + checks)
+    once = {"places": 0 if sparse else len(WHERE) * 2 * len(TESTED) * 2 * full}
+    once["checks"] = own + own * (1 + few)
+    every = {name: 2 * count for name, count in half.items()} | once
+    found = {name: profile.ablation_rows * count for name, count in every.items()}
+    found["damage"] += 2 * own * (len(TESTED) + 1) * PASSAGES  # plain texts under each of its sets
+    return found
 
 
 def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: int) -> tuple:
