@@ -384,6 +384,25 @@ def most_pairs(near):
     return best
 
 
+@given(
+    rows=st.lists(st.tuples(st.sampled_from("AB"), st.sampled_from("XY"), st.sampled_from("stuv"))),
+    number=st.integers(1, 5),
+)
+def test_few_rows_stand_in_as_many_wordings_as_there_are(rows, number):
+    half, category, wording = zip(*rows, strict=True) if rows else ((), (), ())
+    table = pd.DataFrame({"half": half, "category": category, "instruction": wording})
+    table["tags"] = [{"wording": word} for word in wording]
+    found = corpus.few_of_many(
+        table.set_axis(range(5, 5 + len(table))), ["half", "category"], number
+    )
+    wanted = set()
+    for group in {row[:2] for row in rows}:
+        places = [i for i, row in enumerate(rows) if row[:2] == group]
+        nth = {i: sum(rows[j] == rows[i] for j in places if j < i) for i in places}
+        wanted |= set(sorted(places, key=lambda i: (nth[i], i))[:number])
+    assert set(np.flatnonzero(found)) == wanted
+
+
 def test_near_duplicates_agree_with_a_loop():
     draw = np.random.default_rng(1)
     texts = [" ".join(draw.choice(list("abc"), draw.integers(1, 9))) for _ in range(40)] + [

@@ -166,6 +166,20 @@ def wordings(rows: pd.DataFrame) -> np.ndarray:
     return np.array([f"{own}: {name}" for own, name in zip(rows["category"], names, strict=True)])
 
 
+def few_of_many(rows: pd.DataFrame, by: list[str], number: int) -> np.ndarray:
+    """`number` rows of each group of the columns `by`, in as many wordings as can be: the first row
+    of each wording, then the second ones; bool [I].
+
+    >>> rows = pd.DataFrame({"category": "QA", "instruction": ["Say 1", "Say 2", "Name it"]})
+    >>> few_of_many(rows, ["category"], 2).tolist()
+    [True, False, True]
+    """
+    rows = rows.reset_index(drop=True).assign(wording=wordings(rows))
+    again = rows.groupby([*by, "wording"], sort=False).cumcount()
+    place = rows.loc[again.sort_values(kind="stable").index].groupby(by, sort=False).cumcount()
+    return (place.sort_index() < number).to_numpy()
+
+
 def _masked(instruction: str) -> str:
     """An instruction without its contents: quoted texts as "_", numbers as 0."""
     quoted = re.sub(r'["“`][^"”`]*["”`]', '"_"', instruction.lower())

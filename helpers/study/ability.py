@@ -11,7 +11,7 @@ from ..analysis.stats import SMALLEST, clustered_share, paired_effect
 from ..capture.loading import check_pair
 from ..capture.tokens import encode
 from ..hexainst.checkers import bare
-from ..hexainst.corpus import text, texts, wordings
+from ..hexainst.corpus import few_of_many, text, texts, wordings
 from .evaluate import nll, scored
 
 NEIGHBOURS = (-2, -1, 1, 2)  # of a row, among those of its category and half: its distractors
@@ -22,8 +22,8 @@ EACH = ["pair", "model", "half", "category"]
 
 
 def ability(study, variant: str = "tuned") -> pd.DataFrame:
-    """What `variant` makes of each row [I]: its greedy answer and, for the first `ablation_rows`
-    rows of each category and half (NaN elsewhere), what it finds likely.
+    """What `variant` makes of each row [I]: its greedy answer and, for `ablation_rows` rows of
+    each category and half (see `few_of_many`; NaN elsewhere), what it finds likely.
 
     answer, score      as in `evaluate.scored`: all rows, NaN where the checker may not run code
     first              1 if the right answer has the lowest loss per token of the candidates: the
@@ -39,8 +39,7 @@ def ability(study, variant: str = "tuned") -> pd.DataFrame:
     """
     rows = study.rows
     found = scored(study, variant).assign(fold=rows["fold"], wording=wordings(rows))
-    first = rows.groupby(["fold", "category"]).cumcount() < study.profile.ablation_rows
-    places = np.flatnonzero(first)
+    places = np.flatnonzero(few_of_many(rows, ["fold", "category"], study.profile.ablation_rows))
     return found.join(likely(study.take(places), variant).set_axis(places, axis=0))
 
 

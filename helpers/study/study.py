@@ -20,7 +20,7 @@ from ..capture.counts import Counts, Shards
 from ..capture.loading import load_model, load_tokenizer, random_twin
 from ..capture.tokens import Encoded, chat_template
 from ..config import Pair, Profile
-from ..hexainst.corpus import folds, text
+from ..hexainst.corpus import few_of_many, folds, text
 from ..hexainst.schema import load_hexainst
 from ..paths import counts_dir
 from ..record import DamagedFile, NotTestable, UserError, cached, digest, versions
@@ -182,9 +182,11 @@ class Study:
         return self.take((self.rows["category"] == name).to_numpy())
 
     def measured(self) -> "Study":
-        """The first `ablation_rows` rows of each category: what ablations are measured on."""
-        first = self.rows.groupby("category").cumcount() < self.profile.ablation_rows
-        return self.once("measured", lambda: self.take(first.to_numpy()))
+        """`ablation_rows` rows of each category, in as many wordings as there are (`few_of_many`):
+        what ablations are measured on.
+        """
+        some = few_of_many(self.rows, ["category"], self.profile.ablation_rows)
+        return self.once("measured", lambda: self.take(some))
 
     # ---- what it has read, or computed
 
