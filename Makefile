@@ -9,9 +9,9 @@ wrong  = $(filter-out 1,$(words $(1)))$(call less,$(1),$(SIGNS))$(filter .% -%,$
 $(if $(call wrong,$(value PROFILE)),$(error PROFILE is "$(value PROFILE)", expected one name from notebooks/profiles: letters, digits, "_", "." and "-"))
 $(if $(findstring $$,$(value PYTHON))$(findstring ',$(value PYTHON)),$(error PYTHON is "$(value PYTHON)", expected the path of a Python))
 
-NOTEBOOKS := 00_start_here 01_hexainst 02_capture 03_neurons 04_experts 05_generality_uniqueness 06_ablation 07_alteration 08_claims 09_your_own
-# 03 to 07 read the counts that 02 wrote and nothing of one another: they may run side by side.
-TOGETHER  := $(filter 03_% 04_% 05_% 06_% 07_%,$(NOTEBOOKS))
+NOTEBOOKS := 00_start_here 01_hexainst 02_capture 03_neurons 04_experts 05_generality_uniqueness 06_ablation 07_alteration 08_claims 09_your_own 10_tuning
+# 03 to 07 read the counts that 02 wrote and nothing of one another, 09 and 10 nothing of the chain: they may run side by side.
+TOGETHER  := $(filter 03_% 04_% 05_% 06_% 07_% 09_% 10_%,$(NOTEBOOKS))
 CHAIN     := $(NOTEBOOKS:%=notebooks/%.ipynb) --together $(TOGETHER)
 
 CONDA := $(firstword $(foreach c,mamba micromamba conda,$(shell command -v $(c) 2>/dev/null)))

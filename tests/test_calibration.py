@@ -4,8 +4,6 @@ error is kept, intervals cover the truth in 93 to 97 % of data sets.
 A p of R resamples is a multiple of 1 / (1 + R): noise below that step makes it continuous.
 """
 
-import gc
-
 import numpy as np
 import planted_counts
 import pytest
@@ -78,15 +76,6 @@ def test_p_is_uniform_where_nothing_is_at_work(null):
     assert np.mean(np.array(p) <= 0.05) <= 0.09
 
 
-@pytest.fixture
-def frozen():
-    """statsmodels collects garbage in every correction: what stands is left out of it."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("frozen")
 def test_holm_keeps_the_error_of_six_categories():
     rng, wrong, p = np.random.default_rng(12), [], []
     for seed in range(SETS):

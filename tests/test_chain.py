@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from helpers.paths import ROOT
 from helpers.record import UserError, read_json, write_json
 from helpers.run import __main__ as command
 from helpers.run import chain, notebook, progress, report, stopping
+from helpers.study import ledger
 
 
 def book(path, *cells, **metadata):
@@ -594,3 +596,36 @@ def test_a_claim_about_categories_says_how_many_hold_and_how_they_spread():
     assert report.effect_cell(tests) == "2 of 3: -0.100 to 0.500"
     one = pd.DataFrame({"effect": [0.5], "low": [0.4], "high": [0.6], "null": [0.1]})
     assert report.effect_cell(one) == "0.500 [0.400, 0.600] / 0.100"
+    assert report.effect_cell(one, null=False) == "0.500 [0.400, 0.600]"
+
+
+def test_the_paragraph_on_tunings_takes_each_number_from_its_own_test(tmp_path):
+    """Every claim, component and tuning has an effect of its own; one half alone is left out."""
+    claims = ledger.read_ledger(tunings=True)
+    places = [
+        (row["id"], component, tuning)
+        for row in claims.to_dict("records")
+        for component in row["components"].split()
+        for tuning in ("full", "continued", "alone")
+    ]
+    tests = pd.DataFrame(places, columns=["id", "components", "pair"])
+    tests = tests.assign(half="all", effect=np.arange(len(places), dtype=float), null=0.0)
+    tests = tests.assign(low=tests["effect"] - 0.5, high=tests["effect"] + 0.5, supported=True)
+    half = tests.assign(half="ai", effect=-1.0)
+    pd.concat([tests, half]).to_csv(tmp_path / "tuning_tests.csv")
+    verdicts = pd.DataFrame({"id": ["a", "a", "b"], "components": ["x", "y", "x"]})
+    verdicts["verdict"] = ["supported", "supported", "mixed"]
+    verdicts.to_csv(tmp_path / "tuning_verdicts.csv")
+    said = report.tunings(tmp_path)
+    named = {
+        ("tuning-improves", "likelier", "full"): "rows likelier in ",
+        ("tuning-improves", "gain", "continued"): "does so in 1.000 [0.500, 1.500] and ",
+        ("tuning-beyond-noise", "neurons", "full"): "beyond the noise floor by ",
+        ("tuning-beyond-continued", "neurons", "full"): "language modelling does by ",
+        ("tuning-own-category", "neurons", "alone"): "more than others' by ",
+        ("tuning-matter", "kept", "full"): "losing what it kept there ",
+    }
+    for place, words in named.items():
+        value = float(places.index(place))
+        assert f"{words}{value:.3f} [{value - 0.5:.3f}, {value + 0.5:.3f}]" in said
+    assert said.endswith("Supported: `a` (x, y).")

@@ -4,7 +4,10 @@ effect.
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats as scipy_stats
+from statsmodels.stats.multitest import multipletests
 
 from helpers.analysis import stats
 from helpers.analysis.sets import top_sets
@@ -148,6 +151,13 @@ def test_holm_and_bh_by_hand():
     p = np.array([[0.01, 0.04], [0.03, 0.005]])
     assert np.allclose(stats.adjust(p, "holm"), [[0.03, 0.06], [0.06, 0.02]])
     assert np.allclose(stats.adjust(p, "bh"), [[0.02, 0.04], [0.04, 0.02]])
+
+
+@settings(max_examples=30)
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_holm_and_bh_are_those_of_statsmodels(p):
+    for name, method in (("holm", "holm"), ("bh", "fdr_bh")):
+        assert stats.adjust(p, name) == pytest.approx(multipletests(p, method=method)[1])
 
 
 def test_paired_effect_agrees_with_the_t_test(rng):

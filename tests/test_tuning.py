@@ -393,6 +393,18 @@ def test_what_is_kept_is_not_measured_again_and_other_tunings_are_refused(start,
     tuned.write_json(plan.out / tuned.RUNS, known)
 
 
+def test_published_tables_are_those_of_one_plan_whole(measured, tmp_path):
+    plan, found = measured
+    for name in ("README.md", "changed-older.safetensors", "changed-older.json", "pairs.json"):
+        (tmp_path / name).write_text("{}")
+    tuned.publish(plan, tmp_path)
+    made = {path.name for path in plan.out.iterdir() if not path.name.startswith(".")}
+    assert {path.name for path in tmp_path.iterdir() if path.suffix in tuned.KEPT} == made
+    assert (tmp_path / "README.md").read_text() == "{}"
+    assert all((tmp_path / name).read_bytes() == (plan.out / name).read_bytes() for name in made)
+    assert tuning_tables.read_measured(tmp_path).parts.keys() == found.parts.keys()
+
+
 def test_a_part_of_other_rows_is_refused_by_the_tables(measured, tmp_path):
     plan, _ = measured
     shutil.copytree(plan.out, tmp_path / "tables")
@@ -404,7 +416,7 @@ def test_a_part_of_other_rows_is_refused_by_the_tables(measured, tmp_path):
 
 def test_every_declared_claim_is_asked_and_its_numbers_are_means_of_rows(measured):
     plan, found = measured
-    numbers = tuning_tables.numbers(found)
+    numbers = tuning_tables.numbers(found, tuning_tables.asked(found))
     claims = ledger.read_ledger(tunings=True)
     halves, categories = ["all", "A", "B"], list(pd.unique(plan.rows["category"]))
     tests = ledger.judge(ledger.look_up(claims, numbers, halves, categories))
@@ -430,11 +442,45 @@ def test_the_page_has_its_tables_and_sentences(measured):
     table = tuning_tables.resemblance(found)
     assert np.allclose(table, table.T)
     assert tuning_tables.budgets(found)["tokens"].between(360, 400).all()
-    for made in (tuning_tables.training_curves(found), tuning_tables.trajectories(found)):
-        assert set(made["panel"]) <= set(found.runs) - {"continued"}
-        assert np.isfinite(made["value"]).all()
-    said = tuning_tables.sentences(found, tuning_tables.numbers(found))
-    assert any(line.startswith("full: beyond continued language modelling by") for line in said)
+    made = tuning_tables.trajectories(found)
+    assert set(made["panel"]) <= set(found.runs) - {"continued"}
+    assert np.isfinite(made["value"]).all()
+    asked = tuning_tables.asked(found)
+    said = tuning_tables.sentences(tuning_tables.numbers(found, asked), asked["improved"])
+    assert any(line.startswith("full: they moved further than under") for line in said)
+
+
+def test_differences_along_the_steps_and_layers_are_those_of_the_parts(measured):
+    _, found = measured
+    table = tuning_tables.apart(found)
+    assert list(pd.unique(table["line"])) == ["full", "again", "lora", "alone"]
+    control = found.part("changed-continued")[0]["near"].mean(1)
+    for name, rows in table.groupby("line"):
+        own = found.part(f"changed-{name}")[0]
+        assert rows["value"].to_numpy() == pytest.approx(control - own["near"].mean(1), abs=1e-6)
+        assert rows["step"].tolist() == own["steps"].tolist()
+    layers = tuning_tables.by_layer(found)
+    whole = pd.concat(
+        pd.DataFrame(found.part(f"changed-{name}")[1]["layers"]) for name in found.runs
+    )
+    assert layers["value"].tolist() == pytest.approx(
+        (whole["floor"] - whole["similarity"]).tolist()
+    )
+    assert (layers["low"] <= layers["value"]).all()
+    assert (layers["value"] <= layers["high"]).all()
+    assert set(layers["line"]) == set(found.runs)
+
+
+def test_a_tuning_that_left_the_loss_as_it_was_has_no_shares_of_its_change(measured):
+    _, found = measured
+    arrays, record = found.part("changed-full")
+    loss = arrays["loss"].copy()
+    loss[-1] = loss[0] + np.resize([1e-3, -1e-3], loss.shape[1])
+    idle = found._replace(parts=found.parts | {"changed-full": (arrays | {"loss": loss}, record)})
+    gone = arrays | {"loss": np.linspace(loss[0], loss[0] - 1, len(loss))}
+    moved = found._replace(parts=found.parts | {"changed-full": (gone, record)})
+    assert "full" not in set(tuning_tables.trajectories(idle)["panel"])
+    assert "full" in set(tuning_tables.trajectories(moved)["panel"])
 
 
 def test_a_file_of_other_weights_is_refused(start, runs):

@@ -66,6 +66,27 @@ def layers(table: pd.DataFrame) -> Figure:
     return _finish(fig, drawn, "similarity of components")
 
 
+def differences(table: pd.DataFrame, x: str, label: str, null: str, names) -> Figure:
+    """Effects minus their null, which is drawn at 0, along x ("layer" or "step"); columns panel,
+    line (one of `names`, whose places give the colours), x, value, low, high (drawn as a band), n.
+    """
+    fig, drawn = _panels(table, (7.2, 3.6))
+    for ax, _, part in drawn:
+        for line, rows in part.groupby("line", sort=False):
+            n, at = names.index(line), np.arange(len(rows))
+            colour = PALETTE[n % 8]
+            ax.fill_between(at, rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
+            look = {"color": colour, "marker": SHAPES[n % 8], "markersize": 4}
+            ax.plot(at, rows["value"], label=line, **look)
+        ax.axhline(0, label=f"null: {null}", **NULL)
+        if x == "step":
+            _steps(ax, rows["step"])
+        else:
+            ax.set_xlabel(x)
+            whole_numbers(ax)
+    return _finish(fig, drawn, label, 6)
+
+
 def training(table: pd.DataFrame) -> Figure:
     """Similarity to the base along the steps of instruction tuning and, its null, of further
     pre-training; columns panel, run, step, value, low, high, n.

@@ -329,7 +329,9 @@ def run_trajectory(options) -> int:
     option("--gather", action="store_true", help="only make the rows to tune on, and count them"),
     option("--local", help="folder that holds copies of the source files (for work offline)"),
     option("--device", help="cpu, or cuda:0 (default: a GPU where there is one)"),
-    option("--out", type=Path, help="folder of the tables (default: data/tuning)"),
+    option(
+        "--out", type=Path, help="folder of the tables, left there alone (default: data/tuning)"
+    ),
     option("--rehearse", action="store_true", help="few steps, few rows: does all of it run?"),
 )
 def run_tune(options) -> int:
@@ -349,6 +351,8 @@ def run_tune(options) -> int:
         for name in options.tunings or tuning.TUNINGS:
             tuning.train(job, tuning.TUNINGS[name], plan.folder / name)
         tuned.Tunings(plan, tuning.read_runs(plan.folder)).measure()
+        if not (options.out or options.rehearse):
+            tuned.publish(plan)
     print(short(plan.out))
     return 0
 

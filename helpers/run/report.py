@@ -13,6 +13,7 @@ from ..study import ledger
 from .plan import plans
 
 PUBLISHED = ("tests.csv", "verdicts.csv")
+TUNED = ("tuning_tests.csv", "tuning_verdicts.csv")  # the same of the claims about tunings
 PLANNED = {  # README's columns: {title: (column of plans.csv, format)}
     "profile": ("profile", "`{}`"),
     "pair": ("pair", "{}"),
@@ -223,6 +224,44 @@ def compared(folders) -> str:
     return "\n".join(lines)
 
 
+def tunings(folder) -> str:
+    """What fine-tuning changed in the real model: a paragraph from the tests that notebook 10 made,
+    numbers with their intervals.
+    """
+    tests, verdicts = (pd.read_csv(Path(folder) / name) for name in TUNED)
+    tests = tests[tests["half"] == "all"]
+
+    def told(name, component="neurons", pair="full"):
+        mine = (tests["id"] == name) & (tests["components"] == component) & (tests["pair"] == pair)
+        return effect_cell(tests[mine], null=False)
+
+    held = [
+        f"`{name}` ({', '.join(rows['components'])})"
+        for name, rows in verdicts[verdicts["verdict"] == "supported"].groupby("id", sort=False)
+    ]
+    return " ".join(
+        (
+            "Instruction tuning makes the references of unseen rows likelier in "
+            f"{told('tuning-improves', 'likelier')} nats per token, and the row's own instruction "
+            f"help more in {told('tuning-improves', 'gain')}; continued language modelling on the "
+            f"same words does so in {told('tuning-improves', 'likelier', 'continued')} and "
+            f"{told('tuning-improves', 'gain', 'continued')}.",
+            f"It moves the sets beyond the noise floor by {told('tuning-beyond-noise')}, and "
+            "further than continued language modelling does by "
+            f"{told('tuning-beyond-continued')} (below 0: not as far). Two orders of its rows end "
+            "more alike than it and the continued model do, by "
+            f"{told('tuning-beyond-seed')}: the two go different ways.",
+            "Tuning on MATH alone moves MATH's sets more than others' by "
+            f"{told('tuning-own-category', pair='alone')}. The most moved tenth of the neurons "
+            f"carries {told('tuning-transplant', 'forward')} nats more of the tuning than random "
+            "tenths. Losing what it moved into a category's set costs "
+            f"{told('tuning-matter', 'gained')} more than losing random neurons, losing what it "
+            f"kept there {told('tuning-matter', 'kept')}.",
+            f"Supported: {', '.join(held) or 'none'}.",
+        )
+    )
+
+
 JUDGED = ("supported", "mixed", "not supported")
 
 
@@ -253,14 +292,18 @@ def _stacked(components, values) -> str:
     return "<br>".join(named) or "-"
 
 
-def effect_cell(tests) -> str:
+def effect_cell(tests, null: bool = True) -> str:
+    """An effect, its interval and null; of several categories, in how many it is supported, and
+    the smallest and largest effect.
+    """
     if not len(tests):
         return "-"
     if len(tests) > 1:
         held, values = int(tests["supported"].sum()), tests["effect"]
         return f"{held} of {len(tests)}: {values.min():.3f} to {values.max():.3f}"
     one = tests.iloc[0]
-    return f"{one.effect:.3f} [{one.low:.3f}, {one.high:.3f}] / {one.null:.3f}"
+    beside = f" / {one.null:.3f}" if null else ""
+    return f"{one.effect:.3f} [{one.low:.3f}, {one.high:.3f}]{beside}"
 
 
 def publish(profile: str) -> Path:
@@ -272,6 +315,9 @@ def publish(profile: str) -> Path:
     write_table(folder / PUBLISHED[0], tests)
     write_table(folder / PUBLISHED[1], verdicts)
     write_json(folder / "summary.json", read_json(results / "summary.json"))
+    for name in TUNED:
+        if (results / name).is_file():
+            write_table(folder / name, pd.read_csv(results / name))
     return folder
 
 
@@ -284,6 +330,7 @@ def pages() -> dict[Path, str]:
         (DATA / "published").glob("*/"), key=lambda folder: (folder.name == "tiny", folder)
     )
     blocks = {
+        "tunings": tunings(DATA / "published" / "tiny"),
         "cost": cost(read_json(DATA / "published" / "tiny" / "summary.json")),
         "claims": claims_table(folders),
         "compared": compared(folders),

@@ -6,6 +6,7 @@ each tuning what changed, then what it can do, then who resembles whom, then whe
 is ours, not the paper's.
 """
 
+import shutil
 import time
 from dataclasses import replace
 from functools import partial
@@ -30,7 +31,7 @@ from ..hexainst.corpus import wordings
 from ..hexainst.leftover import counted, gather_rows, read_rows, refuse_overlap, save_rows
 from ..hexainst.schema import load_hexainst
 from ..paths import results_dir
-from ..record import DamagedFile, UserError, cached, digest, write_json, write_table
+from ..record import DamagedFile, UserError, atomic, cached, digest, write_json, write_table
 from . import alteration
 from .ability import likely
 from .counting import Gathered
@@ -41,6 +42,7 @@ from .tuning import TUNINGS, Recipe
 TABLES, CACHED = paths.DATA / "tuning", paths.DATA / "cache" / "tuning" / "rows.jsonl"
 WEIGHTS_RESAMPLES = 500  # of the interval that ranks all neurons anew each time
 ROWS, RUNS, DATA_TABLE = "rows.csv", "runs.json", "data.csv"
+KEPT = (".csv", ".json", ".safetensors")  # what tables are made of
 START, CONTROL, MAIN = "start", "continued", "full"
 ABLE = ("own", "other", "none", "gain", "gain_none", "first", "chance")
 MATTERS = {
@@ -95,8 +97,22 @@ def planned(profile: str, device=None, out=None, rehearse: bool = False) -> Plan
     folder = results_dir(profile) / "trajectory" / ("rehearsal" if rehearse else "tuning")
     recipe = Recipe(steps=2, tokens=64, kept=(1,), rank=2, context=32) if rehearse else Recipe()
     few = {"curve_rows": 1, "able_rows": 1, "weight_rows": 1} if rehearse else {}
-    out = Path(out or (folder / "tables" if rehearse else TABLES))
-    return Plan(found, rows_of(found), recipe, folder, out, device, **few)
+    return Plan(
+        found, rows_of(found), recipe, folder, Path(out or folder / "tables"), device, **few
+    )
+
+
+def publish(plan: Plan, folder=TABLES) -> None:
+    """Put a plan's finished tables into `folder`, in the place of those of other tunings."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {path.name: path for path in plan.out.iterdir() if path.suffix in KEPT}
+    for name, path in sorted(made.items()):
+        with atomic(folder / name) as draft:
+            shutil.copyfile(path, draft)
+    for old in folder.iterdir():
+        if old.suffix in KEPT and old.name not in made:
+            old.unlink()
 
 
 def gathered(local=None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -214,9 +230,7 @@ class Tunings:
         study = self.study(name)
         found = alteration.similarities(study, "neurons")
         arrays = {"similarity": found.similarity, "floor": found.floor, "across": found.across}
-        arrays |= {"layer_floor": found.layers[0], "layer_across": found.layers[1]}
-        arrays |= {key: value.astype(np.uint16) for key, value in found.fates.items()}
-        arrays = {k: v.astype(np.float32) if v.dtype == float else v for k, v in arrays.items()}
+        arrays = {key: value.astype(np.float32) for key, value in arrays.items()}
         tables = {
             "churned": alteration.measured({name: study}, alteration.churned).table,
             "layers": alteration.layers({name: study}),

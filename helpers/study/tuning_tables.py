@@ -69,9 +69,16 @@ def read_measured(folder, resamples: int = 2000, seed: int = 0) -> Measured:
     return Measured(rows, runs, parts, {"resamples": resamples, "seed": seed})
 
 
-def numbers(found: Measured) -> dict[str, dict]:
-    """{tuning: {key: number}} of all that the claims about tunings ask for; what was not measured,
-    or cannot be tested, is left out.
+def asked(found: Measured) -> dict[str, pd.DataFrame]:
+    """The three tables that claims are asked of, all tunings one below the other: `improved`,
+    `beyond`, `led`.
+    """
+    return {table.__name__: every(found, table) for table in (improved, beyond, led)}
+
+
+def numbers(found: Measured, tables: dict) -> dict[str, dict]:
+    """{tuning: {key: number}} of all that the claims about tunings ask for, tables as `asked` gives
+    them; what was not measured, or cannot be tested, is left out.
     """
     out = {}
     for name in found.runs:
@@ -82,8 +89,8 @@ def numbers(found: Measured) -> dict[str, dict]:
                 key = f"alteration.{key}{row['what']}.{row['half']}"
                 keep = {k: v for k, v in row.items() if k not in ("pair", "what", "half", "note")}
                 out[name] |= {f"{key}.{k}": v for k, v in keep.items() if v is not None}
-        for table in (improved, beyond, led):
-            for row in table(found, name).to_dict("records"):
+        for table in tables.values():
+            for row in table[table["tuning"] == name].to_dict("records"):
                 out[name] |= _keyed(row)
     return out
 
@@ -340,32 +347,46 @@ def of_one_category(found: Measured) -> pd.DataFrame:
     return table.assign(**{"moved more": table[MAIN] - table[ALONE]}).reset_index()
 
 
-def training_curves(found: Measured) -> pd.DataFrame:
-    """Similarity to the start along the steps of each tuning and of continued language modelling:
-    panel, run, step, value, low, high, n, as `plots.alteration.training` draws them.
+def apart(found: Measured) -> pd.DataFrame:
+    """How much further from the start's sets each tuning is than continued language modelling is
+    at the same step: panel, line, step, value, low, high, n. The null is 0.
     """
     control, out = found.part(f"changed-{CONTROL}")[0], []
     for name in [name for name in found.runs if name != CONTROL and control]:
-        own = found.part(f"changed-{name}")[0]
-        for said, arrays in (("further pre-training", control), ("instruction tuning", own)):
-            if arrays:
-                at = arrays["curve_rows"]
-                near = arrays["near"].T.astype(float)
-                line = found.effect(near, np.zeros_like(near), at)
-                rows = {"panel": name, "run": said, "step": arrays["steps"]}
-                rows |= {"value": line.difference, "low": line.low, "high": line.high}
-                out.append(pd.DataFrame(rows | {"n": len(at)}))
+        arrays = found.part(f"changed-{name}")[0]
+        if arrays:
+            near = [one["near"].T.astype(float) for one in (control, arrays)]
+            line = found.effect(*near, arrays["curve_rows"])
+            rows = {"panel": "neurons", "line": name, "step": arrays["steps"]}
+            rows |= {"value": line.difference, "low": line.low, "high": line.high}
+            out.append(pd.DataFrame(rows | {"n": len(arrays["curve_rows"])}))
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
+
+
+def by_layer(found: Measured) -> pd.DataFrame:
+    """Change beyond the noise floor in each layer, by tuning: panel, line, layer, value (floor
+    minus similarity across), low, high, beyond (Benjamini-Hochberg over layers), n.
+    """
+    table = recorded(found, "changed", "layers")
+    if table.empty:
+        return table
+    ends = {"low": table["floor"] - table["high"], "high": table["floor"] - table["low"]}
+    table = table.assign(value=table["excess"], **ends)
+    table[["line", "panel"]] = table["panel"].str.split(": ", expand=True)
+    return table[["panel", "line", "layer", "value", "low", "high", "beyond", "n"]]
 
 
 def trajectories(found: Measured) -> pd.DataFrame:
     """Shares of the final change along each tuning: panel, line, step, value, null, n; the null is
     the loss of the same references under continued language modelling, in units of what the tuning
-    took off it.
+    took off it. A tuning that did not change that loss beyond its interval has no shares of it, and
+    is left out.
     """
     control, out = found.part(f"changed-{CONTROL}")[0], []
     for name in [name for name in found.runs if name != CONTROL]:
         arrays = found.part(f"changed-{name}")[0]
+        if arrays and not _told(found, arrays):
+            continue
         lines = {"left the start's sets": "near", "came to the final sets": "settled"}
         lines |= {"loss of references": "loss"} if arrays else {}
         curves = attempt(partial(_shares, arrays, lines)) if arrays else {}
@@ -381,23 +402,56 @@ def trajectories(found: Measured) -> pd.DataFrame:
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
 
+def _told(found, arrays) -> bool:
+    """Whether a tuning changed the loss of its references: its interval lies beside 0."""
+    first, last = (arrays["loss"][end].astype(float) for end in (0, -1))
+    change = found.effect(first, last, arrays["curve_rows"])
+    return bool(change.low > 0 or change.high < 0)
+
+
 def _shares(arrays, lines):
     return {line: shares(arrays[key].astype(float))[0] for line, key in lines.items()}
 
 
-def sentences(found: Measured, numbers: dict) -> list[str]:
-    """What was found, tuning by tuning, from the numbers alone; what is not there is left out."""
+def sentences(numbers: dict, improved: pd.DataFrame) -> list[str]:
+    """What was found, tuning by tuning, from `numbers` and a table as `improved` gives it; what is
+    not there is left out.
+    """
     lines = []
     for name, known in numbers.items():
-        lines += _said_to_improve(found, name, known)
+        lines += _said_to_improve(name, improved)
         for key, what, p in (
-            ("alteration.neurons.all.excess_churn", "changed beyond the noise floor by", "p"),
-            ("tuning.neurons.all.beyond", "beyond continued language modelling by", "p_beyond"),
-            ("tuning.neurons.all.beyond_seed", "further than two seeds by", "p_beyond_seed"),
-            ("tuning.neurons.all.own", "its own category moved more than others by", "p_own"),
-            ("tuning.neurons.all.smaller_lead", "the smaller lead is", "p_smaller_lead"),
-            ("alteration.transplant.forward.all.effect", "the most moved tenth carries", "p"),
-            ("alteration.matter.gained.all.critical", "losing what was gained costs", "p"),
+            (
+                "alteration.neurons.all.excess_churn",
+                "its sets moved beyond the noise floor by",
+                "p",
+            ),
+            (
+                "tuning.neurons.all.beyond",
+                "they moved further than under continued language modelling by",
+                "p_beyond",
+            ),
+            (
+                "tuning.neurons.all.beyond_seed",
+                "two orders of its rows end more alike than it and continued language modelling by",
+                "p_beyond_seed",
+            ),
+            ("tuning.neurons.all.own", "its own category's sets moved more by", "p_own"),
+            (
+                "tuning.neurons.all.smaller_lead",
+                "its sets run ahead of the loss, as a share of the whole change, by",
+                "p_smaller_lead",
+            ),
+            (
+                "alteration.transplant.forward.all.effect",
+                "the most moved tenth carries more of it than random tenths by",
+                "p",
+            ),
+            (
+                "alteration.matter.gained.all.critical",
+                "losing what it gained costs more than losing random neurons by",
+                "p",
+            ),
         ):
             if key in known:
                 p_value = known[f"{key.rpartition('.')[0]}.{p}"]
@@ -407,14 +461,18 @@ def sentences(found: Measured, numbers: dict) -> list[str]:
 
 def _said(known, key, p):
     low, high = known[f"{key}_ci"]
-    told = "above 0" if low > 0 and p < LEVEL else "below 0" if high < 0 and p < LEVEL else ""
-    return f"{known[key]:.3f} [{low:.3f}, {high:.3f}], {told or 'not told from 0'}"
+    told = "not told from 0"
+    if low > 0 and p < LEVEL:
+        told = "above 0"
+    if high < 0:
+        told = "below 0: it is the other way round"
+    return f"{known[key]:.3f} [{low:.3f}, {high:.3f}], {told}"
 
 
-def _said_to_improve(found, name, known):
-    """In how many categories each measure improved or fell, by interval and Holm."""
-    table = improved(found, name)
-    for measure in MEASURES if len(table) and "measure" in table else ():
+def _said_to_improve(name, table):
+    """In which categories each measure improved or fell, by interval and Holm."""
+    table = table[table["tuning"] == name]
+    for measure in MEASURES if len(table) else ():
         part = table[(table["measure"] == measure) & (table["half"] == "all")]
         part = part[part["value"].notna()]
         low, high = (np.array([ci[end] for ci in part["ci"]]) for end in (0, 1))
