@@ -17,7 +17,7 @@ from helpers.study.evaluate import ablation_matrix, gain_lost
 from helpers.study.needed import Needed, ablations, groups_of, same_experts, sentences
 from tests import zoo
 
-SHARED = ("by_consensus", "grid", "places", "pseudo")  # sets or draws may be the same
+SHARED = ("by_consensus", "grid", "places", "pseudo", "sufficient")  # sets or draws may be the same
 SETTINGS = {
     "epsilon": 0.01,
     "sizes": (0.01, 0.02, 0.05, 0.1),

@@ -37,7 +37,7 @@ def sequence_losses(model, batch, purpose: str = "losses") -> torch.Tensor:
             "a row has no token whose loss could be counted: no reference, or a single token "
             "without BOS. Remove the row."
         )
-    _shape_of(model)  # runs the model: before the pass that is noted
+    proven_head(model)  # runs the model: before the pass that is noted
     device, ids, mask = input_device(model), batch.input_ids, batch.attention_mask
     with returning_dicts(model), reading(model, ids, mask, purpose):
         hidden = model.base_model(
@@ -62,7 +62,7 @@ def token_losses(model, hidden, ids, mask) -> torch.Tensor:
             f"token_losses: hidden states {tuple(hidden.shape)}, ids {tuple(ids.shape)} and mask "
             f"{tuple(mask.shape)}, expected [B, T, D] and twice [B, T]."
         )
-    shape = _shape_of(model)
+    shape = proven_head(model)
     at = mask[:, 1:].bool()  # [B, T-1]
     states = hidden[:, :-1][at.to(hidden.device)]  # [n, D]
     wanted = ids[:, 1:][at.to(ids.device)].to(hidden.device)
@@ -87,7 +87,7 @@ class GroupLoss:
     """
 
     def __init__(self, model, size: int, group: str = "response"):
-        _shape_of(model)  # runs the model, which it may not do while it is being counted
+        proven_head(model)  # runs the model, which it may not do while it is being counted
         self.model, self.group = model, group
         self.total = torch.zeros(size, dtype=torch.float64, device="cpu")
         self.tokens = torch.zeros(size, dtype=torch.long, device="cpu")
@@ -118,8 +118,12 @@ def _logits(model, states, scale, cap):
 
 
 @torch.no_grad()
-def _shape_of(model) -> tuple[float, float]:
-    """(scale, cap) of the head's output, 0 for no cap: proven against the model's own logits."""
+def proven_head(model) -> tuple[float, float]:
+    """(scale, cap) of the head's output, 0 for no cap: proven once against the model's own logits.
+
+    That runs the model, so ask before an ablation acts at places of one batch, and before a pass
+    that is counted. Raises UnreadableModel where the head gives something else. (Ours.)
+    """
     if model in _heads:
         return _heads[model]
     if model.get_output_embeddings() is None:

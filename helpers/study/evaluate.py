@@ -11,7 +11,7 @@ import torch
 from ..bars import bar
 from ..capture.budget import altered, mark, state
 from ..capture.interventions import Places, ablate
-from ..capture.losses import sequence_losses
+from ..capture.losses import proven_head, sequence_losses
 from ..capture.tokens import Batch, encode, token_batches
 from ..hexainst.checkers import check
 from ..record import UserError
@@ -109,6 +109,7 @@ def ablation_matrix(
     `allow_inert` permits sets that may be dead.
     """
     model, rows = study.model(variant)[0], study.rows
+    proven_head(model)  # runs the model as it is: not under an ablation
     encoded = study.encoded("reference" if eos else "response", variant)
     prepared = list(token_batches(encoded, study.profile.batch_tokens))
     places, masks_at = _places(study, variant, prepared, where)
@@ -117,11 +118,10 @@ def ablation_matrix(
         with ablate(model, mask, operator, where=places, **options), altered(model, where):
             return _nll(model, prepared, places, masks_at)
 
-    known = partial(_known, study, (variant, eos, mark(study.places)), model)
-    baseline, increase = known("intact", lambda: _nll(model, prepared)), {}
+    known = partial(_known, study, variant, (eos, mark(study.places)))
+    baseline, increase = known(("intact",), lambda: _nll(model, prepared)), {}
     for name in bar(masks, f"{study.name} ablations", delay=5, unit=" sets"):
-        # what a reference holds has no name to remember it by
-        key = None if "reference" in options else (where, operator, mark(masks[name], options))
+        key = (where, operator, _mark(masks[name], **options))
         increase[name] = known(key, partial(ablated, masks[name])) - baseline
         inert = allow_inert or not any(np.any(part) for part in masks[name].values())
         _believable(increase[name], name, inert)
@@ -130,13 +130,19 @@ def ablation_matrix(
     return frame
 
 
-def _known(study, rows, model, key, compute):
-    """`compute()`, or what the study remembers under this key of these rows; nothing is while the
-    model is altered, nor under None.
+def _known(study, variant, rows, key, compute):
+    """`compute()`, or what the study keeps under this key of these rows; nothing is kept while the
+    model is altered.
     """
-    if key is None or state(model):
+    if state(study.model(variant)[0]):
         return compute()
-    return study.whole.once(("losses", *rows, key), compute)
+    return study.lost("/".join(map(str, (*rows, *key))), compute, variant)
+
+
+def _mark(mask, reference=None, **options) -> str:
+    """A digest of a mask and of the options of `ablate`, of what the reference holds too."""
+    held = () if reference is None else (reference.mean, reference.draws, reference.filled)
+    return mark(mask, options, *held)
 
 
 def _places(study, variant, prepared, where) -> tuple:
@@ -169,16 +175,25 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
     has one row gain nothing and lose nothing. (Ours.)
     """
     rows, model = study.rows, study.model(variant)[0]
+    proven_head(model)
     after = rows.groupby("category")["instruction"].transform(lambda x: np.roll(x, -1))
     given = rows.groupby("category")["input"].transform(lambda x: np.roll(x, -1))
     other = study.reading_of(rows.assign(instruction=after, input=given), variant)
     size = study.profile.batch_tokens
     prepared = [list(token_batches(e, size)) for e in (study.encoded("reference", variant), other)]
-    intact = [_nll(model, some) for some in prepared]
-    lost = np.zeros((len(rows), len(masks)))
+    read = [(True, mark(study.places)), ("after another", mark(study.places))]
+
+    def losses(mask, key):
+        def ablated(some):
+            with ablate(model, mask, operator):
+                return _nll(model, some)
+
+        pairs = zip(read, prepared, strict=True)
+        return [_known(study, variant, of, key, partial(ablated, some)) for of, some in pairs]
+
+    intact, lost = losses({}, ("intact",)), np.zeros((len(rows), len(masks)))
     for n, name in enumerate(bar(masks, f"{study.name} gains", delay=5)):
-        with ablate(model, masks[name], operator):
-            own, others = (_nll(model, some) for some in prepared)
+        own, others = losses(masks[name], ("everywhere", operator, _mark(masks[name])))
         lost[:, n] = (own - intact[0]) - (others - intact[1])
     return lost
 

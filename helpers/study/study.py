@@ -28,6 +28,7 @@ from . import counting
 from .answers import SHORT, answer_ids, greedy_answers, spoken
 from .counting import COUNTING, FORMAT, SHARD, Gathered
 from .equal_length import SIZE, Draws, draw_path, draw_settings, with_draws
+from .losses import Losses
 from .reading import encode_once, encode_rows
 
 
@@ -92,6 +93,7 @@ class Study:
         self.profile, self.pair, self.rows = profile, pair, rows.reset_index(drop=True)
         self.whole, self.places = self, np.arange(len(rows))
         self._models, self._spare, self._remembered = {} if models is None else models, {}, {}
+        self._named = models is None  # the models are those that the pair names
 
     @classmethod
     def of(cls, profile: Profile, pair: Pair, rows: pd.DataFrame | None = None) -> "Study":
@@ -384,6 +386,23 @@ class Study:
             return {"ref": ref, "commit": commit, "weights": fingerprint(folder)}
 
         return self.whole.once(("checkpoint", variant), look)
+
+    def lost(self, key: str, compute, variant: str = "tuned") -> np.ndarray:
+        """Losses of some of its rows under one ablation, float64 [n]: what was measured under this
+        key, else `compute()`, kept.
+
+        File: data/results/<profile>/<pair>/<variant>/losses/ablated.jsonl. Models that were handed
+        over have no file: they may be any. (Ours.)
+        """
+        return self.whole.once(("losses", variant), lambda: self.whole._losses(variant))(
+            key, compute
+        )
+
+    def _losses(self, variant):
+        if not self._named:
+            return lambda key, compute: self.once(("loss", variant, key), compute)
+        settings = self.settings(variant, "response") | {"rows": self.digest("rows")}
+        return Losses(self.folder(variant, "losses") / "ablated.jsonl", settings)
 
     def digest(self, what: str = "prompt") -> str:
         """A digest of the rows: of each one's text ("prompt"), with its reference ("response"), or

@@ -1,0 +1,185 @@
+"""Losses kept on disk: those of a fresh run, to the last bit; measured once, by whichever study
+asks first; measured again where anything that decides them is another.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.config import Pair, Profile
+from helpers.study import evaluate, losses, planted
+from helpers.study import study as room
+from helpers.study.evaluate import ablation_matrix, gain_lost
+from helpers.study.scores import reference_activations
+from helpers.study.study import Study
+from tests import zoo
+
+torch.set_num_threads(1)
+ROWS = planted.rows(2)
+SETS = 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    zoo.build("llama", num_hidden_layers=2).save_pretrained(folder)
+    zoo.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def study(checkpoint, tmp_path, monkeypatch):
+    """(settings of a profile, rows) -> a Study as a new process has it; files below tmp_path."""
+    monkeypatch.setattr(room, "counts_dir", lambda *names: tmp_path.joinpath(*names))
+    pair = Pair("pair", None, str(checkpoint))
+
+    def made(rows=ROWS, **settings):
+        profile = Profile("p", "none", (pair,), template=planted.TEMPLATE, **settings)
+        return Study.of(profile, pair, rows)
+
+    return made
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """A list that grows by one whenever losses are measured."""
+    found, measure = [], evaluate._nll
+
+    def counted(*options):
+        found.append(1)
+        return measure(*options)
+
+    monkeypatch.setattr(evaluate, "_nll", counted)
+    return found
+
+
+def masks(seed=0):
+    rng = np.random.default_rng(seed)
+    return {n: {"dense": rng.random((2, zoo.N)) < 0.3} for n in range(SETS)}
+
+
+def table(study, **options):
+    return ablation_matrix(study, masks(), "zero", allow_inert=True, **options).to_numpy()
+
+
+def test_what_is_kept_is_what_a_fresh_run_gives_and_is_measured_once(study, passes, tmp_path):
+    first = table(study())
+    assert len(passes) == 1 + SETS
+    again = study()
+    assert (table(again) == first).all()
+    assert len(passes) == 1 + SETS
+    table(again.take([3, 1]))  # other rows share no batch with the first ones
+    assert len(passes) == 2 * (1 + SETS)
+    next(tmp_path.rglob("ablated.jsonl")).unlink()
+    assert (table(study()) == first).all()
+    assert len(passes) == 3 * (1 + SETS)
+
+
+def test_an_interrupted_experiment_goes_on_at_the_set_where_it_stopped(study, monkeypatch):
+    measure, left = evaluate._nll, [3]
+
+    def killed(*options):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return measure(*options)
+
+    monkeypatch.setattr(evaluate, "_nll", killed)
+    with pytest.raises(KeyboardInterrupt):
+        table(study())
+    left[0] = 1
+    found = table(study())
+    assert left == [0]
+    left[0] = 99
+    assert (found == table(study(batch_tokens=4096, resamples=7))).all()
+
+
+def test_every_place_operator_and_reference_has_losses_of_its_own(study, passes):
+    one = study()
+    typical = reference_activations(*one.model(), ["add one", "sum 12, 7"])
+    other = reference_activations(*one.model(), ["name the dog"])
+    calls = [
+        lambda s: table(s),
+        lambda s: table(s, where="prompt"),
+        lambda s: table(s, eos=False),
+        lambda s: ablation_matrix(s, masks(1), "zero", allow_inert=True).to_numpy(),
+        lambda s: ablation_matrix(s, masks(), "mean", reference=typical).to_numpy(),
+        lambda s: ablation_matrix(s, masks(), "mean", reference=other).to_numpy(),
+        lambda s: ablation_matrix(s, masks(), "resample", reference=typical, seed=3).to_numpy(),
+        lambda s: ablation_matrix(s, masks(), "resample", reference=typical, seed=4).to_numpy(),
+        lambda s: gain_lost(s, masks()),
+        lambda s: gain_lost(s, masks(1)),
+    ]
+    first = [call(study()) for call in calls]
+    seen = len(passes)
+    assert [(call(study()) == found).all() for call, found in zip(calls, first, strict=True)]
+    assert len(passes) == seen
+    assert len({found.tobytes() for found in first}) == len(calls)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"template": "{instruction}"},
+        {"batch_tokens": 60},
+        {"rows": ROWS.assign(reference=ROWS["reference"] + " dog")},
+        {"rows": ROWS.assign(instruction=ROWS["instruction"] + " now")},
+        {"rows": ROWS.iloc[::-1]},
+    ],
+)
+def test_other_settings_or_rows_are_measured_again(study, passes, change):
+    table(study())
+    seen = len(passes)
+    rows = change.pop("rows", ROWS)
+    made = study(rows)
+    made.profile = dataclasses.replace(made.profile, **change)
+    if "template" in change:
+        made = Study(made.profile, made.pair, made.rows)
+    table(made)
+    assert len(passes) == seen + 1 + SETS
+
+
+def test_other_weights_and_other_code_are_measured_again(study, passes, checkpoint, monkeypatch):
+    table(study())
+    seen = len(passes)
+    monkeypatch.setattr(losses, "code", lambda: "another")
+    table(study())
+    assert len(passes) == seen + 1 + SETS
+    kept = (checkpoint / "model.safetensors").read_bytes()
+    try:
+        zoo.build("llama", num_hidden_layers=2, seed=5).save_pretrained(checkpoint)
+        table(study())
+    finally:
+        (checkpoint / "model.safetensors").write_bytes(kept)
+    assert len(passes) == seen + 2 * (1 + SETS)
+
+
+def test_a_line_cut_short_costs_its_own_set_alone(study, passes, tmp_path):
+    first = table(study())
+    path = next(tmp_path.rglob("ablated.jsonl"))
+    path.write_bytes(path.read_bytes()[:-7])
+    seen = len(passes)
+    assert (table(study()) == first).all()
+    assert len(passes) == seen + 1
+    path.write_text(path.read_text() + '\n[1]\n"x"\nnull\n["a", 3, [1]]\n{"b": \n')
+    assert (table(study()) == first).all()
+    assert len(passes) == seen + 1
+
+
+def test_models_that_were_handed_over_have_no_file(study, tmp_path):
+    named = study()
+    given = Study(named.profile, named.pair, named.rows, {"tuned": named.model()})
+    assert (table(given) == table(named)).all()
+    assert len(list(tmp_path.rglob("ablated.jsonl"))) == 1
+    assert len(next(tmp_path.rglob("ablated.jsonl")).read_text().splitlines()) == 2 + SETS
+
+
+def test_a_loss_that_is_no_number_is_not_kept(tmp_path):
+    kept = losses.Losses(tmp_path / "a.jsonl", {})
+    kept("a", lambda: [1.0, np.nan])
+    kept("b", lambda: [1.0, 2.0])
+    again = losses.Losses(tmp_path / "a.jsonl", {})
+    assert again("b", None).tolist() == [1.0, 2.0]
+    assert again("a", lambda: [3.0]).tolist() == [3.0]
