@@ -28,7 +28,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 
 # Recipes are single commands where they run long: make starts those without a shell between, so a signal to make reaches them.
 .DEFAULT_GOAL := help
-.PHONY: help env lab reproduce test lint refresh models trajectory grid tune hexainst-human bench bench-peers bench-analysis bench-chain plan site clean
+.PHONY: help env lab reproduce test lint refresh models seeds trajectory grid tune hexainst-human bench bench-peers bench-analysis bench-chain plan site clean
 
 help: ## print this list
 	@echo "make TARGET [PROFILE=$(PROFILE)]"; grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -69,6 +69,11 @@ models: $(READY) ## retrain the tiny models from nothing (more than an hour on o
 	$(PY) -m helpers.run train --pair tiny-dense --seed 1
 	$(PY) -m helpers.run train --pair tiny-dense --seed 2
 	$(PY) -m helpers.run train --pair tiny-moe
+
+seeds: $(READY) ## train the pairs of the profile tiny-seeds into data/cache/models: two more sparse seeds, eight layers (45 minutes of one core)
+	$(PY) -m helpers.run train --pair tiny-moe --seed 1 --out data/cache/models/tiny-moe-s1
+	$(PY) -m helpers.run train --pair tiny-moe --seed 2 --out data/cache/models/tiny-moe-s2
+	$(PY) -m helpers.run train --pair tiny-deep --out data/cache/models/tiny-deep
 
 trajectory: $(READY) ## tune the tiny bases again with checkpoints kept and measured; writes data/trajectory (an hour of one core)
 	$(PY) -m helpers.run trajectory --pair tiny-dense

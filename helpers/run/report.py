@@ -13,6 +13,7 @@ from ..study import ledger
 from .plan import plans
 
 PUBLISHED = ("tests.csv", "verdicts.csv")
+SHOWN = ("smollm2", "tiny")  # whose numbers have columns on the page
 TUNED = ("tuning_tests.csv", "tuning_verdicts.csv")  # the same of the claims about tunings
 PLANNED = {  # README's columns: {title: (column of plans.csv, format)}
     "profile": ("profile", "`{}`"),
@@ -216,11 +217,11 @@ def compared(folders) -> str:
             if key not in alike
         ]
         left = [f"{_named(k)}: {other.get(k, 'not tested')}" for k in tiny if k not in asked]
-        lines += [
-            f"- **Another verdict in `{name}` than in `tiny`:** {'; '.join(differ) or 'none'}.",
-            f"- **The same verdict in both:** {'; '.join(alike.values()) or 'none'}.",
-            f"- **Without a verdict in `{name}`:** {'; '.join(left) or 'none'}.",
-        ]
+        lines.append(
+            f"- **Another verdict in `{name}` than in `tiny`:** {'; '.join(differ) or 'none'}. "
+            f"**The same verdict in both:** {'; '.join(alike.values()) or 'none'}. "
+            f"**Without a verdict in `{name}`:** {'; '.join(left) or 'none'}."
+        )
     return "\n".join(lines)
 
 
@@ -329,12 +330,13 @@ def pages() -> dict[Path, str]:
     folders = sorted(
         (DATA / "published").glob("*/"), key=lambda folder: (folder.name == "tiny", folder)
     )
+    shown = [folder for folder in folders if folder.name in SHOWN]
     blocks = {
         "tunings": tunings(DATA / "published" / "tiny"),
         "cost": cost(read_json(DATA / "published" / "tiny" / "summary.json")),
-        "claims": claims_table(folders),
+        "claims": claims_table(shown),
         "compared": compared(folders),
-        "findings": findings(folders),
+        "findings": findings(shown),
         "plans": plans_table(),
     }
     return {

@@ -200,7 +200,7 @@ def families() -> list[tuple[str, list[str]]]:
     families of tests/zoo.py.
     """
     text = (ROOT / "README.md").read_text("utf-8")
-    found = re.findall(r"^\*\*(Dense|Mixture of experts):\*\* (.+)\.$", text, re.M)
+    found = re.findall(r"\*\*(Dense|Mixture of experts):\*\* ([^.]+)\.", text)
     return [(kind, names.split(", ")) for kind, names in found]
 
 
