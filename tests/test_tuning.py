@@ -24,6 +24,7 @@ from helpers.study import evaluate, ledger, planted, tuned, tuning, tuning_table
 from tests import zoo
 
 torch.set_num_threads(1)
+DATA = pd.DataFrame({"category": ["CLS", "MATH", "CLS"], "tokens": [200, 100, 50]})
 RECIPE = tuning.Recipe(steps=6, tokens=60, kept=(1, 2, 4), rate=1e-2, rank=2, warm=2, context=16)
 ALONE = replace(tuning.TUNINGS["alone"], category="MATH")
 
@@ -441,13 +442,58 @@ def test_the_page_has_its_tables_and_sentences(measured):
     _, found = measured
     table = tuning_tables.resemblance(found)
     assert np.allclose(table, table.T)
-    assert tuning_tables.budgets(found)["tokens"].between(360, 400).all()
+    assert tuning_tables.budgets(found, DATA)["tokens"].between(360, 400).all()
     made = tuning_tables.trajectories(found)
     assert set(made["panel"]) <= set(found.runs) - {"continued"}
     assert np.isfinite(made["value"]).all()
     asked = tuning_tables.asked(found)
     said = tuning_tables.sentences(tuning_tables.numbers(found, asked), asked["improved"])
-    assert any(line.startswith("full: they moved further than under") for line in said)
+    assert sum(line.startswith("full: they moved") for line in said) == 1
+    assert tuning_tables.ends(found)[0].startswith("Most like full")
+
+
+def test_a_sentence_says_the_side_that_the_number_is_on():
+    improved = pd.DataFrame({"tuning": []})
+    key = "tuning.neurons.all.beyond"
+
+    def said(value, low, high, p):
+        known = {key: value, f"{key}_ci": [low, high], "tuning.neurons.all.p_beyond": p}
+        return tuning_tables.sentences({"full": known}, improved)[0]
+
+    under = "under continued language modelling, by"
+    assert (
+        said(0.2, 0.1, 0.3, 0.01) == f"full: they moved further than {under} 0.200 [0.100, 0.300]."
+    )
+    assert said(-0.2, -0.3, -0.1, 1.0) == (
+        f"full: they moved less far than {under} 0.200 [0.100, 0.300]."
+    )
+    assert said(0.2, 0.1, 0.3, 0.2).endswith("[0.100, 0.300], not told from 0.")
+    assert said(-0.2, -0.3, 0.1, 0.2).endswith("0.200 [-0.100, 0.300], not told from 0.")
+
+
+def test_against_the_control_a_tuning_is_what_it_is_beyond_the_start_minus_what_the_control_is(
+    measured,
+):
+    _, found = measured
+    keys = ["measure", "half", "category"]
+    of = {
+        name: tuning_tables.improved(found, name).set_index(keys)["value"]
+        for name in ("full", "continued")
+    }
+    better = tuning_tables.better(found, "full").set_index(keys).loc[of["full"].index]
+    assert better["value"].to_numpy() == pytest.approx((of["full"] - of["continued"]).to_numpy())
+    assert better["chance"].notna().any()
+    assert better.query("measure == 'gain'")["chance"].isna().all()
+    assert tuning_tables.better(found, "continued").empty
+
+
+def test_how_often_a_tunings_rows_were_read(measured):
+    _, found = measured
+    times = tuning_tables.budgets(found, DATA).set_index("tuning")["times"]
+    tokens = found.runs["alone"]["losses"][-1][1]
+    assert times["alone"] == tokens / 100
+    assert times["full"] == found.runs["full"]["losses"][-1][1] / 350
+    assert np.isnan(times["continued"])
 
 
 def test_differences_along_the_steps_and_layers_are_those_of_the_parts(measured):
@@ -477,10 +523,12 @@ def test_a_tuning_that_left_the_loss_as_it_was_has_no_shares_of_its_change(measu
     loss = arrays["loss"].copy()
     loss[-1] = loss[0] + np.resize([1e-3, -1e-3], loss.shape[1])
     idle = found._replace(parts=found.parts | {"changed-full": (arrays | {"loss": loss}, record)})
+    assert tuning_tables.led(idle, "full")["note"].str.contains("did not change").all()
     gone = arrays | {"loss": np.linspace(loss[0], loss[0] - 1, len(loss))}
     moved = found._replace(parts=found.parts | {"changed-full": (gone, record)})
     assert "full" not in set(tuning_tables.trajectories(idle)["panel"])
     assert "full" in set(tuning_tables.trajectories(moved)["panel"])
+    assert (tuning_tables.led(moved, "full")["note"] == "").all()
 
 
 def test_a_file_of_other_weights_is_refused(start, runs):

@@ -151,8 +151,8 @@ def _points(ax, at, rows, n, **look) -> None:
 
 
 def improved(table: pd.DataFrame) -> Figure:
-    """What tunings made of each category, after minus before; columns panel (the measure),
-    category, tuning, value, low, high, n.
+    """What tunings made of each category, above 0 better; columns panel (the measure), category,
+    tuning, value, low, high, n.
     """
     fig, drawn = _panels(table, (4.4, 3.4))
     for ax, _, part in drawn:
@@ -164,7 +164,7 @@ def improved(table: pd.DataFrame) -> Figure:
             _points(ax, at, rows, n, label=tuning, capsize=2, markersize=4)
         ax.axhline(0, label="null: nothing gained", **NULL)
         ax.set_xticks(range(len(names)), names)
-    return _finish(fig, drawn, "after minus before", 6)
+    return _finish(fig, drawn, "improvement", 6)
 
 
 def transplant(table: pd.DataFrame) -> Figure:

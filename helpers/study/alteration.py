@@ -213,7 +213,8 @@ def _excess(study, found, here):
 
 def layers(pairs: dict) -> pd.DataFrame:
     """Similarity across the halves, layer by layer, beside the floor: panel, layer, similarity,
-    low, high, floor, excess, beyond (below the floor, Benjamini-Hochberg over layers), n.
+    low, high, floor, excess (floor minus similarity), excess_low, excess_high, beyond (below the
+    floor, Benjamini-Hochberg over layers), n.
     """
     found = []
     for pair, study in pairs.items():
@@ -228,6 +229,8 @@ def layers(pairs: dict) -> pd.DataFrame:
                 "high": line.high,
                 "floor": floor.mean(0),
                 "excess": change.difference,
+                "excess_low": change.low,
+                "excess_high": change.high,
                 "beyond": (adjust(change.p, "bh") < 0.05) & (change.difference > 0),
                 "n": len(across),
             }

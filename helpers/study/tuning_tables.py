@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..analysis.alteration import shares
 from ..analysis.stats import SMALLEST, adjust, attempt, bootstrap, paired_effect, plus_one
-from ..record import read_json, read_tensors, verify
+from ..record import NotTestable, read_json, read_tensors, verify
 from . import alteration
 from .ledger import LEVEL
 from .tuned import CONTROL, MAIN, MATTERS, ROWS, RUNS, START
@@ -123,17 +123,19 @@ def _row(key, compute, **place):
     return place | {"key": key} | empty | attempt(tried)
 
 
-def improved(found: Measured, name: str) -> pd.DataFrame:
-    """What a tuning made of rows it never saw, after minus before, by measure, half and category:
-    tuning, measure, half, category, before, after, chance, value, ci, p, n, note, key, and p by
-    Holm over the categories.
+def improved(found: Measured, name: str, against: str = START) -> pd.DataFrame:
+    """What a tuning made of rows it never saw, against the start or another tuning, by measure,
+    half and category: tuning, measure, half, category, before (of `against`), after, chance (of
+    `ranked`), value (above 0: better), ci, p (two-sided, sign flips of wordings), n, note, key, and
+    p by Holm over the categories.
 
-    likelier: nats per token by which the loss of the reference fell; gain: by which the
-    instruction gain grew; ranked: share of rows whose right answer is the likeliest candidate.
+    likelier: nats per token by which the loss of the reference is lower; gain: by which the
+    instruction gain is higher; ranked: share of rows whose right answer is the likeliest candidate.
     """
-    (before, _), (after, _) = found.part(f"able-{START}"), found.part(f"able-{name}")
-    if not before or not after:
-        return pd.DataFrame(columns=["key", "note"])
+    (before, _), (after, _) = found.part(f"able-{against}"), found.part(f"able-{name}")
+    if not before or not after or name == against:
+        return pd.DataFrame(columns=["tuning", "key", "note"])
+    key = "improved" if against == START else "better"
     places, out = before["rows"], []
     category = found.rows["category"].to_numpy()[places]
     for measure, (column, sign) in MEASURES.items():
@@ -144,15 +146,21 @@ def improved(found: Measured, name: str) -> pd.DataFrame:
                 place = {"tuning": name, "measure": measure, "half": half, "category": one}
                 place |= {"before": before[column][some].mean() if some.any() else np.nan}
                 place |= {"after": after[column][some].mean() if some.any() else np.nan}
-                place |= {"chance": before["chance"][some].mean() if some.any() else np.nan}
+                drawn = some.any() and measure == "ranked"
+                place |= {"chance": before["chance"][some].mean() if drawn else np.nan}
                 out.append(
                     _row(
-                        f"tuning.{measure}.{half}.{one}.improved",
+                        f"tuning.{measure}.{half}.{one}.{key}",
                         lambda p=pair, s=some: (found.effect(*p, places[s]), int(s.sum())),
                         **place,
                     )
                 )
     return holm(pd.DataFrame(out), ["measure", "half"])
+
+
+def better(found: Measured, name: str) -> pd.DataFrame:
+    """`improved` against continued language modelling instead of the start. (Not a claim.)"""
+    return improved(found, name, CONTROL)
 
 
 def holm(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -255,7 +263,8 @@ def _own(found, main, alone):
 
 def led(found: Measured, name: str) -> pd.DataFrame:
     """Did the components change before the loss fell? The smaller of two leads, by half: tuning,
-    what, half, value, ci, p, n, note, key.
+    what, half, value, ci, p (one-sided), n, note, key. Not testable where the tuning did not change
+    the loss beyond its interval: there are no shares of nothing.
     """
     arrays, out = found.part(f"changed-{name}")[0], []
     if not arrays or name == CONTROL:
@@ -266,6 +275,8 @@ def led(found: Measured, name: str) -> pd.DataFrame:
 
         def compute(curves=curves, here=here):
             *components, loss = curves
+            if not _told(found, loss, places[here]):
+                raise NotTestable("the tuning did not change this loss beyond its interval.")
             statistic = partial(alteration.least_lead, components, loss)
             clusters = found.rows["wording"].to_numpy()[places[here]]
             groups = np.zeros(int(here.sum()), int)
@@ -285,17 +296,20 @@ def every(found: Measured, table) -> pd.DataFrame:
     return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
 
 
-def budgets(found: Measured) -> pd.DataFrame:
-    """What each tuning read: tuning, reads, category, seed, steps, tokens, and the mean loss of its
-    first and of its last tenth of steps (of what it reads: not comparable between kinds of text).
+def budgets(found: Measured, data: pd.DataFrame) -> pd.DataFrame:
+    """What each tuning read: tuning, reads, category, seed, steps, tokens, times (that over the
+    tokens of all its instructions, from the table `data`; NaN of plain text), and the mean loss of
+    its first and of its last tenth of steps (of what it reads: not comparable between kinds).
     """
-    rows = []
+    rows, held = [], data.groupby("category")["tokens"].sum()
     for name, run in found.runs.items():
         losses = [loss for _, _, loss in run["losses"]]
         tenth, how = max(1, len(losses) // 10), run["tuning"]
         row = {"tuning": name, "reads": how["reads"], "category": how["category"] or "all"}
         row |= {"low rank": how["low_rank"], "seed": how["seed"], "steps": len(losses)}
-        row |= {"tokens": run["losses"][-1][1], "first": np.mean(losses[:tenth])}
+        whole = held.get(how["category"], held.sum()) if how["reads"] == "instructions" else np.nan
+        row |= {"tokens": run["losses"][-1][1], "times": run["losses"][-1][1] / whole}
+        row |= {"first": np.mean(losses[:tenth])}
         rows.append(row | {"last": np.mean(losses[-tenth:])})
     return pd.DataFrame(rows)
 
@@ -370,8 +384,9 @@ def by_layer(found: Measured) -> pd.DataFrame:
     table = recorded(found, "changed", "layers")
     if table.empty:
         return table
-    ends = {"low": table["floor"] - table["high"], "high": table["floor"] - table["low"]}
-    table = table.assign(value=table["excess"], **ends)
+    table = table.drop(columns=["low", "high"])
+    names = {"excess": "value", "excess_low": "low", "excess_high": "high"}
+    table = table.rename(columns=names)
     table[["line", "panel"]] = table["panel"].str.split(": ", expand=True)
     return table[["panel", "line", "layer", "value", "low", "high", "beyond", "n"]]
 
@@ -385,7 +400,7 @@ def trajectories(found: Measured) -> pd.DataFrame:
     control, out = found.part(f"changed-{CONTROL}")[0], []
     for name in [name for name in found.runs if name != CONTROL]:
         arrays = found.part(f"changed-{name}")[0]
-        if arrays and not _told(found, arrays):
+        if arrays and not _told(found, arrays["loss"], arrays["curve_rows"]):
             continue
         lines = {"left the start's sets": "near", "came to the final sets": "settled"}
         lines |= {"loss of references": "loss"} if arrays else {}
@@ -402,15 +417,60 @@ def trajectories(found: Measured) -> pd.DataFrame:
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
 
-def _told(found, arrays) -> bool:
-    """Whether a tuning changed the loss of its references: its interval lies beside 0."""
-    first, last = (arrays["loss"][end].astype(float) for end in (0, -1))
-    change = found.effect(first, last, arrays["curve_rows"])
+def _told(found, loss, places) -> bool:
+    """Whether a tuning changed a loss [S, I] of rows at these places, beyond its interval."""
+    change = found.effect(*(loss[end].astype(float) for end in (0, -1)), places)
     return bool(change.low > 0 or change.high < 0)
 
 
 def _shares(arrays, lines):
     return {line: shares(arrays[key].astype(float))[0] for line, key in lines.items()}
+
+
+SAID = (  # a number, its p, what it says above 0, and below
+    (
+        "alteration.neurons.all.excess_churn",
+        "p",
+        "its sets moved beyond the noise floor, by",
+        "its sets moved less than the noise floor, by",
+    ),
+    (
+        "tuning.neurons.all.beyond",
+        "p_beyond",
+        "they moved further than under continued language modelling, by",
+        "they moved less far than under continued language modelling, by",
+    ),
+    (
+        "tuning.neurons.all.beyond_seed",
+        "p_beyond_seed",
+        "two seeds of it end more alike than it and continued language modelling, by",
+        "two seeds of it end less alike than it and continued language modelling, by",
+    ),
+    (
+        "tuning.neurons.all.own",
+        "p_own",
+        "its own category's sets moved more than the others', by",
+        "its own category's sets moved less than the others', by",
+    ),
+    (
+        "tuning.neurons.all.smaller_lead",
+        "p_smaller_lead",
+        "by either metric its sets run ahead of the loss, as a share of the whole change by",
+        "by one metric at least its sets lag behind the loss, as a share of the whole change by",
+    ),
+    (
+        "alteration.transplant.forward.all.effect",
+        "p",
+        "the most moved tenth of its neurons carries more of it than random tenths, in nats by",
+        "the most moved tenth of its neurons carries less of it than random tenths, in nats by",
+    ),
+    (
+        "alteration.matter.gained.all.critical",
+        "p",
+        "losing what it gained costs more than losing random neurons, in nats by",
+        "losing what it gained costs less than losing random neurons, in nats by",
+    ),
+)
 
 
 def sentences(numbers: dict, improved: pd.DataFrame) -> list[str]:
@@ -420,53 +480,35 @@ def sentences(numbers: dict, improved: pd.DataFrame) -> list[str]:
     lines = []
     for name, known in numbers.items():
         lines += _said_to_improve(name, improved)
-        for key, what, p in (
-            (
-                "alteration.neurons.all.excess_churn",
-                "its sets moved beyond the noise floor by",
-                "p",
-            ),
-            (
-                "tuning.neurons.all.beyond",
-                "they moved further than under continued language modelling by",
-                "p_beyond",
-            ),
-            (
-                "tuning.neurons.all.beyond_seed",
-                "two orders of its rows end more alike than it and continued language modelling by",
-                "p_beyond_seed",
-            ),
-            ("tuning.neurons.all.own", "its own category's sets moved more by", "p_own"),
-            (
-                "tuning.neurons.all.smaller_lead",
-                "its sets run ahead of the loss, as a share of the whole change, by",
-                "p_smaller_lead",
-            ),
-            (
-                "alteration.transplant.forward.all.effect",
-                "the most moved tenth carries more of it than random tenths by",
-                "p",
-            ),
-            (
-                "alteration.matter.gained.all.critical",
-                "losing what it gained costs more than losing random neurons by",
-                "p",
-            ),
-        ):
+        for key, p, above, below in SAID:
             if key in known:
-                p_value = known[f"{key.rpartition('.')[0]}.{p}"]
-                lines.append(f"{name}: {what} {_said(known, key, p_value)}.")
+                stem = key.rpartition(".")[0]
+                lines.append(f"{name}: {_said(known, key, f'{stem}.{p}', above, below)}.")
     return lines
 
 
-def _said(known, key, p):
-    low, high = known[f"{key}_ci"]
-    told = "not told from 0"
-    if low > 0 and p < LEVEL:
-        told = "above 0"
-    if high < 0:
-        told = "below 0: it is the other way round"
-    return f"{known[key]:.3f} [{low:.3f}, {high:.3f}], {told}"
+def _said(known, key, p, above, below):
+    value, (low, high) = known[key], known[f"{key}_ci"]
+    sure = high < 0 or (low > 0 and known[p] < LEVEL)
+    if value < 0:
+        above, value, low, high = below, -value, -high, -low
+    return f"{above} {value:.3f} [{low:.3f}, {high:.3f}]{'' if sure else ', not told from 0'}"
+
+
+def ends(found: Measured) -> list[str]:
+    """Which models end most like the main tuning, and what all its neurons carry, both ways."""
+    near = resemblance(found)[MAIN].drop(MAIN).dropna().sort_values(ascending=False)
+    listed = ", ".join(f"{name} {value:.3f}" for name, value in near.items())
+    lines = [f"Most like {MAIN}, of most to least alike sets: {listed}."]
+    curve = recorded(found, "transplant", "curve")
+    if len(curve):
+        for panel, rows in curve[curve["share"] == 1].groupby("panel", sort=False):
+            row = rows.iloc[0]
+            lines.append(
+                f"{panel}, all neurons: the loss goes from {row['host']:.2f} to {row['loss']:.2f}; "
+                f"the other model's is {row['donor']:.2f}."
+            )
+    return lines
 
 
 def _said_to_improve(name, table):
