@@ -49,7 +49,7 @@ class DamagedFile(UserError):
 
 
 @contextmanager
-def _writing(path):
+def writing(path):
     """Whatever keeps `path` from being written is one UserError."""
     try:
         yield
@@ -71,7 +71,7 @@ def locked(path, wait: bool = True):
     """
     path = Path(path)
     lock, held = FileLock(path.with_name(f".{path.name}.lock")), True
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -117,7 +117,7 @@ def atomic(path):
     draft = path.with_name(f".{path.name}.draft{path.suffix}")
     with locked(path):
         try:
-            with _writing(path):
+            with writing(path):
                 draft.write_bytes(b"")
                 yield draft
                 with open(draft, "rb+") as written:

@@ -3,12 +3,15 @@ asks first; measured again where anything that decides them is another.
 """
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.config import Pair, Profile
+from helpers.paths import ROOT
+from helpers.record import UserError
 from helpers.study import evaluate, losses, planted
 from helpers.study import study as room
 from helpers.study.evaluate import ablation_matrix, gain_lost
@@ -92,8 +95,8 @@ def test_an_interrupted_experiment_goes_on_at_the_set_where_it_stopped(study, mo
     left[0] = 1
     found = table(study())
     assert left == [0]
-    left[0] = 99
-    assert (found == table(study(batch_tokens=4096, resamples=7))).all()
+    assert (found == table(study(resamples=7))).all()
+    assert left == [0]
 
 
 def test_every_place_operator_and_reference_has_losses_of_its_own(study, passes):
@@ -126,17 +129,15 @@ def test_every_place_operator_and_reference_has_losses_of_its_own(study, passes)
         {"batch_tokens": 60},
         {"rows": ROWS.assign(reference=ROWS["reference"] + " dog")},
         {"rows": ROWS.assign(instruction=ROWS["instruction"] + " now")},
-        {"rows": ROWS.iloc[::-1]},
+        {"rows": ROWS.iloc[[1, 0, *range(2, len(ROWS))]]},
     ],
 )
 def test_other_settings_or_rows_are_measured_again(study, passes, change):
     table(study())
     seen = len(passes)
-    rows = change.pop("rows", ROWS)
-    made = study(rows)
-    made.profile = dataclasses.replace(made.profile, **change)
-    if "template" in change:
-        made = Study(made.profile, made.pair, made.rows)
+    made = study(change.get("rows", ROWS))
+    settings = {name: value for name, value in change.items() if name != "rows"}
+    made.profile = dataclasses.replace(made.profile, **settings)
     table(made)
     assert len(passes) == seen + 1 + SETS
 
@@ -144,7 +145,7 @@ def test_other_settings_or_rows_are_measured_again(study, passes, change):
 def test_other_weights_and_other_code_are_measured_again(study, passes, checkpoint, monkeypatch):
     table(study())
     seen = len(passes)
-    monkeypatch.setattr(losses, "code", lambda: "another")
+    monkeypatch.setattr(losses, "CODE", "another")
     table(study())
     assert len(passes) == seen + 1 + SETS
     kept = (checkpoint / "model.safetensors").read_bytes()
@@ -156,6 +157,55 @@ def test_other_weights_and_other_code_are_measured_again(study, passes, checkpoi
     assert len(passes) == seen + 2 * (1 + SETS)
 
 
+def test_a_part_of_a_study_that_reads_otherwise_has_losses_of_its_own(study, passes):
+    one = study()
+    first, gains = table(one), gain_lost(one, masks())
+    other = one.take(np.arange(len(ROWS)))
+    other.rows = other.rows.assign(reference=other.rows["reference"] + " dog")
+    assert (table(other) != first).any()
+    mixed = one.take(np.arange(len(ROWS)))
+    mixed.rows = mixed.rows.assign(category=list("ab") * (len(ROWS) // 2))
+    assert (gain_lost(mixed, masks()) != gains).any()
+    seen = len(passes)
+    assert (table(one) == first).all()
+    assert len(passes) == seen
+
+
+def test_nothing_is_kept_while_a_hook_of_someone_is_on_the_model(study, tmp_path):
+    one = study()
+    layer = one.model()[0].model.layers[0].mlp
+    hook = layer.register_forward_hook(lambda module, args, out: out * 0)
+    hooked = table(one)
+    hook.remove()
+    assert not list(tmp_path.rglob("ablated.jsonl"))
+    assert (table(study()) != hooked).any()
+
+
+def test_the_order_of_a_masks_families_has_losses_of_its_own():
+    mask = {"dense": np.ones((1, 2), bool), "shared": np.zeros((1, 3), bool)}
+    assert evaluate._mark(mask) != evaluate._mark(dict(reversed(mask.items())))
+    assert evaluate._mark(mask) == evaluate._mark(dict(mask))
+
+
+def test_a_change_of_the_code_that_measures_is_another_code(tmp_path):
+    helpers = ROOT / "helpers"
+    for name in ("capture", "study"):
+        shutil.copytree(helpers / name, tmp_path / name)
+    assert losses.code_of(tmp_path) == losses.code_of(helpers) == losses.CODE
+    seen = {losses.CODE}
+    for name in ("capture/losses.py", "capture/tokens.py", "study/evaluate.py", "study/study.py"):
+        with open(tmp_path / name, "a") as file:
+            file.write("\n")
+        seen.add(losses.code_of(tmp_path))
+    assert len(seen) == 5
+
+
+def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "losses").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"):
+        losses.Losses(tmp_path / "losses" / "a.jsonl", {})("a", lambda: [1.0])
+
+
 def test_a_line_cut_short_costs_its_own_set_alone(study, passes, tmp_path):
     first = table(study())
     path = next(tmp_path.rglob("ablated.jsonl"))
@@ -163,15 +213,21 @@ def test_a_line_cut_short_costs_its_own_set_alone(study, passes, tmp_path):
     seen = len(passes)
     assert (table(study()) == first).all()
     assert len(passes) == seen + 1
-    path.write_text(path.read_text() + '\n[1]\n"x"\nnull\n["a", 3, [1]]\n{"b": \n')
+    odd = ["[1]", '"x"', "null", '["a", 3, [1]]', '{"b": ']
+    head = path.read_text().splitlines()[-1].partition(",")[0]
+    for value in ("[NaN]", "[" * 5000, "9" * 400, "[[1]]", "1]"):
+        odd.append(f'{head},"x",{value}]')
+    path.write_text("\n".join([path.read_text(), *odd]))
     assert (table(study()) == first).all()
     assert len(passes) == seen + 1
 
 
 def test_models_that_were_handed_over_have_no_file(study, tmp_path):
     named = study()
-    given = Study(named.profile, named.pair, named.rows, {"tuned": named.model()})
-    assert (table(given) == table(named)).all()
+    first = table(named)
+    other = zoo.build("llama", num_hidden_layers=2, seed=5), named.model()[1]
+    given = Study(named.profile, named.pair, named.rows, {"tuned": other})
+    assert (table(given) != first).all()
     assert len(list(tmp_path.rglob("ablated.jsonl"))) == 1
     assert len(next(tmp_path.rglob("ablated.jsonl")).read_text().splitlines()) == 2 + SETS
 

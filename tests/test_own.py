@@ -5,6 +5,7 @@ import io
 import re
 import tracemalloc
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +16,8 @@ from helpers.analysis.sets import contrast, frequency
 from helpers.bars import seen
 from helpers.capture import count as counting
 from helpers.capture.counts import Counts
+from helpers.capture.sites import find_sites
+from helpers.capture.tokens import encode
 from helpers.config import defaults
 from helpers.paths import DATA, ROOT
 from helpers.record import NotTestable, UserError
@@ -28,6 +31,23 @@ FEW = {"controls": 2, "controls_all_rows": 2, "resamples": 99}
 @pytest.fixture(scope="module")
 def tiny():
     return helpers.load_model("data/models/tiny-dense/tuned")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "mixtral"])
+def test_notebook_09_counts_by_hand_what_the_helper_counts_on_any_family(family):
+    """Its own cells, on models with an MLP, with a shared expert, with routed experts alone."""
+    book = nbformat.read(ROOT / "notebooks" / "09_your_own.ipynb", 4)
+    cells = [cell.source for cell in book.cells if cell.cell_type == "code"]
+    first = next(n for n, cell in enumerate(cells) if "sites, seen =" in cell)
+    model, tokenizer = zoo.build(family), zoo.tokenizer()
+    page = {"model": model, "mine": TOPICS, "torch": torch, "find_sites": find_sites}
+    page["read"] = encode(tokenizer, [TOPICS["text"][0]])[0]
+    for cell in cells[first : first + 2]:
+        exec(cell, page)
+    counts = helpers.count(model, tokenizer, TOPICS["text"][:2], template="{instruction}")
+    assert len(page["by_hand"]) == (family != "mixtral")
+    for site, found in zip(page["sites"], page["by_hand"], strict=True):
+        assert (counts.neurons[site.family][0, 0] == found.numpy()).all()
 
 
 def study_of(tiny, **settings):

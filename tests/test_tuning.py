@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers import plots
 from helpers.config import Pair, Profile
 from helpers.hexainst import leftover
 from helpers.paths import ROOT
@@ -450,6 +451,27 @@ def test_the_page_has_its_tables_and_sentences(measured):
     said = tuning_tables.sentences(tuning_tables.numbers(found, asked), asked["improved"])
     assert sum(line.startswith("full: they moved") for line in said) == 1
     assert tuning_tables.ends(found)[0].startswith("Most like full")
+
+
+def test_a_single_tuning_and_none_have_their_tables(measured):
+    _, found = measured
+    for names in (["continued"], []):
+        some = found._replace(runs={name: found.runs[name] for name in names})
+        numbers = tuning_tables.numbers(some, tuning_tables.asked(some))
+        assert list(numbers) == names
+
+
+def test_differences_are_drawn_at_their_own_layer_and_step():
+    table = pd.DataFrame({"panel": "p", "line": list("aaabb"), "n": 3, "value": range(5)})
+    table = table.assign(low=table["value"] - 1, high=table["value"] + 1)
+    for x, values, places in (
+        ("step", [0, 10, 100, 0, 100], ([0, 1, 2], [0, 2])),
+        ("layer", [1, 2, 3, 1, 3], ([1, 2, 3], [1, 3])),
+    ):
+        fig = plots.alteration.differences(table.assign(**{x: values}), x, "y", "none", ["a", "b"])
+        drawn = [line.get_xdata().tolist() for line in fig.axes[0].lines[:2]]
+        assert tuple(drawn) == places
+    assert fig.axes[0].get_xlabel() == "layer"
 
 
 def test_a_sentence_says_the_side_that_the_number_is_on():

@@ -72,18 +72,20 @@ def differences(table: pd.DataFrame, x: str, label: str, null: str, names) -> Fi
     """
     fig, drawn = _panels(table, (7.2, 3.6))
     for ax, _, part in drawn:
+        places = sorted(pd.unique(part[x]))
+        if x == "step":
+            _steps(ax, places)
+        else:
+            places = range(max(places) + 1)
+            ax.set_xlabel(x)
+            whole_numbers(ax)
         for line, rows in part.groupby("line", sort=False):
-            n, at = names.index(line), np.arange(len(rows))
+            n, at = names.index(line), [places.index(place) for place in rows[x]]
             colour = PALETTE[n % 8]
             ax.fill_between(at, rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
             look = {"color": colour, "marker": SHAPES[n % 8], "markersize": 4}
             ax.plot(at, rows["value"], label=line, **look)
         ax.axhline(0, label=f"null: {null}", **NULL)
-        if x == "step":
-            _steps(ax, rows["step"])
-        else:
-            ax.set_xlabel(x)
-            whole_numbers(ax)
     return _finish(fig, drawn, label, 6)
 
 

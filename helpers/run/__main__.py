@@ -351,7 +351,7 @@ def run_tune(options) -> int:
         for name in options.tunings or tuning.TUNINGS:
             tuning.train(job, tuning.TUNINGS[name], plan.folder / name)
         tuned.Tunings(plan, tuning.read_runs(plan.folder)).measure()
-        if not (options.out or options.rehearse):
+        if not (options.out or options.rehearse) and tuned.complete(plan):
             tuned.publish(plan)
     print(short(plan.out))
     return 0

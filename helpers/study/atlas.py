@@ -16,6 +16,7 @@ from ..analysis.sets import category_means, category_sets, frequency, membership
 from ..capture.sites import find_sites
 from ..capture.tokens import Encoded, texts_of
 from ..config import SCORES, defaults, refuse_other
+from ..hexainst.corpus import few_of_many
 from ..paths import results_dir, short
 from ..record import (
     DamagedFile,
@@ -334,8 +335,7 @@ def _effects(study, table, top) -> pd.DataFrame:
         return found
     order = table[[f"rank_{category}" for category in study.categories]].to_numpy()
     first, best = order.min(1) <= top, order.argmin(1)
-    number = study.rows.groupby(["category", "fold"]).cumcount()
-    few = (number < study.profile.ablation_rows).to_numpy()
+    few = few_of_many(study.rows, ["category", "fold"], study.profile.ablation_rows)
     for code, category in enumerate(study.categories):
         here = study.take(few & (study.labels == code))
         for unit in study.units:
@@ -395,7 +395,7 @@ def expected(study, score="contrast", share=None, top=TOP) -> dict:
         "template": study.template,
         "dtype": study.pair.dtype,
         "resamples": profile.resamples,
-        "rows": profile.ablation_rows,
+        "rows": study.measured_rows(),
     }
 
 

@@ -118,10 +118,11 @@ def ablation_matrix(
         with ablate(model, mask, operator, where=places, **options), altered(model, where):
             return _nll(model, prepared, places, masks_at)
 
-    known = partial(_known, study, variant, (eos, mark(study.places)))
-    baseline, increase = known(("intact",), lambda: _nll(model, prepared)), {}
+    intact, read = _read(study, prepared), _read(study, prepared, masks_at)
+    known = partial(_known, study, variant)
+    baseline, increase = known((intact,), lambda: _nll(model, prepared)), {}
     for name in bar(masks, f"{study.name} ablations", delay=5, unit=" sets"):
-        key = (where, operator, _mark(masks[name], **options))
+        key = (read, operator, _mark(masks[name], **options))
         increase[name] = known(key, partial(ablated, masks[name])) - baseline
         inert = allow_inert or not any(np.any(part) for part in masks[name].values())
         _believable(increase[name], name, inert)
@@ -130,19 +131,31 @@ def ablation_matrix(
     return frame
 
 
-def _known(study, variant, rows, key, compute):
-    """`compute()`, or what the study keeps under this key of these rows; nothing is kept while the
-    model is altered.
+def _known(study, variant, key, compute):
+    """`compute()`, or what the study keeps under this key; nothing is kept while the model is
+    altered, or a hook of someone's is on it.
     """
-    if state(study.model(variant)[0]):
+    model = study.model(variant)[0]
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    if state(model) or hooked:
         return compute()
-    return study.lost("/".join(map(str, (*rows, *key))), compute, variant)
+    return study.lost("/".join(key), compute, variant)
+
+
+def _read(study, prepared: list[Batch], masks_at=()) -> str:
+    """A digest of a study's rows and of what is read of them, batch by batch: which tokens, which
+    of them count, and where an ablation acts.
+    """
+    parts = [(b.rows, b.input_ids, b.attention_mask, b.count_mask) for b in prepared]
+    return mark(study.places, *(array for part in parts for array in part), *masks_at)
 
 
 def _mark(mask, reference=None, **options) -> str:
-    """A digest of a mask and of the options of `ablate`, of what the reference holds too."""
+    """A digest of a mask, the order of its families, the options of `ablate`, and what the
+    reference holds.
+    """
     held = () if reference is None else (reference.mean, reference.draws, reference.filled)
-    return mark(mask, options, *held)
+    return mark("/".join(mask), mask, options, *held)
 
 
 def _places(study, variant, prepared, where) -> tuple:
@@ -181,19 +194,18 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
     other = study.reading_of(rows.assign(instruction=after, input=given), variant)
     size = study.profile.batch_tokens
     prepared = [list(token_batches(e, size)) for e in (study.encoded("reference", variant), other)]
-    read = [(True, mark(study.places)), ("after another", mark(study.places))]
+    read = [(_read(study, some), some) for some in prepared]
 
     def losses(mask, key):
         def ablated(some):
             with ablate(model, mask, operator):
                 return _nll(model, some)
 
-        pairs = zip(read, prepared, strict=True)
-        return [_known(study, variant, of, key, partial(ablated, some)) for of, some in pairs]
+        return [_known(study, variant, (of, *key), partial(ablated, some)) for of, some in read]
 
-    intact, lost = losses({}, ("intact",)), np.zeros((len(rows), len(masks)))
+    intact, lost = losses({}, ()), np.zeros((len(rows), len(masks)))
     for n, name in enumerate(bar(masks, f"{study.name} gains", delay=5)):
-        own, others = losses(masks[name], ("everywhere", operator, _mark(masks[name])))
+        own, others = losses(masks[name], (operator, _mark(masks[name])))
         lost[:, n] = (own - intact[0]) - (others - intact[1])
     return lost
 

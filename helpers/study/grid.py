@@ -75,7 +75,7 @@ def expected(study, score="any", size=None, half="any") -> dict:
         "seed": profile.seed,
         "template": study.template,
         "dtype": study.pair.dtype,
-        "rows": profile.ablation_rows,
+        "rows": study.measured_rows(),
         "draws": profile.controls if head else profile.controls_elsewhere,
         "everywhere": profile.controls_all_rows if head else min(2, profile.controls_all_rows),
     }

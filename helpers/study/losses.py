@@ -3,21 +3,23 @@ notebook and after no interruption.
 """
 
 import json
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from ..record import digest, sha256
+from ..record import digest, sha256, writing
 
-HELPERS = Path(__file__).resolve().parents[1]
+ALSO = ("study/evaluate.py", "study/study.py")  # code that a loss hangs on, besides `capture`
 
 
-@cache
-def code() -> str:
-    """A digest of the code that a loss hangs on: after a change of it, all are measured anew."""
-    files = [*sorted((HELPERS / "capture").glob("*.py")), HELPERS / "study" / "evaluate.py"]
+def code_of(helpers) -> str:
+    """A digest of the code in a folder `helpers` that a loss hangs on."""
+    helpers = Path(helpers)
+    files = [*sorted((helpers / "capture").glob("*.py")), *(helpers / name for name in ALSO)]
     return digest([sha256(file) for file in files])
+
+
+CODE = code_of(Path(__file__).resolve().parents[1])  # as it was imported
 
 
 class Losses:
@@ -25,36 +27,40 @@ class Losses:
     set that was measured; written at once, in one piece, so any number of processes may share it.
 
     settings: all that decides a loss besides its key. Lines of other settings stay, and are not
-    read; a line that was cut short is measured again, and so is a loss that is not finite. (Ours.)
+    read; a line that is not whole is measured again, and so is a loss that is not finite. (Ours.)
     """
 
     def __init__(self, path, settings: dict):
         self.path = Path(path)
-        self.settings = digest(settings | {"code": code()})
+        self.settings = digest(settings | {"code": CODE})
         self.kept = dict(self._lines())
 
     def __call__(self, key: str, compute) -> np.ndarray:
         """What is kept under this key, else `compute()`."""
-        if key not in self.kept:
-            self.kept[key] = np.asarray(compute(), float)
-            self._keep(key, self.kept[key])
-        return self.kept[key]
+        if key in self.kept:
+            return self.kept[key]
+        losses = np.asarray(compute(), float)
+        if np.isfinite(losses).all():
+            self.kept[key] = losses
+            self._keep(key, losses)
+        return losses
 
     def _lines(self):
         text = self.path.read_text("utf-8", errors="replace") if self.path.is_file() else ""
         for line in text.splitlines():
-            try:
-                settings, key, losses = json.loads(line)
-                found = np.array(losses, float)
-            except (ValueError, TypeError):
+            if not line.startswith(f'["{self.settings}",'):
                 continue
-            if settings == self.settings and isinstance(key, str) and found.ndim == 1:
+            try:
+                _, key, losses = json.loads(line)
+                found = np.array(losses, float)
+            except (ValueError, TypeError, OverflowError, RecursionError):
+                continue
+            if isinstance(key, str) and found.ndim == 1 and np.isfinite(found).all():
                 yield key, found
 
     def _keep(self, key, losses):
-        if not np.isfinite(losses).all():
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps([self.settings, key, losses.tolist()], separators=(",", ":"))
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(f"\n{line}".encode())  # after a line that was cut short, a new one
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(f"\n{line}".encode())  # after a line that was cut short, a new one

@@ -187,8 +187,15 @@ class Study:
         """`ablation_rows` rows of each category, in as many wordings as there are (`few_of_many`):
         what ablations are measured on.
         """
-        some = few_of_many(self.rows, ["category"], self.profile.ablation_rows)
-        return self.once("measured", lambda: self.take(some))
+        number = self.profile.ablation_rows
+        return self.once(
+            "measured", lambda: self.take(few_of_many(self.rows, ["category"], number))
+        )
+
+    def measured_rows(self) -> str:
+        """A digest of the ids of the rows that `measured` takes of all halves."""
+        some = few_of_many(self.rows, ["fold", "category"], self.profile.ablation_rows)
+        return digest(self.rows["id"][some].tolist())
 
     # ---- what it has read, or computed
 
@@ -392,7 +399,8 @@ class Study:
         key, else `compute()`, kept.
 
         File: data/results/<profile>/<pair>/<variant>/losses/ablated.jsonl. Models that were handed
-        over have no file: they may be any. (Ours.)
+        over have no file: they may be any. Whoever edits a loaded model's weights by hand must hand
+        it over, or what is kept is not the named model's. (Ours.)
         """
         return self.whole.once(("losses", variant), lambda: self.whole._losses(variant))(
             key, compute
@@ -401,8 +409,9 @@ class Study:
     def _losses(self, variant):
         if not self._named:
             return lambda key, compute: self.once(("loss", variant, key), compute)
-        settings = self.settings(variant, "response") | {"rows": self.digest("rows")}
-        return Losses(self.folder(variant, "losses") / "ablated.jsonl", settings)
+        path, made = self.folder(variant, "losses") / "ablated.jsonl", counting.made_with
+        settings = self.settings(variant, "response") | made(self.model(variant)[0])
+        return Losses(path, settings | {"threads": torch.get_num_threads()})
 
     def digest(self, what: str = "prompt") -> str:
         """A digest of the rows: of each one's text ("prompt"), with its reference ("response"), or

@@ -37,7 +37,7 @@ from .ability import likely
 from .counting import Gathered
 from .reading import encode_rows
 from .study import Study, rows_of
-from .tuning import TUNINGS, Recipe
+from .tuning import TUNINGS, Recipe, read_runs
 
 TABLES, CACHED = paths.DATA / "tuning", paths.DATA / "cache" / "tuning" / "rows.jsonl"
 WEIGHTS_RESAMPLES = 500  # of the interval that ranks all neurons anew each time
@@ -100,6 +100,11 @@ def planned(profile: str, device=None, out=None, rehearse: bool = False) -> Plan
     return Plan(
         found, rows_of(found), recipe, folder, Path(out or folder / "tables"), device, **few
     )
+
+
+def complete(plan: Plan) -> bool:
+    """Whether all tunings of the model that data/tuning is about are finished."""
+    return plan.profile.name == "smollm2" and set(read_runs(plan.folder)) == set(TUNINGS)
 
 
 def publish(plan: Plan, folder=TABLES) -> None:

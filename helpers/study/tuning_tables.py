@@ -268,7 +268,7 @@ def led(found: Measured, name: str) -> pd.DataFrame:
     """
     arrays, out = found.part(f"changed-{name}")[0], []
     if not arrays or name == CONTROL:
-        return pd.DataFrame(columns=["key", "note"])
+        return pd.DataFrame(columns=["tuning", "key", "note"])
     places = arrays["curve_rows"]
     for half, here in found.halves(places).items():
         curves = [arrays[key][:, here] for key in ("near", "settled", "loss")]
@@ -293,7 +293,8 @@ def led(found: Measured, name: str) -> pd.DataFrame:
 def every(found: Measured, table) -> pd.DataFrame:
     """`improved`, `beyond` or `led` of all tunings, one below the other."""
     parts = [table(found, name) for name in found.runs]
-    return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    having = [part for part in parts if len(part)] or parts[:1]
+    return pd.concat(having, ignore_index=True) if having else pd.DataFrame(columns=["tuning"])
 
 
 def budgets(found: Measured, data: pd.DataFrame) -> pd.DataFrame:
