@@ -628,4 +628,4 @@ def test_the_paragraph_on_tunings_takes_each_number_from_its_own_test(tmp_path):
     for place, words in named.items():
         value = float(places.index(place))
         assert f"{words}{value:.3f} [{value - 0.5:.3f}, {value + 0.5:.3f}]" in said
-    assert said.endswith("Supported: `a` (x, y).")
+    assert "Supported: `a` (x, y); mixed: `b` (x); not supported: none." in said

@@ -154,6 +154,16 @@ def test_measured_rows_are_the_same_number_of_each_category(world):
     assert set(here["fold"]) == {"A"}
 
 
+def test_cells_of_other_measured_rows_are_refused(world, folder):
+    """As many rows of as many categories, the data the same: another choice of wordings."""
+    cells(world(ablation_rows=2), sizes=[0.1])
+    rows = world().rows
+    alike = rows.groupby(["fold", "category"]).cumcount() < 2
+    tags = [{"wording": "one" if one else row} for one, row in zip(alike, rows["id"], strict=True)]
+    with pytest.raises(RecordMismatch, match="rows"):
+        cells(world(rows.assign(tags=tags), ablation_rows=2), sizes=[0.1])
+
+
 def test_what_is_not_there_is_left_out_and_computed_nowhere(world, folder, monkeypatch):
     cells(world(), sizes=[0.1])
     monkeypatch.setattr(grid, "compute", None)

@@ -26,10 +26,7 @@ SETS = 3
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    zoo.build("llama", num_hidden_layers=2).save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
-    return folder
+    return zoo.saved(tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=2)
 
 
 @pytest.fixture

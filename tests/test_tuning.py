@@ -41,10 +41,7 @@ def rows_to_tune_on(number=6):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A random Llama of two layers, saved with its tokenizer."""
-    folder = tmp_path_factory.mktemp("start")
-    zoo.build("llama", num_hidden_layers=2).save_pretrained(folder)
-    zoo.tokenizer().save_pretrained(folder)
-    return folder
+    return zoo.saved(tmp_path_factory.mktemp("start"), "llama", num_hidden_layers=2)
 
 
 def job(start, **changes):
@@ -205,8 +202,7 @@ def test_what_was_changed_in_between_is_refused(start, runs, tmp_path, what, fin
     else:
         interrupted(start, folder)
     other = tmp_path / "other"
-    zoo.build("llama", num_hidden_layers=2, seed=5).save_pretrained(other)
-    zoo.tokenizer().save_pretrained(other)
+    zoo.saved(other, "llama", num_hidden_layers=2, seed=5)
     rows = rows_to_tune_on()
     rows.loc[7, "reference"] = "zz"
     changed = {
@@ -405,6 +401,30 @@ def test_published_tables_are_those_of_one_plan_whole(measured, tmp_path):
     assert (tmp_path / "README.md").read_text() == "{}"
     assert all((tmp_path / name).read_bytes() == (plan.out / name).read_bytes() for name in made)
     assert tuning_tables.read_measured(tmp_path).parts.keys() == found.parts.keys()
+
+
+def test_only_all_tunings_of_the_committed_model_are_complete(measured, runs, tmp_path):
+    plan, _ = measured
+    named = plan._replace(profile=replace(plan.profile, name="smollm2"))
+    assert tuned.complete(named)
+    assert not tuned.complete(plan)
+    shutil.copytree(runs, tmp_path / "some")
+    shutil.rmtree(tmp_path / "some" / "lora")
+    assert not tuned.complete(named._replace(folder=tmp_path / "some"))
+
+
+def test_parts_are_known_by_the_rows_that_ablations_were_measured_on(measured, runs):
+    """Where the first rows share a wording, as many others are measured."""
+    plan, _ = measured
+    few = plan._replace(profile=replace(plan.profile, ablation_rows=2))
+    alike = few.rows.groupby(["fold", "category"]).cumcount() < 2
+    tags = [
+        {"wording": "one" if one else row} for one, row in zip(alike, few.rows["id"], strict=True)
+    ]
+    known = tuning.read_runs(runs)
+    want = tuned.Tunings(few, known).want()
+    other = tuned.Tunings(few._replace(rows=few.rows.assign(tags=tags)), known).want()
+    assert {key for key in want if want[key] != other[key]} == {"measured"}
 
 
 def test_a_part_of_other_rows_is_refused_by_the_tables(measured, tmp_path):

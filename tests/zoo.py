@@ -165,6 +165,13 @@ ZOO, MORE = DENSE | SPARSE, MORE_DENSE | MORE_SPARSE
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:?"
 
 
+def saved(folder, family: str, **changes):
+    """`build`'s model with the zoo's tokenizer, saved in a folder; the folder."""
+    build(family, **changes).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 def build(family: str, dtype=torch.float32, seed: int = 0, **changes):
     """A model in evaluation mode, all its weights visibly random (defaults leave some routers at
     zero).

@@ -10,6 +10,7 @@ from ..hexainst import human
 from ..paths import DATA, HEXAINST, ROOT, checked, results_dir, short
 from ..record import UserError, atomic, read_json, write_json, write_table
 from ..study import ledger
+from ..study.tuned import RUNS, TABLES
 from .plan import plans
 
 PUBLISHED = ("tests.csv", "verdicts.csv")
@@ -236,20 +237,24 @@ def tunings(folder) -> str:
         mine = (tests["id"] == name) & (tests["components"] == component) & (tests["pair"] == pair)
         return effect_cell(tests[mine], null=False)
 
-    held = [
-        f"`{name}` ({', '.join(rows['components'])})"
-        for name, rows in verdicts[verdicts["verdict"] == "supported"].groupby("id", sort=False)
-    ]
+    def listed(verdict):
+        some = verdicts[verdicts["verdict"] == verdict].groupby("id", sort=False)["components"]
+        return ", ".join(f"`{name}` ({', '.join(parts)})" for name, parts in some) or "none"
+
+    runs = read_json(TABLES / RUNS)
+    most = max(run["losses"][-1][1] for run in runs.values())
     return " ".join(
         (
-            "Instruction tuning makes the references of unseen rows likelier in "
+            f"It was tuned {len(runs)} ways by {most:,} tokens at most, one of them plain text, "
+            "the control. In how many of six categories, smallest effect to largest; else effect "
+            "[95 % interval]. Instruction tuning makes the references of unseen rows likelier in "
             f"{told('tuning-improves', 'likelier')} nats per token, and the row's own instruction "
-            f"help more in {told('tuning-improves', 'gain')}; continued language modelling on the "
-            f"same words does so in {told('tuning-improves', 'likelier', 'continued')} and "
+            f"help more in {told('tuning-improves', 'gain')}; continued language modelling on "
+            f"words of the same rows does so in {told('tuning-improves', 'likelier', 'continued')} and "
             f"{told('tuning-improves', 'gain', 'continued')}.",
             f"It moves the sets beyond the noise floor by {told('tuning-beyond-noise')}, and "
             "further than continued language modelling does by "
-            f"{told('tuning-beyond-continued')} (below 0: not as far). Two orders of its rows end "
+            f"{told('tuning-beyond-continued')} (below 0: not as far). Two seeds of it end "
             "more alike than it and the continued model do, by "
             f"{told('tuning-beyond-seed')}: the two go different ways.",
             "Tuning on MATH alone moves MATH's sets more than others' by "
@@ -258,7 +263,12 @@ def tunings(folder) -> str:
             "tenths. Losing what it moved into a category's set costs "
             f"{told('tuning-matter', 'gained')} more than losing random neurons, losing what it "
             f"kept there {told('tuning-matter', 'kept')}.",
-            f"Supported: {', '.join(held) or 'none'}.",
+            "The rank correlation of a neuron's change in weights with its change in frequency is "
+            f"{told('tuning-weights')}, under the control "
+            f"{told('tuning-weights', pair='continued')}.",
+            f"Supported: {listed('supported')}; mixed: {listed('mixed')}; not supported: "
+            f"{listed('not supported')}. The control differs from the tuning in format, pairing, "
+            "loss and effort together; which of them matters it does not say.",
         )
     )
 

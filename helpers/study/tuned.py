@@ -219,7 +219,7 @@ class Tunings:
             "tau": profile.tau,
             "resamples": profile.resamples,
             "controls": profile.controls,
-            "ablation_rows": profile.ablation_rows,
+            "measured": Study(profile, profile.pairs[0], plan.rows).measured_rows(),
             "read": [plan.curve_rows, plan.able_rows, plan.weight_rows],
         }
 
