@@ -624,6 +624,8 @@ def test_the_paragraph_on_tunings_takes_each_number_from_its_own_test(tmp_path):
         ("tuning-beyond-continued", "neurons", "full"): "language modelling does by ",
         ("tuning-own-category", "neurons", "alone"): "more than others' by ",
         ("tuning-matter", "kept", "full"): "losing what it kept there ",
+        ("tuning-weights", "neurons", "full"): "change in frequency is ",
+        ("tuning-weights", "neurons", "continued"): "under the control ",
     }
     for place, words in named.items():
         value = float(places.index(place))

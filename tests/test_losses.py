@@ -3,6 +3,7 @@ asks first; measured again where anything that decides them is another.
 """
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -211,9 +212,9 @@ def test_a_line_cut_short_costs_its_own_set_alone(study, passes, tmp_path):
     assert (table(study()) == first).all()
     assert len(passes) == seen + 1
     odd = ["[1]", '"x"', "null", '["a", 3, [1]]', '{"b": ']
-    head = path.read_text().splitlines()[-1].partition(",")[0]
+    settings, key, _ = json.loads(path.read_text().splitlines()[-1])
     for value in ("[NaN]", "[" * 5000, "9" * 400, "[[1]]", "1]"):
-        odd.append(f'{head},"x",{value}]')
+        odd.append(f'["{settings}","{key}",{value}]')
     path.write_text("\n".join([path.read_text(), *odd]))
     assert (table(study()) == first).all()
     assert len(passes) == seen + 1

@@ -250,7 +250,8 @@ def tunings(folder) -> str:
             "[95 % interval]. Instruction tuning makes the references of unseen rows likelier in "
             f"{told('tuning-improves', 'likelier')} nats per token, and the row's own instruction "
             f"help more in {told('tuning-improves', 'gain')}; continued language modelling on "
-            f"words of the same rows does so in {told('tuning-improves', 'likelier', 'continued')} and "
+            "words of the same rows does so in "
+            f"{told('tuning-improves', 'likelier', 'continued')} and "
             f"{told('tuning-improves', 'gain', 'continued')}.",
             f"It moves the sets beyond the noise floor by {told('tuning-beyond-noise')}, and "
             "further than continued language modelling does by "
