@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..record import UserError
+from .beginnings import behind
 from .budget import reading
 from .counter import ROUNDING
 from .sites import UnreadableModel, input_device, returning_dicts
@@ -23,9 +24,10 @@ AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random 
 _heads: WeakKeyDictionary = WeakKeyDictionary()  # model -> (scale, cap), proven once
 
 
-def sequence_losses(model, batch, purpose: str = "losses") -> torch.Tensor:
+def sequence_losses(model, batch, purpose: str = "losses", begun=None) -> torch.Tensor:
     """Mean negative log-likelihood of each row's counted tokens, nats per token, float64 [B], of
-    one pass over a batch; keeps the autograd graph.
+    one pass over a batch; keeps the autograd graph. begun: the beginning that the batch goes on
+    from (see beginnings).
 
     A first token has nothing before it and never counts. Raises UserError for a row without a
     token whose loss could be counted. (Ours.)
@@ -38,11 +40,9 @@ def sequence_losses(model, batch, purpose: str = "losses") -> torch.Tensor:
             "without BOS. Remove the row."
         )
     proven_head(model)  # runs the model: before the pass that is noted
-    device, ids, mask = input_device(model), batch.input_ids, batch.attention_mask
+    ids, mask = batch.input_ids, batch.attention_mask
     with returning_dicts(model), reading(model, ids, mask, purpose):
-        hidden = model.base_model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-        ).last_hidden_state
+        hidden = behind(model, ids, mask, begun)
         losses = token_losses(model, hidden, ids, counted)
     return losses.double().sum(1).cpu() / tokens
 

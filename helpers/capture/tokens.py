@@ -250,7 +250,11 @@ def _holds(spans, start, end) -> tuple[bool, ...]:
 
 
 def token_batches(
-    encoded: list[Encoded], batch_tokens: int = 8192, side: str = "right", ahead: int = 0
+    encoded: list[Encoded],
+    batch_tokens: int = 8192,
+    side: str = "right",
+    ahead: int = 0,
+    padding: float = PADDING,
 ):
     """Yield Batches of at most `batch_tokens` tokens, padding included, longest sequences first,
     padded on `side`; one longer than that is alone. ahead: how many tokens will be generated behind
@@ -258,19 +262,19 @@ def token_batches(
 
     Padding is what the attention mask says it is, never a token id (it is filled with id 0).
 
-    A batch takes the same memory whatever the lengths, and at most a twentieth of it is padding
-    (but for one that is small anyway).
+    A batch takes the same memory whatever the lengths, and at most the share `padding` of it is
+    padding (but for one that is small anyway).
     """
     _refuse_size(batch_tokens, "batch_tokens")
-    return (padded(encoded, rows, side) for rows in _within(encoded, batch_tokens, ahead))
+    return (padded(encoded, rows, side) for rows in _within(encoded, batch_tokens, ahead, padding))
 
 
-def _within(encoded, budget, ahead):
+def _within(encoded, budget, ahead, padding):
     rows, tokens, longest = [], 0, 0
     for row in _longest_first(encoded):
         length = len(encoded[row].ids) + ahead
         size = (len(rows) + 1) * longest if rows else 0  # with this row
-        wasteful = size - tokens - length > PADDING * size and size > budget * SMALL
+        wasteful = size - tokens - length > padding * size and size > budget * SMALL
         if size > budget or wasteful:
             yield rows
             rows, tokens = [], 0

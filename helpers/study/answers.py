@@ -9,6 +9,7 @@ from ..capture.sites import input_device
 from ..capture.tokens import Encoded, token_batches
 from .reading import encode_rows
 
+LOOSE = 0.5  # of a batch may be padding: a step reads all weights, however few rows it is for
 # An answer that passes one of these checkers is short: a label, a name, a number with little around
 # it. What a model goes on to say after as many tokens cannot make it pass.
 SHORT = {"label": 32, "short_answer": 32, "numeric": 64}
@@ -71,7 +72,7 @@ def continuations(
     )
     bar = tqdm(total=len(encoded), desc="answers", unit=" instructions", delay=5, leave=False)
     try:
-        for batch in token_batches(encoded, batch_tokens, "left", ahead=max_new_tokens):
+        for batch in token_batches(encoded, batch_tokens, "left", max_new_tokens, LOOSE):
             ids, mask = batch.input_ids, batch.attention_mask
             with reading(model, ids, mask, "answers") as behind:
                 told = model.generate(ids.to(device), attention_mask=mask.to(device))

@@ -9,10 +9,11 @@ import pandas as pd
 import torch
 
 from ..bars import bar
+from ..capture.beginnings import Reading, begin, reading_of
 from ..capture.budget import altered, mark, state
 from ..capture.interventions import Places, ablate
 from ..capture.losses import proven_head, sequence_losses
-from ..capture.tokens import Batch, encode, token_batches
+from ..capture.tokens import Encoded, encode
 from ..hexainst.checkers import check
 from ..record import UserError
 
@@ -20,24 +21,32 @@ WHERE = ("everywhere", "all but the first", "prompt", "response")  # where an ab
 
 
 @torch.no_grad()
-def _nll(model, prepared: list[Batch], places: Places | None = None, where=()) -> np.ndarray:
-    found = []
-    for i, batch in enumerate(bar(prepared, "losses", delay=5, unit=" batches")):
-        if places is not None:
-            places.mask = where[i]
-        found.append(sequence_losses(model, batch))
+def _nll(model, read: Reading, places: Places | None = None) -> np.ndarray:
+    begun, found = None, []
+    if read.beginning is not None:
+        _act(places, read.beginning)
+        begun = begin(model, read.beginning)
+    for batch in bar(read.batches, "losses", delay=5, unit=" batches"):
+        _act(places, batch)
+        found.append(sequence_losses(model, batch, begun=begun))
     found = torch.cat(found).numpy()
     out = np.empty_like(found)
-    out[[row for batch in prepared for row in batch.rows]] = found
+    out[[row for batch in read.batches for row in batch.rows]] = found
     return out
+
+
+def _act(places, batch) -> None:
+    if places is not None:
+        places.mask = batch.group_mask[:, 0].bool()
 
 
 def nll(model, encoded, batch_tokens: int = 8192) -> np.ndarray:
     """Teacher-forced mean NLL per counted token of each sequence, in nats, float64 [I], in order.
 
-    Sequences of like length share a batch, padded on the right.
+    Sequences of like length share a batch, padded on the right; a beginning that all of them share
+    is read once.
     """
-    return _nll(model, list(token_batches(encoded, batch_tokens)))
+    return _nll(model, reading_of(model, encoded, batch_tokens))
 
 
 def reference_nll(study, variant: str = "tuned", eos: bool = True) -> np.ndarray:
@@ -111,18 +120,19 @@ def ablation_matrix(
     model, rows = study.model(variant)[0], study.rows
     proven_head(model)  # runs the model as it is: not under an ablation
     encoded = study.encoded("reference" if eos else "response", variant)
-    prepared = list(token_batches(encoded, study.profile.batch_tokens))
-    places, masks_at = _places(study, variant, prepared, where)
+    apart = operator != "resample"  # which draws anew for each token of each row
+    batched = partial(reading_of, model, batch_tokens=study.profile.batch_tokens, apart=apart)
+    intact, read = batched(encoded), batched(_marked(study, variant, encoded, where))
+    places = None if where == "everywhere" else Places()
 
     def ablated(mask):
         with ablate(model, mask, operator, where=places, **options), altered(model, where):
-            return _nll(model, prepared, places, masks_at)
+            return _nll(model, read, places)
 
-    intact, read = _read(study, prepared), _read(study, prepared, masks_at)
-    known = partial(_known, study, variant)
-    baseline, increase = known((intact,), lambda: _nll(model, prepared)), {}
+    known, here = partial(_known, study, variant), _digest(study, read)
+    baseline, increase = known((_digest(study, intact),), lambda: _nll(model, intact)), {}
     for name in bar(masks, f"{study.name} ablations", delay=5, unit=" sets"):
-        key = (read, operator, _mark(masks[name], **options))
+        key = (here, operator, _mark(masks[name], **options))
         increase[name] = known(key, partial(ablated, masks[name])) - baseline
         inert = allow_inert or not any(np.any(part) for part in masks[name].values())
         _believable(increase[name], name, inert)
@@ -142,12 +152,14 @@ def _known(study, variant, key, compute):
     return study.lost("/".join(key), compute, variant)
 
 
-def _read(study, prepared: list[Batch], masks_at=()) -> str:
+def _digest(study, read: Reading) -> str:
     """A digest of a study's rows and of what is read of them, batch by batch: which tokens, which
     of them count, and where an ablation acts.
     """
-    parts = [(b.rows, b.input_ids, b.attention_mask, b.count_mask) for b in prepared]
-    return mark(study.places, *(array for part in parts for array in part), *masks_at)
+    batches = read.batches if read.beginning is None else [read.beginning, *read.batches]
+    fields = ("rows", "input_ids", "attention_mask", "count_mask", "group_mask")
+    parts = [getattr(batch, name) for batch in batches for name in fields]
+    return mark(study.places, *(part for part in parts if part is not None))
 
 
 def _mark(mask, reference=None, **options) -> str:
@@ -158,26 +170,24 @@ def _mark(mask, reference=None, **options) -> str:
     return mark("/".join(mask), mask, options, *held)
 
 
-def _places(study, variant, prepared, where) -> tuple:
-    """(Places, a mask [B, T] for each batch) of one of WHERE; (None, ()) for everywhere."""
+def _marked(study, variant, encoded, where) -> list[Encoded]:
+    """The sequences, with the tokens at one of WHERE as their only position group; as they are for
+    everywhere.
+    """
     if where == "everywhere":
-        return None, ()
+        return encoded
     if where not in WHERE:
         raise UserError(f"where is {where!r}, expected one of {', '.join(WHERE)}.")
-    prompts, found = study.encoded("prompt", variant), []
-    for batch in prepared:
-        mask = batch.attention_mask.bool()
-        if where == "all but the first":
-            mask = mask & (batch.attention_mask.cumsum(1) > 1)
-        if where == "response":
-            mask = batch.count_mask.bool()
-        if where == "prompt":
-            mask = torch.zeros_like(mask)
-            for b, row in enumerate(batch.rows):
-                counted = torch.tensor(prompts[row].counted)
-                mask[b, : len(counted)] = counted
-        found.append(mask)
-    return Places(), found
+    found = []
+    for one, prompt in zip(encoded, study.encoded("prompt", variant), strict=True):
+        after = len(one.ids) - len(prompt.ids)
+        at = {
+            "all but the first": (False, *[True] * (len(one.ids) - 1)),
+            "prompt": (*prompt.counted, *[False] * after),
+            "response": one.counted,
+        }
+        found.append(Encoded(one.ids, one.counted, {"where": at[where]}))
+    return found
 
 
 def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned") -> np.ndarray:
@@ -193,8 +203,8 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
     given = rows.groupby("category")["input"].transform(lambda x: np.roll(x, -1))
     other = study.reading_of(rows.assign(instruction=after, input=given), variant)
     size = study.profile.batch_tokens
-    prepared = [list(token_batches(e, size)) for e in (study.encoded("reference", variant), other)]
-    read = [(_read(study, some), some) for some in prepared]
+    both = [reading_of(model, e, size) for e in (study.encoded("reference", variant), other)]
+    read = [(_digest(study, some), some) for some in both]
 
     def losses(mask, key):
         def ablated(some):

@@ -1,0 +1,143 @@
+"""A beginning that sequences share, such as a chat template's, is read once for all of them: what
+follows in each goes on from its keys and values.
+
+No more than one way to read the same: it is taken only of models that were seen to give the same
+hidden states either way. All is ours, not the paper's.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .budget import reading
+from .counter import ROUNDING
+from .sites import input_device, returning_dicts
+from .tokens import Batch, Encoded, padded, token_batches
+
+LEAST, FEW = 16, 3  # tokens of a beginning, and sequences, that are worth a pass of its own
+STRETCHED = ("dynamic", "longrope")  # position embeddings that change with the length of a pass
+_proven: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether a beginning may be read apart
+
+
+class Begun(DynamicCache):
+    """Keys and values of one beginning, [1, H, n, D] in each layer. Any number of rows and passes
+    read behind it, and leave it as it is.
+    """
+
+    def __init__(self, read: DynamicCache):
+        super().__init__()
+        self.layers = read.layers
+        if not all(isinstance(layer, DynamicLayer) for layer in self.layers):
+            raise TypeError("a layer that keeps something else than keys and values")
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """Keys and values [B, H, n + T, D] of the beginning and of what follows it."""
+        layer, rows = self.layers[layer_idx], len(key_states)
+        both = ((layer.keys, key_states), (layer.values, value_states))
+        return tuple(torch.cat([kept.expand(rows, -1, -1, -1), new], 2) for kept, new in both)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Sequences as they are read: the beginning that all share, a batch of one row (None: none that
+    pays), and batches of what follows it in each.
+    """
+
+    beginning: Batch | None
+    batches: list[Batch]
+
+
+def reading_of(model, encoded: list[Encoded], batch_tokens: int = 8192, apart=True) -> Reading:
+    """How a model reads these sequences; whole if `apart` is False."""
+    size = shared(encoded) if apart and len(encoded) >= FEW else 0
+    if size < LEAST or not reads_apart(model):
+        return Reading(None, list(token_batches(encoded, batch_tokens)))
+    first = padded([_cut(encoded[0], slice(0, size))], [0])
+    rest = [_cut(one, slice(size, None)) for one in encoded]
+    return Reading(first, list(token_batches(rest, batch_tokens)))
+
+
+def shared(encoded: list[Encoded]) -> int:
+    """How many first tokens all sequences have in common, position groups included. None of them
+    counts, nor does the token behind them: what is said of a token hangs on the one before it.
+
+    >>> shared([Encoded((1, 2, 3, 4), (False, False, False, True)),
+    ...         Encoded((1, 2, 9, 4), (False, False, False, True))])
+    2
+    """
+    one = encoded[0]
+    size = min((*e.counted, True).index(True) for e in encoded) - 1
+    for other in encoded[1:]:
+        pairs = [(one.ids, other.ids)]
+        pairs += [(mask, other.groups[name]) for name, mask in one.groups.items()]
+        for a, b in pairs:
+            size = next((i for i in range(size) if a[i] != b[i]), size)
+    return max(size, 0)
+
+
+def _cut(one: Encoded, at: slice) -> Encoded:
+    groups = {name: mask[at] for name, mask in one.groups.items()}
+    return Encoded(one.ids[at], one.counted[at], groups)
+
+
+def begin(model, beginning: Batch, purpose: str = "losses") -> Begun:
+    """Read a beginning, for `behind`."""
+    ids, mask = beginning.input_ids, beginning.attention_mask
+    with returning_dicts(model), reading(model, ids, mask, purpose):
+        return Begun(_trunk(model, ids, mask, use_cache=True).past_key_values)
+
+
+def behind(model, ids, mask, begun: Begun | None = None) -> torch.Tensor:
+    """The trunk's last hidden state [B, T, D] of ids [B, T], padded on the right, of which mask is
+    1 where there is no padding; read behind a beginning, if there is one.
+    """
+    if begun is None:
+        return _trunk(model, ids, mask, use_cache=False).last_hidden_state
+    seen = torch.cat([mask.new_ones(len(mask), begun.get_seq_length()), mask], 1)
+    found = _trunk(model, ids, seen, use_cache=True, past_key_values=begun)
+    return found.last_hidden_state
+
+
+def _trunk(model, ids, mask, **options):
+    device = input_device(model)
+    return model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
+
+
+@torch.no_grad()
+def reads_apart(model) -> bool:
+    """Whether the model gives the same hidden states when a beginning is read apart: tried once,
+    with one beginning for two passes. A model that cannot do it at all reads whole.
+
+    That runs the model, so ask before an ablation acts at places of one batch.
+    """
+    if model not in _proven:
+        _proven[model] = not _stretched(model) and _same(model)
+    return _proven[model]
+
+
+def _stretched(model) -> bool:
+    text = model.config.get_text_config(decoder=True)
+    return any(f"'{name}'" in str(getattr(text, "rope_parameters", "")) for name in STRETCHED)
+
+
+def _same(model) -> bool:
+    rows = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(48, device="cpu") * 7 + 5).remainder(rows).reshape(2, 24)
+    ids[1, :LEAST] = ids[0, :LEAST]
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    long = {"dtype": torch.long, "device": "cpu"}
+    first = Batch([0], ids[:1, :LEAST], torch.ones(1, LEAST, **long), torch.zeros(1, LEAST, **long))
+    with returning_dicts(model):
+        whole = behind(model, ids, mask)[:, LEAST:]
+        try:
+            begun = begin(model, first, "checks")
+            found = [behind(model, ids[:, LEAST:], mask[:, LEAST:], begun) for _ in range(2)]
+        except Exception:  # whatever a cache of some architecture cannot do: it is read whole
+            return False
+    real = mask[:, LEAST:].bool().to(whole.device)
+    gap = max((again - whole)[real].abs().max() for again in found)
+    return bool(gap <= ROUNDING[whole.dtype] * whole[real].abs().max())
