@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.capture import beginnings
-from helpers.capture.beginnings import FEW, LEAST, Begun, begin, reading_of, reads_apart, shared
+from helpers.capture import beginnings, budget
+from helpers.capture.beginnings import FEW, LEAST, Begun, begin, reads_apart, shared, split
 from helpers.capture.interventions import Places, ablate
 from helpers.capture.losses import proven_head, sequence_losses
 from helpers.capture.tokens import Encoded, padded
 from helpers.study import evaluate
 from helpers.study.evaluate import nll
+from helpers.study.scores import reference_activations
 from tests import zoo
 from tests.test_interventions import neuron_mask
 
@@ -68,23 +69,23 @@ def test_the_beginning_ends_before_the_token_that_says_the_first_counted_one():
 
 def test_a_short_beginning_or_few_sequences_are_read_whole():
     model, encoded = zoo.build("llama"), sequences()
-    read = reading_of(model, encoded, 40)
+    read = split(model, encoded, 40)
     assert read.beginning.input_ids.tolist() == [list(HEAD)]
     tokens = sum(int(batch.attention_mask.sum()) for batch in read.batches)
     assert tokens == sum(SIZES)
     assert sorted(row for batch in read.batches for row in batch.rows) == list(range(5))
     for some in (sequences(HEAD[: LEAST - 1]), encoded[: FEW - 1]):
-        whole = reading_of(model, some, 40)
+        whole = split(model, some, 40)
         assert whole.beginning is None
         assert sum(int(b.attention_mask.sum()) for b in whole.batches) == sum(
             len(e.ids) for e in some
         )
-    assert reading_of(model, encoded, 40, apart=False).beginning is None
+    assert split(model, encoded, 40, apart=False).beginning is None
 
 
 def test_any_number_of_passes_leave_a_beginning_as_it_is():
     model, encoded = zoo.build("llama"), sequences()
-    read = reading_of(model, encoded, 40)
+    read = split(model, encoded, 40)
     begun = begin(model, read.beginning)
     before = [layer.keys.clone() for layer in begun.layers]
     assert len(read.batches) > 1
@@ -106,11 +107,47 @@ def test_an_ablation_acts_at_its_places_of_the_beginning_too(where):
     found, mask = [], neuron_mask(model)
     proven_head(model)
     for apart in (True, False):
-        places, read = Places(), reading_of(model, at, 40, apart)
+        places, read = Places(), split(model, at, 40, apart)
         with ablate(model, mask, "zero", where=places):
             found.append(evaluate._nll(model, read, places))
-    assert reading_of(model, at, 40).beginning is not None
+    assert split(model, at, 40).beginning is not None
     np.testing.assert_allclose(found[0], found[1], rtol=2e-5)
+
+
+def test_keys_of_a_batch_are_within_the_budget_too():
+    model = zoo.build("llama")
+    encoded = sequences(HEAD * 3, [4] * 40)
+    budget_of = 10 * (3 * len(HEAD) + 4)
+    assert [len(batch.rows) for batch in split(model, encoded, budget_of).batches] == [10] * 4
+
+
+def test_a_model_in_training_mode_or_under_resampling_reads_whole():
+    model, encoded = zoo.build("llama"), sequences()
+    assert split(model.train(), encoded, 40).beginning is None
+    assert split(model.eval(), encoded, 40).beginning is not None
+    reference = reference_activations(model, zoo.tokenizer(), ["add one", "sum 12, 7"])
+    with ablate(model, neuron_mask(model), "resample", reference=reference):
+        assert split(model, encoded, 40).beginning is None
+    assert split(model, encoded, 40).beginning is not None
+
+
+def test_the_ledger_knows_a_text_by_all_of_it_and_counts_what_was_read(tmp_path, monkeypatch):
+    monkeypatch.setenv(budget.LEDGER, str(tmp_path / "tokens.jsonl"))
+    model, encoded = zoo.build("llama"), sequences()
+    nll(model, encoded, 4000)
+    alone(model, encoded)
+    lines = [x for x in budget.lines_of(tmp_path / "tokens.jsonl") if x["purpose"] == "losses"]
+    first, rest, whole = lines[0], lines[1], lines[2:]
+    assert (first["lengths"], sorted(rest["lengths"])) == ([len(HEAD)], sorted(SIZES))
+    assert sorted(rest["texts"]) == sorted(text for line in whole for text in line["texts"])
+    spent = budget.spent(lines)["losses",]
+    assert spent["minimum"] == len(HEAD) + sum(SIZES)
+    assert spent["tokens"] == spent["minimum"] + sum(SIZES) + 5 * len(HEAD)
+
+
+def test_sequences_of_other_groups_share_nothing():
+    one, two = (Encoded((1,) * 40, (False,) * 40, {name: (True,) * 40}) for name in "ab")
+    assert shared([one, two]) == 0
 
 
 def test_positions_that_stretch_with_the_length_of_a_pass_are_read_whole():
@@ -125,7 +162,7 @@ def test_a_cache_that_cannot_be_shared_means_reading_whole(monkeypatch):
 
     monkeypatch.setattr(Begun, "update", refused)
     model, encoded = zoo.build("llama"), sequences()
-    assert reading_of(model, encoded, 40).beginning is None
+    assert split(model, encoded, 40).beginning is None
     np.testing.assert_allclose(nll(model, encoded, 40), alone(model, encoded), rtol=2e-5)
 
 

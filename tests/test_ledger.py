@@ -86,6 +86,13 @@ def test_what_a_model_does_not_have_is_not_tested():
     ]
 
 
+def test_a_verdict_names_the_claims_that_are_to_be_read_in_its_place():
+    claim = ROW | {"components": "neurons", "replaces": ""}
+    rows = ledger(a=claim, b=claim | {"replaces": "a"}, c=claim | {"replaces": "x a"})
+    tests = judge(look_up(rows, {"m": numbers(0.1, 0.001)}, ["all"], []))
+    assert verdicts(rows, tests)["replaced_by"].tolist() == ["b c", "", ""]
+
+
 def test_a_null_may_be_a_number_of_the_summary():
     rows = ledger(a=ROW | {"components": "neurons", "null": "n.{unit}"})
     tests = judge(look_up(rows, {"m": numbers(0.1, 0.001) | {"n.neurons": 0.5}}, ["all"], []))

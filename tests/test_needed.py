@@ -14,7 +14,7 @@ from helpers.hexainst.schema import CATEGORIES
 from helpers.record import NotTestable, UserError
 from helpers.study import grid, planted
 from helpers.study.evaluate import ablation_matrix, gain_lost
-from helpers.study.needed import Needed, ablations, groups_of, same_experts, sentences
+from helpers.study.needed import Needed, ablations, groups_of, partners, same_experts, sentences
 from tests import zoo
 
 SHARED = ("by_consensus", "grid", "places", "pseudo", "sufficient")  # sets or draws may be the same
@@ -181,6 +181,23 @@ def test_places_are_where_neurons_are_zero_and_nowhere_else():
         hook.remove()
     zero = (seen[0][0, :, :5] == 0).all(1)
     assert zero.tolist() == at[0].tolist()
+
+
+def test_each_row_is_measured_under_its_own_set_and_one_other(needed):
+    half, found = needed.halves[0], needed.places().set_index(["score", "where", "operator"])
+    here, own = needed.here(half), needed._masks("contribution", needed.halves[0])
+    drawn = {("random", c): masks[0] for c, masks in needed.controls(own, 1).items()}
+    table = ablation_matrix(here, own | drawn, "zero").to_numpy()
+    beyond, labels = table[:, :6] - table[:, 6:], here.labels
+    other = partners(labels, 6)
+    assert (np.bincount(6 * labels + other, minlength=36).reshape(6, 6) + np.eye(6) > 0).all()
+    assert not (other == labels).any()
+    own_means = [beyond[labels == c, c].mean() for c in range(6)]
+    others = [beyond[other == c, c].mean() for c in range(6)]
+    row = found.loc[("contribution", "everywhere", "zero")]
+    np.testing.assert_allclose(row["own"], np.mean(own_means), rtol=1e-5)
+    np.testing.assert_allclose(row["others"], np.mean(others), rtol=1e-4, atol=1e-6)
+    assert row["own"] > 0.1
 
 
 def test_neurons_of_routed_experts_have_no_places():

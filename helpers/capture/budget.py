@@ -73,10 +73,11 @@ def altered(model, *how):
 
 
 @contextmanager
-def reading(model, ids, mask, purpose: str):
+def reading(model, ids, mask, purpose: str, begun=None):
     """Around one forward pass over ids [B, T], of which mask [B, T] is no padding: its line in the
     ledger, once it has ended well. Yields a list for the numbers of tokens generated behind each
-    sequence, [B]; it may stay empty.
+    sequence, [B]; it may stay empty. begun: what the sequences go on from (see beginnings); their
+    digests are of it and them, their lengths without it.
     """
     path, new, start = os.environ.get(LEDGER), [], time.perf_counter()
     yield new
@@ -84,12 +85,13 @@ def reading(model, ids, mask, purpose: str):
         return
     seconds, rows = time.perf_counter() - start, ids.cpu().numpy()
     texts = [row[at] for row, at in zip(rows, mask.cpu().numpy() == 1, strict=True)]
+    before = b"" if begun is None else begun.ids.cpu().numpy().tobytes()
     line = {
         "model": _names.get(model, type(model).__name__),
         "altered": state(model),
         "purpose": purpose,
         "lengths": [len(text) for text in texts],
-        "texts": [blake2b(text.tobytes(), digest_size=6).hexdigest() for text in texts],
+        "texts": [blake2b(before + text.tobytes(), digest_size=6).hexdigest() for text in texts],
         "new": new,
         "padded": rows.size + len(rows) * max(new, default=0),
         "seconds": round(seconds, 6),
@@ -126,7 +128,8 @@ def spent(lines: list[dict], by=("purpose",)) -> dict[tuple, dict]:
         total.update(padded=line["padded"], seconds=line["seconds"])
         state = line["model"], line["altered"], bool(line["new"])
         texts = least.setdefault(key, {})
-        texts |= {(*state, text): n for text, n in zip(line["texts"], lengths, strict=True)}
+        for text, n in zip(line["texts"], lengths, strict=True):
+            texts[*state, text] = min(n, texts.get((*state, text), n))
     return {
         key: dict(total)
         | {

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..record import UserError
 from . import bank
+from .beginnings import whole
 from .budget import altered
 from .sites import find_sites
 
@@ -196,10 +197,11 @@ def ablate(
             else:
                 value = _replacement(site, operator, reference, seed + number)
                 _edit_neurons(stack, site, part, value, fired, where)
-        for whole in {model, model.base_model}:  # losses run the trunk alone
-            stack.callback(whole.register_forward_hook(lambda *_: ran.append(True)).remove)
+        for part in {model, model.base_model}:  # losses run the trunk alone
+            stack.callback(part.register_forward_hook(lambda *_: ran.append(True)).remove)
         if parts:
             stack.enter_context(altered(model, operator, seed, mask))
+        stack.enter_context(whole(model, operator == "resample"))
         yield
         if ran and hooked - fired:
             raise RuntimeError(

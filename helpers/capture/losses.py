@@ -29,8 +29,8 @@ def sequence_losses(model, batch, purpose: str = "losses", begun=None) -> torch.
     one pass over a batch; keeps the autograd graph. begun: the beginning that the batch goes on
     from (see beginnings).
 
-    A first token has nothing before it and never counts. Raises UserError for a row without a
-    token whose loss could be counted. (Ours.)
+    A first token has nothing before it and never counts (behind a beginning, `shared` sees to it).
+    Raises UserError for a row without a token whose loss could be counted. (Ours.)
     """
     counted = batch.count_mask.clone()
     counted[:, 0] = 0
@@ -41,7 +41,7 @@ def sequence_losses(model, batch, purpose: str = "losses", begun=None) -> torch.
         )
     proven_head(model)  # runs the model: before the pass that is noted
     ids, mask = batch.input_ids, batch.attention_mask
-    with returning_dicts(model), reading(model, ids, mask, purpose):
+    with returning_dicts(model), reading(model, ids, mask, purpose, begun):
         hidden = behind(model, ids, mask, begun)
         losses = token_losses(model, hidden, ids, counted)
     return losses.double().sum(1).cpu() / tokens

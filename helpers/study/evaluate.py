@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from ..bars import bar
-from ..capture.beginnings import Reading, begin, reading_of
+from ..capture.beginnings import Split, begin, split
 from ..capture.budget import altered, mark, state
 from ..capture.interventions import Places, ablate
 from ..capture.losses import proven_head, sequence_losses
@@ -21,7 +21,7 @@ WHERE = ("everywhere", "all but the first", "prompt", "response")  # where an ab
 
 
 @torch.no_grad()
-def _nll(model, read: Reading, places: Places | None = None) -> np.ndarray:
+def _nll(model, read: Split, places: Places | None = None) -> np.ndarray:
     begun, found = None, []
     if read.beginning is not None:
         _act(places, read.beginning)
@@ -46,7 +46,7 @@ def nll(model, encoded, batch_tokens: int = 8192) -> np.ndarray:
     Sequences of like length share a batch, padded on the right; a beginning that all of them share
     is read once.
     """
-    return _nll(model, reading_of(model, encoded, batch_tokens))
+    return _nll(model, split(model, encoded, batch_tokens))
 
 
 def reference_nll(study, variant: str = "tuned", eos: bool = True) -> np.ndarray:
@@ -121,7 +121,7 @@ def ablation_matrix(
     proven_head(model)  # runs the model as it is: not under an ablation
     encoded = study.encoded("reference" if eos else "response", variant)
     apart = operator != "resample"  # which draws anew for each token of each row
-    batched = partial(reading_of, model, batch_tokens=study.profile.batch_tokens, apart=apart)
+    batched = partial(split, model, batch_tokens=study.profile.batch_tokens, apart=apart)
     intact, read = batched(encoded), batched(_marked(study, variant, encoded, where))
     places = None if where == "everywhere" else Places()
 
@@ -152,7 +152,7 @@ def _known(study, variant, key, compute):
     return study.lost("/".join(key), compute, variant)
 
 
-def _digest(study, read: Reading) -> str:
+def _digest(study, read: Split) -> str:
     """A digest of a study's rows and of what is read of them, batch by batch: which tokens, which
     of them count, and where an ablation acts.
     """
@@ -183,7 +183,7 @@ def _marked(study, variant, encoded, where) -> list[Encoded]:
         after = len(one.ids) - len(prompt.ids)
         at = {
             "all but the first": (False, *[True] * (len(one.ids) - 1)),
-            "prompt": (*prompt.counted, *[False] * after),
+            "prompt": (*prompt.counted, *[False] * after)[: len(one.ids)],
             "response": one.counted,
         }
         found.append(Encoded(one.ids, one.counted, {"where": at[where]}))
@@ -203,7 +203,7 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
     given = rows.groupby("category")["input"].transform(lambda x: np.roll(x, -1))
     other = study.reading_of(rows.assign(instruction=after, input=given), variant)
     size = study.profile.batch_tokens
-    both = [reading_of(model, e, size) for e in (study.encoded("reference", variant), other)]
+    both = [split(model, e, size) for e in (study.encoded("reference", variant), other)]
     read = [(_digest(study, some), some) for some in both]
 
     def losses(mask, key):

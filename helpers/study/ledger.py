@@ -78,7 +78,7 @@ def judge(tests: pd.DataFrame) -> pd.DataFrame:
 
 def verdicts(ledger, tests: pd.DataFrame, single=()) -> pd.DataFrame:
     """One row per claim and kind of component: id, components, verdict, tests, supported,
-    detectable, unit, where.
+    detectable, unit, where, replaced_by.
 
     verdict  supported (all tests), not supported (none), mixed; "needs a pair" where all pairs are
              in `single` (models without a base) and the claim compares two; else "not testable",
@@ -87,7 +87,9 @@ def verdicts(ledger, tests: pd.DataFrame, single=()) -> pd.DataFrame:
     detectable  what *every* test of the row would have found with power 0.8 (the least sensitive
              one's number), in `unit`: read it beside "not supported"
     where    of claims about each category: in how many of them, pair by pair, halves pooled
+    replaced_by  the claims of the ledger that are to be read in its place
     """
+    newer = _newer(ledger)
     rows, asked = [], tests.loc[tests["category"] != "", "category"].nunique()
     for claim in ledger.to_dict("records"):
         for component in claim["components"].split():
@@ -115,9 +117,19 @@ def verdicts(ledger, tests: pd.DataFrame, single=()) -> pd.DataFrame:
                     "detectable": round(part["detectable"].max(), 4) if len(part) else None,
                     "unit": claim.get("unit", ""),
                     "where": "; ".join(where),
+                    "replaced_by": " ".join(newer.get(claim["id"], ())),
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _newer(ledger) -> dict[str, list[str]]:
+    """The claims that replace each replaced one."""
+    found = {}
+    for claim in ledger.to_dict("records"):
+        for old in claim.get("replaces", "").split():
+            found.setdefault(old, []).append(claim["id"])
+    return found
 
 
 def _untested(number: int) -> str:

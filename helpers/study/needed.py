@@ -30,7 +30,6 @@ from .evaluate import WHERE, ablation_matrix, accuracy, gain_lost, plain_text_nl
 from .scores import reference_activations, sets_of, standing, written
 
 TESTED = ("frequency", "contribution")  # the paper's score, and ours: scores of the headline
-PASSAGES = 40  # plain texts whose loss says if language broke
 
 
 class Needed:
@@ -464,25 +463,32 @@ class Needed:
     def places(self) -> pd.DataFrame:
         """Own effects minus one random set's, by where the ablation acts and by operator; empty for
         neurons of routed experts, which are ablated at every token.
+
+        Each row is measured under its own category's set and one other (see `partners`).
         """
         if self.study.counts().family("neurons") == "expert":
             return pd.DataFrame()
         half, rows = self.halves[0], []
         here, reference = self.here(half), self.typical(self.study.other(half))
+        labels, other = here.labels, partners(here.labels, len(self.study.categories))
         for score in TESTED:
             own = self._masks(score, half)
-            masks = own | {("random", c): m[0] for c, m in self.controls(own, 1).items()}
+            drawn = self.controls(own, 1)
             for where in WHERE:
                 for operator in ("zero", "mean"):
                     options = {"reference": reference} if operator == "mean" else {}
                     options |= {"where": where, "allow_inert": True}
-                    found = ablation_matrix(here, masks, operator, **options).to_numpy()
-                    beyond = found[:, : len(own)] - found[:, len(own) :]
-                    means = category_means(beyond, here.labels).T  # [C ablated, C measured]
-                    apart = within_between(means)
+                    beyond = {"own": [], "others": []}
+                    for code, (category, mask) in enumerate(own.items()):
+                        at = (labels == code) | (other == code)
+                        masks = {"own": mask, "random": drawn[category][0]}
+                        found = ablation_matrix(here.take(at), masks, operator, **options)
+                        lost = (found["own"] - found["random"]).to_numpy()
+                        beyond["own"].append(lost[labels[at] == code].mean())
+                        beyond["others"].append(lost[labels[at] != code].mean())
                     row = {"pair": self.study.name, "score": score, "where": where}
-                    row |= {"operator": operator, "own": apart["within"]}
-                    rows.append(row | {"others": apart["between"]})
+                    row |= {name: np.mean(values) for name, values in beyond.items()}
+                    rows.append(row | {"operator": operator})
         return pd.DataFrame(rows).astype({"own": float, "others": float})
 
     # ---- answers and language
@@ -519,10 +525,12 @@ class Needed:
         return table.to_numpy()[0]
 
     def passages(self) -> list[str]:
-        """Plain texts: the longest inputs of the rows, bare."""
-        rows = self.study.rows
+        """Plain texts: the longest inputs of the rows, bare; as many as rows are measured of two
+        categories.
+        """
+        rows, number = self.study.rows, 2 * self.profile.ablation_rows
         found = [p for p in rows.loc[rows["category"] == "SUM", "input"] if p]
-        return (found or sorted(texts(rows), key=len, reverse=True))[:PASSAGES]
+        return (found or sorted(texts(rows), key=len, reverse=True))[:number]
 
     def plain_loss(self, mask=None, operator="zero") -> float:
         """Mean loss of the passages, nats per token, intact or ablated."""
@@ -604,18 +612,16 @@ def ablations(profile, categories: int, sparse: bool) -> dict[str, int]:
         "sufficient": len(TESTED) * own * (2 + few),
         "operators": (3 * len(TESTED) + 2 * sparse) * own * (1 + few),
         "usage": sparse * own * (1 + 2 * drawn),
-        "damage": len(TESTED) * full + own,
+        "damage": len(TESTED) * full + own + (len(TESTED) + 1) * own * 2,  # two: plain texts
     }
     if profile.grid is None:
         main = full + len(KINDS) * own * drawn + everywhere
         other = full + len(KINDS) * own * few + full * min(2, few, profile.controls_all_rows)
         half["grid"] = len(profile.scores) * (main + (sizes - 1) * other)
-    once = {"places": 0 if sparse else len(WHERE) * 2 * len(TESTED) * 2 * full}
+    once = {"places": 0 if sparse else len(WHERE) * 2 * len(TESTED) * 2 * 2 * own}
     once["checks"] = own + own * (1 + few)
     every = {name: 2 * count for name, count in half.items()} | once
-    found = {name: profile.ablation_rows * count for name, count in every.items()}
-    found["damage"] += 2 * own * (len(TESTED) + 1) * PASSAGES  # plain texts under each of its sets
-    return found
+    return {name: profile.ablation_rows * count for name, count in every.items()}
 
 
 def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: int) -> tuple:
@@ -644,6 +650,17 @@ def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: in
     if len(set(one)) < count or len(set(two)) < count:
         raise NotTestable(f"groups by {name}: one of {count} has no row in a half. Add rows.")
     return one, two
+
+
+def partners(labels: np.ndarray, count: int) -> np.ndarray:
+    """For each row one other category, [n] codes 0..count-1: the rows of a category take the others
+    in turn, so each pair of categories has as many rows as any, but for one. (Ours.)
+
+    >>> partners(np.array([0, 0, 0, 1, 1, 2]), 3).tolist()
+    [1, 2, 1, 2, 0, 0]
+    """
+    turn = pd.Series(labels).groupby(labels).cumcount().to_numpy()
+    return (labels + 1 + turn % (count - 1)) % count
 
 
 def _members(mask) -> int:

@@ -93,15 +93,9 @@ def active(study, variant: str = "tuned") -> np.ndarray:
 
 
 def written(study, positions: str = "prompt", variant: str = "tuned") -> np.ndarray:
-    """`contribution` of a pair's neurons to each row, float32 [I, M], at positions by name. The
-    study remembers it.
-    """
-
-    def read():
-        encoded, model = study.encoded(positions, variant), study.model(variant)[0]
-        return _neurons_of(contribution(model, encoded, study.profile.batch_tokens))
-
-    return study.once((variant, "written", positions), read)
+    """`contribution` of a pair's neurons to each row, float32 [I, M], at positions by name."""
+    encoded, model = study.encoded(positions, variant), study.model(variant)[0]
+    return _neurons_of(contribution(model, encoded, study.profile.batch_tokens))
 
 
 def blamed(study, variant: str = "tuned") -> np.ndarray:

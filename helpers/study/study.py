@@ -25,7 +25,7 @@ from ..hexainst.schema import load_hexainst
 from ..paths import counts_dir
 from ..record import DamagedFile, NotTestable, UserError, cached, digest, versions
 from . import counting
-from .answers import SHORT, answer_ids, greedy_answers, spoken
+from .answers import LOOSE, SHORT, answer_ids, greedy_answers, spoken
 from .counting import COUNTING, FORMAT, SHARD, Gathered
 from .equal_length import SIZE, Draws, draw_path, draw_settings, with_draws
 from .losses import Losses
@@ -381,6 +381,7 @@ class Study:
         return {
             "most": self.profile.max_new_tokens,
             "checkers": self.digest("checkers"),
+            "padding": LOOSE,
             **SHORT,
         }
 
