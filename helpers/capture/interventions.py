@@ -158,10 +158,9 @@ def ablate(
 ):
     """While the context is open the masked components are ablated; an empty mask is a no-op.
 
-    operator   neurons: "zero", h := 0; "mean", h := its mean on reference text; "resample", h :=
-               its value at a random reference position, drawn anew for each token, one position
-               for all neurons of an MLP. Experts: "reroute", as if they had been deleted, so the
-               next best one steps in; "drop", still chosen, at weight 0, the others' unchanged.
+    operator   neurons: "zero", h := 0; "mean", h := its mean on reference text; "resample", h at a
+               reference position, drawn for each token and MLP. Experts: "reroute", as if they
+               were deleted, so the next best one steps in; "drop", still chosen, at weight 0.
     reference  for "mean" and "resample"; seed, of "resample": its draws follow the batches' order.
     how        for "zero": "weights" zeroes columns of the down projection, "hook" edits its input:
                equal results. "auto": weights where they are what runs and no other layer's.
@@ -197,8 +196,8 @@ def ablate(
             else:
                 value = _replacement(site, operator, reference, seed + number)
                 _edit_neurons(stack, site, part, value, fired, where)
-        for part in {model, model.base_model}:  # losses run the trunk alone
-            stack.callback(part.register_forward_hook(lambda *_: ran.append(True)).remove)
+        for module in {model, model.base_model}:  # losses run the trunk alone
+            stack.callback(module.register_forward_hook(lambda *_: ran.append(True)).remove)
         if parts:
             stack.enter_context(altered(model, operator, seed, mask))
         stack.enter_context(whole(model, operator == "resample"))
