@@ -618,16 +618,19 @@ def test_the_paragraph_on_tunings_takes_each_number_from_its_own_test(tmp_path):
     verdicts.to_csv(tmp_path / "tuning_verdicts.csv")
     said = report.tunings(tmp_path)
     named = {
-        ("tuning-improves", "likelier", "full"): "rows likelier in ",
-        ("tuning-improves", "gain", "continued"): "does so in 1.000 [0.500, 1.500] and ",
+        ("tuning-improves", "likelier", "full"): "likelier, in nats per token, in ",
+        ("tuning-improves", "gain", "full"): "own instruction help more in ",
+        ("tuning-improves", "likelier", "continued"): "The control does the first in ",
+        ("tuning-improves", "gain", "continued"): "and the last in ",
         ("tuning-beyond-noise", "neurons", "full"): "beyond the noise floor by ",
-        ("tuning-beyond-continued", "neurons", "full"): "language modelling does by ",
+        ("tuning-beyond-continued", "neurons", "full"): "further than the control: ",
         ("tuning-own-category", "neurons", "alone"): "more than others' by ",
-        ("tuning-matter", "kept", "full"): "losing what it kept there ",
+        ("tuning-matter", "kept", "full"): "that it kept there costs ",
         ("tuning-weights", "neurons", "full"): "change in frequency is ",
         ("tuning-weights", "neurons", "continued"): "under the control ",
     }
     for place, words in named.items():
         value = float(places.index(place))
         assert f"{words}{value:.3f} [{value - 0.5:.3f}, {value + 0.5:.3f}]" in said
+    assert "whose sources it never saw, in -1.000 [-0.500, 0.500]" in said
     assert "Supported: `a` (x, y); mixed: `b` (x); not supported: none." in said

@@ -109,6 +109,14 @@ def test_doses_hurt_at_once_and_no_step_after_it_counts(needed):
     assert nulls["increase"].max() < first / 2
 
 
+def test_of_fewer_than_three_steps_no_second_least_is_told():
+    one = Needed(planted.study(**SETTINGS | {"sizes": (0.01, 0.02, 0.05)}))
+    fits = one.doses()[1]
+    assert fits["second least step"].isna().all()
+    assert fits["slope"].notna().all()
+    assert not any("second_least" in key for key in one.numbers)
+
+
 def test_groups_that_are_no_categories_have_less_specific_sets(needed):
     table = needed.pseudo().set_index("measured on")
     assert table.loc["all", "category"] > 0.1

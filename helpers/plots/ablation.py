@@ -124,11 +124,12 @@ def damage(table: pd.DataFrame) -> Figure:
             if not null and row.plain > row.own + 0.05:
                 at = {"xytext": (4, -2), "textcoords": "offset points", "fontsize": SMALLEST}
                 ax.annotate(row.category, (row.plain, row.own), **at)
-        most = float(np.abs(part[["plain", "own"]]).max().max()) * 1.1
-        line = np.linspace(-most, most, 401)
-        ax.plot(line, line, label="as much damage to any text", **NULL)
+        both = part[["plain", "own"]].to_numpy()
+        ends = 1.5 * min(both.min(), -0.01), 1.5 * max(both.max(), 0.01)
+        ax.plot(ends, ends, label="as much damage to any text", **NULL)
         ax.set_xscale("symlog", linthresh=0.01)
         ax.set_yscale("symlog", linthresh=0.01)
+        ax.set(xlim=ends, ylim=ends)
         ax.set(title=title(pair, part), xlabel="general: increase of plain text's loss, nats")
     label_left(drawn, "specific: increase of the\nown category's loss, nats")
     dot = {"marker": "o", "linestyle": ""}

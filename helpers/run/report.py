@@ -125,21 +125,26 @@ def claims_table(folders) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _by_category(numbers, measure) -> list:
-    named = re.compile(rf"ability\.tuned\.all\..+\.{measure}")
-    found = [value for key, value in numbers.items() if named.fullmatch(key)]
+def _spread(numbers, keys, form="{:.2f}") -> str:
+    """The smallest and the largest number whose key matches, one of each category."""
+    found = _matching(numbers, keys)
+    return f"{form.format(min(found))} to {form.format(max(found))}"
+
+
+def _matching(numbers, keys) -> list:
+    found = [value for key, value in numbers.items() if re.fullmatch(keys, key)]
     if not found:
-        raise KeyError(measure)
+        raise KeyError(keys)
     return found
 
 
-def _spread(numbers, measure) -> str:
-    found = _by_category(numbers, measure)
-    return f"{min(found):.2f} to {max(found):.2f}"
+def _able(numbers) -> str:
+    measures = [rf"ability\.tuned\.all\..+\.{name}" for name in ("strict", "first")]
+    return " / ".join(_spread(numbers, keys) for keys in measures)
 
 
 def _gains(numbers) -> str:
-    ends = _by_category(numbers, "gain_ci")
+    ends = _matching(numbers, r"ability\.tuned\.all\..+\.gain_ci")
     return f"{sum(low > 0 for low, _ in ends)} of {len(ends)} categories"
 
 
@@ -156,21 +161,37 @@ def _one(key):
     return said
 
 
+def _lost(score):
+    """Own effect beyond the hardest control; loss of plain text under the same sets."""
+    key = f"ablation.equal.{score}"
+    own = _one(f"{key}.all.critical")
+    return lambda numbers: f"{own(numbers)}; {numbers[f'{key}.plain_text']:.2f}"
+
+
+def _specific(score):
+    """Own effect minus the others', its p, and the same category by category."""
+    key = f"ablation.equal.{score}.all"
+    mean, each = _one(f"{key}.specificity"), rf"{re.escape(key)}\..+\.specific"
+    return lambda n: f"{mean(n)}, p {n[f'{key}.p']:.3f}; {_spread(n, each)}"
+
+
 FOUND = {  # a question; what the summary's numbers of a pair answer
-    "answers that the strict checkers pass, by category": lambda n: _spread(n, "strict"),
-    "right answer likeliest of a few, by category": lambda n: _spread(n, "first"),
+    "answers that pass the strict checkers (no program is run) / right answer likeliest of a few, "
+    "by category": _able,
     "the own instruction makes the reference likelier in": _gains,
+    "instructions of one category alike beyond a null that keeps runs of tokens, by category": (
+        lambda n: _spread(n, r"overlap\.neurons\.all\..+\.bursty_excess")
+    ),
     "neurons in one consensus set / in all of them": _members,
-    "losing the most frequent 5 %, beyond the hardest control, nats per token": _one(
-        "ablation.equal.frequency.all.critical"
+    "losing the most frequent 5 %, nats per token: own category beyond the hardest control; plain "
+    "text": _lost("frequency"),
+    "by frequency: own category minus the others, mean [interval], p before Holm; by category": (
+        _specific("frequency")
     ),
-    "by frequency, own category minus the others": _one("ablation.equal.frequency.all.specificity"),
-    "losing 5 % by contribution, beyond the hardest control": _one(
-        "ablation.equal.contribution.all.critical"
+    "losing 5 % by contribution: own category beyond the hardest control; plain text": _lost(
+        "contribution"
     ),
-    "by contribution, own category minus the others": _one(
-        "ablation.equal.contribution.all.specificity"
-    ),
+    "by contribution: own category minus the others": _specific("contribution"),
     "layers of two categories alike, tuned / untrained": lambda n: (
         f"{n['layers.neurons.all.stability']:.3f} / {n['layers.neurons.all.twin']:.3f}"
     ),
@@ -231,11 +252,10 @@ def tunings(folder) -> str:
     numbers with their intervals.
     """
     tests, verdicts = (pd.read_csv(Path(folder) / name) for name in TUNED)
-    tests = tests[tests["half"] == "all"]
 
-    def told(name, component="neurons", pair="full"):
+    def told(name, component="neurons", pair="full", half="all"):
         mine = (tests["id"] == name) & (tests["components"] == component) & (tests["pair"] == pair)
-        return effect_cell(tests[mine], null=False)
+        return effect_cell(tests[mine & (tests["half"] == half)], null=False)
 
     def listed(verdict):
         some = verdicts[verdicts["verdict"] == verdict].groupby("id", sort=False)["components"]
@@ -245,30 +265,34 @@ def tunings(folder) -> str:
     most = max(run["losses"][-1][1] for run in runs.values())
     return " ".join(
         (
-            f"It was tuned {len(runs)} ways by {most:,} tokens at most, one of them plain text, "
-            "the control. In how many of six categories, smallest effect to largest; else effect "
-            "[95 % interval]. Instruction tuning makes the references of unseen rows likelier in "
-            f"{told('tuning-improves', 'likelier')} nats per token, and the row's own instruction "
-            f"help more in {told('tuning-improves', 'gain')}; continued language modelling on "
-            "words of the same rows does so in "
-            f"{told('tuning-improves', 'likelier', 'continued')} and "
+            f"It was tuned in {len(runs)} ways, each by at most {most:,} tokens; one of them, "
+            "continued language modelling on words of the same rows, is the control. *k of 6: a to "
+            "b* says in how many categories an effect is supported, and its smallest and largest "
+            "value; other numbers are effects with 95 % intervals. Instruction tuning makes the "
+            "references of rows it never saw likelier, in nats per token, in "
+            f"{told('tuning-improves', 'likelier')}; of the rows whose sources it never saw, in "
+            f"{told('tuning-improves', 'likelier', half='ai')}. It makes the row's own instruction "
+            f"help more in {told('tuning-improves', 'gain')}. The control does the first in "
+            f"{told('tuning-improves', 'likelier', 'continued')}, and the last in "
             f"{told('tuning-improves', 'gain', 'continued')}.",
-            f"It moves the sets beyond the noise floor by {told('tuning-beyond-noise')}, and "
-            "further than continued language modelling does by "
-            f"{told('tuning-beyond-continued')} (below 0: not as far). Two seeds of it end "
-            "more alike than it and the continued model do, by "
-            f"{told('tuning-beyond-seed')}: the two go different ways.",
+            "Instruction tuning moves the sets beyond the noise floor by "
+            f"{told('tuning-beyond-noise')}. How much further than the control: "
+            f"{told('tuning-beyond-continued')} (below 0: less far). Two seeds of it end more "
+            f"alike than it and the control do, by {told('tuning-beyond-seed')}: the two go "
+            "different ways.",
             "Tuning on MATH alone moves MATH's sets more than others' by "
-            f"{told('tuning-own-category', pair='alone')}. The most moved tenth of the neurons "
-            f"carries {told('tuning-transplant', 'forward')} nats more of the tuning than random "
-            "tenths. Losing what it moved into a category's set costs "
-            f"{told('tuning-matter', 'gained')} more than losing random neurons, losing what it "
-            f"kept there {told('tuning-matter', 'kept')}.",
+            f"{told('tuning-own-category', pair='alone')}. How much more of the tuning the most "
+            "moved tenth of the neurons carries than random tenths, in nats: "
+            f"{told('tuning-transplant', 'forward')} (below 0: less). Losing what it moved into a "
+            f"category's set costs {told('tuning-matter', 'gained')} more than losing random "
+            f"neurons; losing the larger part that it kept there costs "
+            f"{told('tuning-matter', 'kept')} more.",
             "The rank correlation of a neuron's change in weights with its change in frequency is "
             f"{told('tuning-weights')}, under the control "
             f"{told('tuning-weights', pair='continued')}.",
             f"Supported: {listed('supported')}; mixed: {listed('mixed')}; not supported: "
-            f"{listed('not supported')}. The control differs from the tuning in format, pairing, "
+            f"{listed('not supported')}. `tuning-improves` judges all tunings, the control among "
+            "them. The control differs from the tuning in format, pairing, "
             "loss and effort together; which of them matters it does not say.",
         )
     )

@@ -741,10 +741,10 @@ def _said(pair, unit, numbers):
         )
     if f"alteration.{key}.smaller_lead" in numbers:
         first = numbers[f"alteration.{key}.smaller_lead_ci"][0] > 0
-        told = "" if first else "not "
+        told = "by both metrics" if first else "by one metric at most"
         yield (
-            f"{pair}, {unit}: that components change before accuracy does is {told}supported by "
-            f"both metrics; the smaller lead is {_value(numbers, key, 'smaller_lead')}."
+            f"{pair}, {unit}: that components change before accuracy does is seen {told}; the "
+            f"smaller of the two leads is {_value(numbers, key, 'smaller_lead')}."
         )
 
 

@@ -29,6 +29,7 @@ from .ablation import KINDS, measure, own_effect, pooled, spared
 from .evaluate import WHERE, ablation_matrix, accuracy, gain_lost, plain_text_nll, scored
 from .scores import reference_activations, sets_of, standing, written
 
+STEPS = 3  # between sizes of set: of fewer, the second least may be the one jump
 TESTED = ("frequency", "contribution")  # the paper's score, and ours: scores of the headline
 
 
@@ -165,7 +166,8 @@ class Needed:
 
     def doses(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """(curve, fits): damage at each share of the neurons, beside random sets of the same
-        layers and neurons in one random order; slopes and the second least step by score.
+        layers and neurons in one random order; slopes and, of STEPS steps or more, the second
+        least step by score.
         """
         lines, fits, sizes = [], [], self.profile.sizes
         for score in TESTED:
@@ -192,18 +194,21 @@ class Needed:
         prefix = f"ablation.dose.{score}.{level}"
         names = (("slope", "estimate"), ("slope_ci", "ci"), ("p", "p"), ("sees", "sees"))
         self.numbers |= {f"{prefix}.{name}": fit[key] for name, key in names}
+        row = {"pair": self.study.name, "score": score, "measured on": level}
+        row |= {"slope": fit["estimate"], "low": fit["ci"][0], "high": fit["ci"][1]}
+        row |= {"p": fit["p"], "sees": fit["sees"]}
+        if len(parts) - 1 < STEPS:
+            return row | dict.fromkeys(("second least step", "its low", "its p"))
         steps = []
         for one, two in zip(parts, parts[1:], strict=False):
             steps.append(slope_of([one, two], groups, [-1.0, 1.0], *settings))
-        second = sorted(steps, key=lambda step: step["estimate"])[min(1, len(steps) - 1)]
+        second = sorted(steps, key=lambda step: step["estimate"])[1]
         self.numbers |= {
             f"{prefix}.second_least": second["estimate"],
             f"{prefix}.second_least_ci": second["ci"],
             f"{prefix}.p_second_least": second["p"],
         }
-        row = {"pair": self.study.name, "score": score, "measured on": level}
-        row |= {"slope": fit["estimate"], "low": fit["ci"][0], "high": fit["ci"][1]}
-        row |= {"p": fit["p"], "sees": fit["sees"], "second least step": second["estimate"]}
+        row |= {"second least step": second["estimate"]}
         return row | {"its low": second["ci"][0], "its p": second["p"]}
 
     def _curve(self, score, doses, groups) -> list[dict]:

@@ -887,7 +887,7 @@ def _say_left(part):
     tuned, base = _variants(part)
     left = _value(tuned, "smallest", "p_smallest", "smallest_detectable")
     beside = "" if base is None else f"; in the base {base['smallest']:.3f}"
-    return f"All controls leave {left} (`{tuned['smallest_is']}`, the smallest of three){beside}."
+    return f"The controls leave {left} (`{tuned['smallest_is']}`, the smallest of three){beside}."
 
 
 def _say_read(part):
