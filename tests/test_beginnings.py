@@ -166,6 +166,18 @@ def test_a_cache_that_cannot_be_shared_means_reading_whole(monkeypatch):
     np.testing.assert_allclose(nll(model, encoded, 40), alone(model, encoded), rtol=2e-5)
 
 
+def test_a_beginning_that_a_pass_alters_is_not_taken(monkeypatch):
+    update = Begun.update
+
+    def altering(self, keys, values, layer, *options):
+        found = update(self, keys, values, layer, *options)
+        self.layers[layer].keys = self.layers[layer].keys * 1.01
+        return found
+
+    monkeypatch.setattr(Begun, "update", altering)
+    assert not reads_apart(zoo.build("llama"))
+
+
 def test_a_beginning_that_gives_something_else_is_not_taken(monkeypatch):
     behind = beginnings.behind
 
