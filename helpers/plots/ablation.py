@@ -70,8 +70,8 @@ def league(table: pd.DataFrame) -> Figure:
         ax.set(title=title(pair, part), xlabel="own effect - hardest control (95 % CI)")
         ax.set_yticks(range(len(scores)), [f"{s} *" if s in seen else s for s in scores])
         ax.set_ylim(len(scores) - 0.4, -0.6)
-    said = "share ablated.  Grey: null.  * has seen references of the choosing half"
-    legend_below(fig, drawn, len(sizes), title=said)
+    said = "share ablated.  * has seen references of the choosing half"
+    legend_below(fig, drawn, len(sizes) + 1, [entry("null", **NULL)], said)
     return fig
 
 

@@ -16,6 +16,7 @@ from .style import (
     legend_below,
     markers,
     panels,
+    title,
 )
 
 BOXES = {"fliersize": 2, "linewidth": 1, "width": 0.7}
@@ -105,7 +106,6 @@ def ability(table: pd.DataFrame) -> Figure:
             ax.errorbar(x, own["value"], bars, label=f"{model}, half {half}", **look)
         ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0)
         measure = panel.rpartition(": ")[2]
-        most = int(part["n"].max())
-        ax.set(title=f"{panel.rpartition(': ')[0]} (n = {most})", ylabel=MEASURED[measure])
+        ax.set(title=title(panel.rpartition(": ")[0], part), ylabel=MEASURED[measure])
     legend_below(fig, drawn, handles=[entry("null: 0, or candidates drawn", **NULL)])
     return fig

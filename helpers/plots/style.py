@@ -87,8 +87,11 @@ def panels(table: pd.DataFrame, column: str, size, per_row: int = 3, **axes):
 
 
 def title(name: str, part: pd.DataFrame) -> str:
-    """A panel's title: its name and, where the table has a column `n`, the largest n."""
-    return f"{name} (n = {int(part['n'].max())})" if "n" in part else name
+    """A panel's title: its name and, where the table has a column `n`, the range of n."""
+    if "n" not in part:
+        return name
+    least, most = int(part["n"].min()), int(part["n"].max())
+    return f"{name} (n = {most})" if least == most else f"{name} (n = {least} to {most})"
 
 
 def label_left(drawn, label: str) -> None:
