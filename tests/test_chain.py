@@ -2,6 +2,7 @@
 interrupted chain resumes, and a mistake is one line on stderr.
 """
 
+import base64
 import io
 import os
 import shutil
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+from PIL import Image
 
 from helpers.config import load_profile
 from helpers.paths import ROOT
@@ -589,6 +591,24 @@ def test_generated_blocks_say_what_the_files_say():
     """No number is typed into README or datasheet: their blocks are what is published."""
     for page, text in report.pages().items():
         assert page.read_text() == text
+
+
+def test_a_committed_picture_has_few_colours_and_looks_the_same():
+    pixels, drawn = np.random.default_rng(0).integers(0, 8, (40, 50, 3)) * 32, io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(drawn, "png")
+    cell = nbformat.v4.new_code_cell("draw()")
+    data = {
+        "image/png": base64.b64encode(drawn.getvalue()).decode() + "\n",
+        "text/plain": "<Figure>",
+    }
+    cell.outputs = [nbformat.v4.new_output("display_data", data)]
+    book = notebook.canonical(nbformat.v4.new_notebook(cells=[cell]))
+    small = base64.b64decode(book.cells[0].outputs[0].data["image/png"])
+    assert Image.open(io.BytesIO(small)).mode == "P"
+    found = np.asarray(Image.open(io.BytesIO(small)).convert("RGB")).astype(int)
+    assert np.abs(found - pixels).mean() < 16
+    again = notebook.canonical(book).cells[0].outputs[0].data
+    assert base64.b64decode(again["image/png"]) == small
 
 
 def test_a_claim_about_categories_says_how_many_hold_and_how_they_spread():

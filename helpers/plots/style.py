@@ -2,6 +2,7 @@
 
 from functools import wraps
 from io import BytesIO
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -53,17 +54,26 @@ def markers(names) -> dict:
     return {name: SHAPES[i % len(SHAPES)] for i, name in enumerate(names)}
 
 
+def few_colours(png: bytes) -> bytes:
+    """A PNG of 256 colours, a third of the size; one that has no more is left as it is."""
+    found = Image.open(BytesIO(png))
+    if found.mode == "P":
+        return png
+    how = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
+    pixels = BytesIO()
+    found.convert("RGB").quantize(256, **how).save(pixels, "png", optimize=True)
+    return pixels.getvalue()
+
+
 def save_figure(fig: Figure, table: pd.DataFrame, name: str, profile: str) -> None:
-    """Write figures/<profile>/<name>.png (of 256 colours: a third of the size), .svg and .csv (the
-    table it was drawn from).
+    """Write figures/<profile>/<name>.png (see `few_colours`), .svg and .csv (the table it was drawn
+    from).
     """
     checked(name, "figure")
     pixels = BytesIO()
     fig.savefig(pixels, format="png")
-    how = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
-    flat = Image.open(pixels).convert("RGB").quantize(256, **how)
     with atomic(figures_dir(profile) / f"{name}.png") as draft:
-        flat.save(draft, "png", optimize=True)
+        Path(draft).write_bytes(few_colours(pixels.getvalue()))
     with atomic(figures_dir(profile) / f"{name}.svg") as draft:
         fig.savefig(draft, metadata={"Date": None})
     write_table(figures_dir(profile) / f"{name}.csv", table)

@@ -1,5 +1,6 @@
 """One notebook: read, checked against its parameters, executed by a kernel of this Python."""
 
+import base64
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from papermill.parameterize import parameterize_notebook
 
 from ..capture.budget import LEDGER
 from ..paths import NOTEBOOKS, ROOT, short
+from ..plots.style import few_colours
 from ..record import UserError, atomic
 from .progress import Progress
 from .stopping import kernel_files
@@ -230,11 +232,19 @@ class Execution:
 
 def canonical(book):
     """An executed notebook without what changes from run to run: timings, stderr, papermill
-    traces, cuts in stdout.
+    traces, cuts in stdout; its pictures in few colours.
     """
     book.metadata = nbformat.from_dict(PYTHON)
     for cell in book.cells:
         cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags" and v}
         if cell.cell_type == "code":
             cell.outputs = coalesce_streams([o for o in cell.outputs if o.get("name") != "stderr"])
+            for output in cell.outputs:
+                _shrink(output.get("data", {}))
     return book
+
+
+def _shrink(data) -> None:
+    if "image/png" in data:
+        small = few_colours(base64.b64decode(data["image/png"]))
+        data["image/png"] = base64.b64encode(small).decode()
