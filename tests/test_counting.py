@@ -425,6 +425,8 @@ def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
     assert command.main(["count", "--profile", "mine", "--variants", "tuned"]) == 0
     assert sorted(p.name for p in (tmp_path / "mine/pair/tuned").iterdir()) == [
         "drawn-16",
+        "drawn-32",
+        "drawn-8",
         "prompt",
         "prompt-even",
         "prompt-odd",

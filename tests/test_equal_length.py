@@ -20,6 +20,8 @@ from helpers.record import NotTestable, RecordMismatch, UserError
 from helpers.study import equal_length as room
 from helpers.study import study as study_room
 from helpers.study.equal_length import (
+    RULES,
+    SIZES,
     cut,
     draw,
     equal_routing_similarity,
@@ -179,6 +181,23 @@ def test_too_short_instructions_are_not_testable(setting):
         draw(study, "tuned", 200)
     with pytest.raises(UserError, match="1 to 255"):
         draw(study, "tuned", 300)
+
+
+def test_the_pass_that_counts_draws_all_sizes_of_the_tuned_model(setting, monkeypatch):
+    study, folder = setting
+    study.counts("tuned")
+    ledger = folder / "x.tokens.jsonl"
+    monkeypatch.setenv(budget.LEDGER, str(ledger))
+    made = [draw(study, "tuned", size) for size in SIZES[:2]]
+    assert not ledger.exists()
+    for path in folder.rglob("drawn-*/*.*"):
+        path.unlink()
+    for size, before in zip(SIZES, made, strict=False):
+        again = draw(study, "tuned", size)
+        assert (again.rows == before.rows).all()
+        for rule in RULES:
+            assert (again.sets["neurons"][rule] == before.sets["neurons"][rule]).all()
+    assert ledger.exists()
 
 
 def test_several_sizes_are_drawn_in_one_pass_and_are_those_drawn_alone(setting, monkeypatch):

@@ -21,6 +21,7 @@ from ..record import NotTestable, UserError, cached
 from .counting import SHARD
 
 RULES, SIZE = ("quantile", "exact"), 16  # tie rules; positions of the headline
+SIZES = (8, SIZE, 32)  # how many positions are drawn of the tuned model's instructions
 
 
 class Drawn(NamedTuple):
@@ -154,8 +155,8 @@ def draw(study, variant: str = "tuned", size: int = 16, beside=()) -> Drawn:
     whole study's rows; from disk if there.
 
     One file per shard of instructions, with its record: an interrupted run goes on where it was.
-    Those of SIZE positions are made by the pass that makes the counts, those of the sizes `beside`
-    by the pass that makes these.
+    Those of SIZE positions (of the tuned model: SIZES) are made by the pass that makes the counts,
+    those of other sizes `beside` by the pass that makes these.
     """
     if study.whole is not study:
         raise UserError("draw: a part of a study; draws are those of the whole. Use study.whole.")

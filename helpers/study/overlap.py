@@ -791,7 +791,7 @@ def _shuffled(overlap, shuffles) -> np.ndarray:
     return np.stack(draws)
 
 
-def over_length(overlaps: dict, sizes=(8, 16, 32)) -> pd.DataFrame:
+def over_length(overlaps: dict, sizes=equal_length.SIZES) -> pd.DataFrame:
     """The gap of wordings at equal length, minus its null, over the number of drawn positions:
     pair, positions, instructions, gap of each unit, note.
     """

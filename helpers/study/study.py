@@ -27,7 +27,7 @@ from ..record import DamagedFile, NotTestable, UserError, cached, digest, versio
 from . import counting
 from .answers import LOOSE, SHORT, answer_ids, greedy_answers, spoken
 from .counting import COUNTING, FORMAT, SHARD, Gathered
-from .equal_length import SIZE, Draws, draw_path, draw_settings, with_draws
+from .equal_length import SIZE, SIZES, Draws, draw_path, draw_settings, with_draws
 from .losses import Losses
 from .reading import encode_once, encode_rows
 
@@ -332,17 +332,18 @@ class Study:
         also makes the file's counts at the other positions and at equal length, where missing.
         """
         model, part, profile = self.reader(variant)[0], self.take(rows), self.profile
-        k, settings = rows[0] // SHARD, (SIZE, profile.draws)
-        drawn = Draws(rows, *settings, profile.epsilon, profile.seed)
+        k, draws, gathered = rows[0] // SHARD, {}, Gathered()
         if positions == "generated":
             answers = part.encoded("generated", variant)
             some = [Encoded(e.ids, e.counted, {"generated": e.counted}) for e in answers]
         else:
-            some = with_draws(part.reading(variant, positions), rows, *settings, profile.seed)
-        gathered = Gathered()
+            some = part.reading(variant, positions)
+            for size in SIZES if variant == "tuned" else (SIZE,):
+                some = with_draws(some, rows, size, profile.draws, profile.seed)
+                draws[size] = Draws(rows, size, profile.draws, profile.epsilon, profile.seed)
         for batch, counts in passes(model, some, profile.batch_tokens, progress=bar):
             gathered(batch, counts)
-            if positions != "generated":
+            for drawn in draws.values():
                 drawn(batch, counts)
         found, names = counting.made_with(model), [n for n in some[0].groups if "drawn" not in n]
         if k == 0:
@@ -351,9 +352,9 @@ class Study:
             shards = self._shards(variant, name)
             if name != positions and shards.missing([k]):
                 shards.write(k, gathered.counts(name), found)
-        if positions != "generated":
-            path = draw_path(self, variant, SIZE, k)
-            cached(path, draw_settings(self, variant), lambda: (drawn.arrays(), {}))
+        for size, drawn in draws.items():
+            path, want = draw_path(self, variant, size, k), draw_settings(self, variant, size)
+            cached(path, want, lambda drawn=drawn: (drawn.arrays(), {}))
         return gathered.counts(positions), found
 
     def settings(self, variant: str = "tuned", positions: str = "prompt") -> dict:
