@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from helpers.analysis.dose import hinge
 from helpers.capture import budget
 from helpers.capture.interventions import Places, ablate
 from helpers.hexainst.schema import CATEGORIES
@@ -107,12 +108,20 @@ def test_doses_hurt_at_once_and_no_step_after_it_counts(needed):
     assert needed.numbers["ablation.dose.contribution.all.second_least"] < 0.05
     nulls = curve[curve["line"].str.startswith("null")]
     assert nulls["increase"].max() < first / 2
+    row = at.loc[("contribution", "all")]
+    assert row["bends at"] in (2.0, 5.0)
+    assert 2.0 <= row["from"] <= row["to"] <= 5.0
+    mine = curve.pivot(index="share", columns="line", values="increase")
+    beyond = mine["contribution"] - mine["null: random, layers of contribution"]
+    assert row["bends at"] == hinge(100 * beyond.index, [beyond])["at"][0]
+    assert needed.numbers["ablation.dose.contribution.all.change"] == row["bends at"]
 
 
 def test_of_fewer_than_three_steps_no_second_least_is_told():
     one = Needed(planted.study(**SETTINGS | {"sizes": (0.01, 0.02, 0.05)}))
     fits = one.doses()[1]
-    assert fits["second least step"].isna().all()
+    assert fits[["second least step", "bends at"]].isna().all(axis=None)
+    assert set(fits["shape"]) == {"too few sizes to tell"}
     assert fits["slope"].notna().all()
     assert not any("second_least" in key for key in one.numbers)
 

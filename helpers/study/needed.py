@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from ..analysis.controls import layer_matched, usage_matched
+from ..analysis.dose import dose_curve
 from ..analysis.effects import critical, slope_of, slopes
 from ..analysis.generality import category_scores
 from ..analysis.sets import (
@@ -166,8 +167,8 @@ class Needed:
 
     def doses(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """(curve, fits): damage at each share of the neurons, beside random sets of the same
-        layers and neurons in one random order; slopes and, of STEPS steps or more, the second
-        least step by score.
+        layers and neurons in one random order; slopes by score and, of STEPS steps or more, the
+        second least step, the share in per cent where the curve bends, and its shape in words.
         """
         lines, fits, sizes = [], [], self.profile.sizes
         for score in TESTED:
@@ -198,7 +199,8 @@ class Needed:
         row |= {"slope": fit["estimate"], "low": fit["ci"][0], "high": fit["ci"][1]}
         row |= {"p": fit["p"], "sees": fit["sees"]}
         if len(parts) - 1 < STEPS:
-            return row | dict.fromkeys(("second least step", "its low", "its p"))
+            missing = ("second least step", "its low", "its p", "bends at", "from", "to")
+            return row | dict.fromkeys(missing, np.nan) | {"shape": "too few sizes to tell"}
         steps = []
         for one, two in zip(parts, parts[1:], strict=False):
             steps.append(slope_of([one, two], groups, [-1.0, 1.0], *settings))
@@ -209,7 +211,15 @@ class Needed:
             f"{prefix}.p_second_least": second["p"],
         }
         row |= {"second least step": second["estimate"]}
-        return row | {"its low": second["ci"][0], "its p": second["p"]}
+        row |= {"its low": second["ci"][0], "its p": second["p"]}
+        found = dose_curve(100 * np.array(self.profile.sizes), parts, groups, *settings)
+        change = found["change"]
+        self.numbers |= {
+            f"{prefix}.change": change["at"],
+            f"{prefix}.change_ci": [change["low"], change["high"]],
+        }
+        ends = {"bends at": change["at"], "from": change["low"], "to": change["high"]}
+        return row | ends | {"shape": found["shape"]}
 
     def _curve(self, score, doses, groups) -> list[dict]:
         lines = []
