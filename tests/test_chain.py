@@ -593,6 +593,18 @@ def test_generated_blocks_say_what_the_files_say():
         assert page.read_text() == text
 
 
+def test_what_the_whole_chain_took_outlives_a_run_of_some_notebooks(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "DATA", tmp_path)
+    monkeypatch.setattr(report, "results_dir", lambda name: tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    for name in ("claims.csv", "verdicts.csv"):
+        (tmp_path / "run" / name).write_text("id\na\n")
+    whole, other = {"wall_seconds": 600, "peak_rss_mb": 1000}, {"wall_seconds": 5, "peak_rss_mb": 1}
+    for summary, known in ((whole, whole), ({"peak_rss_mb": 10}, whole), (other, other)):
+        write_json(tmp_path / "run" / "summary.json", summary)
+        assert read_json(report.publish("tiny") / "summary.json") == known
+
+
 def test_a_committed_picture_has_few_colours_and_looks_the_same():
     pixels, drawn = np.random.default_rng(0).integers(0, 8, (40, 50, 3)) * 32, io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(drawn, "png")

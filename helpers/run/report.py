@@ -16,6 +16,7 @@ from .plan import plans
 PUBLISHED = ("tests.csv", "verdicts.csv")
 SHOWN = ("smollm2", "tiny")  # whose numbers have columns on the page
 TUNED = ("tuning_tests.csv", "tuning_verdicts.csv")  # the same of the claims about tunings
+WHOLE = ("wall_seconds", "peak_rss_mb")  # of a summary: what a run of the whole chain took
 PLANNED = {  # README's columns: {title: (column of plans.csv, format)}
     "profile": ("profile", "`{}`"),
     "pair": ("pair", "{}"),
@@ -344,13 +345,18 @@ def effect_cell(tests, null: bool = True) -> str:
 
 def publish(profile: str) -> Path:
     """Copy a run's ledger and summary, which hold no text of others, to data/published/<profile>:
-    every test, every verdict, every headline number. The folder.
+    every test, every verdict, every headline number. The folder. What the whole chain took is kept
+    where a run of some notebooks does not say it.
     """
     folder, results = DATA / "published" / checked(profile, "profile"), results_dir(profile)
     tests, verdicts = (pd.read_csv(results / name) for name in ("claims.csv", "verdicts.csv"))
     write_table(folder / PUBLISHED[0], tests)
     write_table(folder / PUBLISHED[1], verdicts)
-    write_json(folder / "summary.json", read_json(results / "summary.json"))
+    path, summary = folder / "summary.json", read_json(results / "summary.json")
+    if "wall_seconds" not in summary and path.is_file():
+        before = read_json(path)
+        summary |= {name: before[name] for name in WHOLE if name in before}
+    write_json(path, summary)
     for name in TUNED:
         if (results / name).is_file():
             write_table(folder / name, pd.read_csv(results / name))
