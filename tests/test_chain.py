@@ -593,6 +593,34 @@ def test_generated_blocks_say_what_the_files_say():
         assert page.read_text() == text
 
 
+def test_the_table_of_findings_takes_each_number_from_its_own_key(tmp_path):
+    numbers, at = {"membership.neurons.1": 1234, "membership.neurons.2": 7}, "ablation.equal"
+    for n, (category, gain) in enumerate((("A", [0.1, 2.0]), ("B", [-0.1, 2.0]))):
+        able = f"ability.tuned.all.{category}"
+        numbers |= {f"{able}.strict": 0.11 + n, f"{able}.first": 0.22 + n, f"{able}.gain_ci": gain}
+        numbers[f"overlap.neurons.all.{category}.bursty_excess"] = 0.33 + n
+        for m, score in enumerate(("frequency", "contribution")):
+            numbers[f"{at}.{score}.all.{category}.specific"] = 0.44 + n + 10 * m
+    for m, score in enumerate(("frequency", "contribution")):
+        key = f"{at}.{score}"
+        numbers |= {f"{key}.all.critical": 3.0 + m, f"{key}.all.critical_ci": [2.5, 3.5]}
+        numbers |= {f"{key}.all.specificity": 5.0 + m, f"{key}.all.specificity_ci": [4.5, 5.5]}
+        numbers |= {f"{key}.all.p": 0.017 + m / 100, f"{key}.plain_text": 7.0 + m}
+    write_json(tmp_path / "summary.json", {"pairs": {"one": numbers}})
+    rows = [line.split(" | ") for line in report.findings([tmp_path]).splitlines()[2:]]
+    assert [row[1].removesuffix(" |") for row in rows] == [
+        "0.11 to 1.11 / 0.22 to 1.22",
+        "1 of 2 categories",
+        "0.33 to 1.33",
+        "1,234 / 7",
+        "3.00 [2.50, 3.50]; 7.00",
+        "5.00 [4.50, 5.50], p 0.017; 0.44 to 1.44",
+        "4.00 [2.50, 3.50]; 8.00",
+        "6.00 [4.50, 5.50], p 0.027; 10.44 to 11.44",
+        *"---",
+    ]
+
+
 def test_what_the_whole_chain_took_outlives_a_run_of_some_notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "DATA", tmp_path)
     monkeypatch.setattr(report, "results_dir", lambda name: tmp_path / "run")

@@ -424,9 +424,9 @@ def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
     monkeypatch.setattr(room, "load_hexainst", lambda dataset, subset: every)
     assert command.main(["count", "--profile", "mine", "--variants", "tuned"]) == 0
     assert sorted(p.name for p in (tmp_path / "mine/pair/tuned").iterdir()) == [
-        "drawn-16",
-        "drawn-32",
-        "drawn-8",
+        "drawn-16-0.05",
+        "drawn-32-0.05",
+        "drawn-8-0.05",
         "prompt",
         "prompt-even",
         "prompt-odd",

@@ -148,14 +148,17 @@ def test_sets_on_disk_are_those_of_the_counts_and_an_interrupted_run_goes_on(set
         assert (sets[:, 1] == top_sets(counts[:, 1].astype(int), profile.epsilon)[0]).all()
         assert np.allclose(drawn.total[unit], counts.sum((0, 1)))
         assert np.allclose(drawn.level[unit] * SIZE, counts.mean((1, 2)))
-    next(folder.glob("test/pair/tuned/drawn-6/drawn-00001.safetensors")).unlink()
+    next(folder.glob("test/pair/tuned/drawn-6-*/drawn-00001.safetensors")).unlink()
     again = draw(study, "tuned", SIZE)
     assert all((again.sets[u][r] == drawn.sets[u][r]).all() for u in drawn.sets for r in room.RULES)
+    other = Study(dataclasses.replace(profile, epsilon=0.1), study.pair, study.rows)
+    smaller = draw(other, "tuned", SIZE).sets["neurons"]["exact"]  # beside the others
+    assert np.bitwise_count(smaller).sum() < np.bitwise_count(drawn.sets["neurons"]["exact"]).sum()
     study.close()
     monkeypatch.setattr(study_room, "open_model", None)  # all shards are there: no model is opened
     draw(study, "tuned", SIZE)
-    other = dataclasses.replace(profile, epsilon=0.1)
-    with pytest.raises(RecordMismatch, match="epsilon"):
+    other = dataclasses.replace(profile, seed=1)
+    with pytest.raises(RecordMismatch, match="draw_seed"):
         draw(Study(other, study.pair, study.rows), "tuned", SIZE)
     with pytest.raises(UserError, match="draws are those of the whole"):
         draw(study.take([0, 1]), "tuned", SIZE)
@@ -209,7 +212,7 @@ def test_several_sizes_are_drawn_in_one_pass_and_are_those_drawn_alone(setting, 
     draw(study, "tuned", 3, (SIZE, 3))
     [row] = budget.spent(budget.lines_of(ledger)).values()
     assert row["tokens"] == sum(len(e.ids) for e in study.reading("tuned"))
-    places = [path for size in (SIZE, 3) for path in sorted(folder.rglob(f"drawn-{size}/*.*"))]
+    places = [path for size in (SIZE, 3) for path in sorted(folder.rglob(f"drawn-{size}-*/*.*"))]
     together = [path.read_bytes() for path in places]
     assert len(together) >= 8
     for path in places:

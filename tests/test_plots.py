@@ -163,3 +163,9 @@ def test_a_figure_is_kept_as_pixels_of_few_colours_lines_and_table(tmp_path, mon
     assert drawn.shape[:2] == exact.shape[:2]
     assert np.abs(drawn[..., :3] - exact).max() < 0.02
     assert np.abs(drawn[..., :3] - exact).mean() < 0.005
+
+
+def test_a_title_says_the_range_of_n():
+    assert style.title("a", pd.DataFrame({"n": [5, 5]})) == "a (n = 5)"
+    assert style.title("a", pd.DataFrame({"n": [40, 0]})) == "a (n = 0 to 40)"
+    assert style.title("a", pd.DataFrame({"x": [1]})) == "a"

@@ -147,7 +147,8 @@ def draw_settings(study, variant: str = "tuned", size: int = 16) -> dict:
 
 def draw_path(study, variant: str, size: int, k: int):
     """Where the draws of the study's k-th file of instructions lie."""
-    return study.folder(variant, f"drawn-{size}") / f"drawn-{k:05d}.safetensors"
+    folder = f"drawn-{size}-{study.profile.epsilon:g}"  # another epsilon's lie beside them
+    return study.folder(variant, folder) / f"drawn-{k:05d}.safetensors"
 
 
 def draw(study, variant: str = "tuned", size: int = 16, beside=()) -> Drawn:

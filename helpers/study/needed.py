@@ -315,7 +315,7 @@ class Needed:
         return pd.DataFrame(rows)
 
     def usage(self) -> pd.DataFrame:
-        """Consensus experts rerouted, against others that are used as much; empty if dense."""
+        """Consensus experts rerouted, against those that come nearest in use; empty if dense."""
         counts, rows = self.study.counts(), []
         if counts.routed is None:
             return pd.DataFrame(rows)
@@ -804,8 +804,9 @@ ONCE = {  # beginnings of keys, what of them, the sentence around the value
         "of rows that are no categories, by {}.",
     ),
     "dose.{score}": (
-        "slope",
-        "each doubling of the share that {score} ranks first adds {} beyond random sets.",
+        "second_least",
+        "more of what {score} ranks first adds, at every step between sizes but one, at least {} "
+        "beyond random sets.",
     ),
     "sufficient.{score}": (
         "saved",
@@ -813,8 +814,8 @@ ONCE = {  # beginnings of keys, what of them, the sentence around the value
     ),
     "usage.experts": (
         "critical",
-        "losing a category's most used experts costs {} more than losing "
-        "others that are used as much.",
+        "losing a category's most used experts costs {} more than losing those of the layer that "
+        "come nearest in use (they are used less).",
     ),
 }
 
