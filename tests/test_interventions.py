@@ -333,7 +333,7 @@ def test_an_empty_mask_is_a_no_op():
         ({"dense": np.ones((1, 80))}, "zero", "found float64"),
         ({"expert": np.ones((2, 6, 33), bool)}, "zero", "expected bool \\(2, 6, 32\\)"),
         ({"routed": np.ones((2, 6), bool)}, "zero", "family 'routed'"),
-        ([(0, 1)], "zero", "ablation mask: found list"),
+        ([(0, 1)], "zero", "ablation mask: found tuple"),
         (np.ones((1, 80), bool), "zero", "ablation mask: found ndarray"),
         (pd.DataFrame({"layer": [0], "neuron": [1]}), "zero", "ablation mask: found DataFrame"),
         ({"dense": np.ones((1, 80), bool)}, "reroute", "Neurons take"),

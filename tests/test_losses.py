@@ -1,4 +1,5 @@
-"""Losses kept on disk: those of a fresh run, to the last bit; measured once, by whichever study
+"""Losses kept on disk: those of a fresh run, but for rounding (sets that are read together share
+matrix products); measured once, by whichever study
 asks first; measured again where anything that decides them is another.
 """
 
@@ -45,12 +46,12 @@ def study(checkpoint, tmp_path, monkeypatch):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """A list that grows by one whenever losses are measured."""
+    """A list that grows by one for each set, or none, that losses are measured under."""
     found, measure = [], evaluate._nll
 
-    def counted(*options):
-        found.append(1)
-        return measure(*options)
+    def counted(model, read, *options):
+        found.extend([1] * read.copies)
+        return measure(model, read, *options)
 
     monkeypatch.setattr(evaluate, "_nll", counted)
     return found
@@ -79,6 +80,7 @@ def test_what_is_kept_is_what_a_fresh_run_gives_and_is_measured_once(study, pass
 
 
 def test_an_interrupted_experiment_goes_on_at_the_set_where_it_stopped(study, monkeypatch):
+    """With a budget that holds no two sets."""
     measure, left = evaluate._nll, [3]
 
     def killed(*options):
@@ -89,11 +91,11 @@ def test_an_interrupted_experiment_goes_on_at_the_set_where_it_stopped(study, mo
 
     monkeypatch.setattr(evaluate, "_nll", killed)
     with pytest.raises(KeyboardInterrupt):
-        table(study())
+        table(study(batch_tokens=30))
     left[0] = 1
-    found = table(study())
+    found = table(study(batch_tokens=30))
     assert left == [0]
-    assert (found == table(study(resamples=7))).all()
+    assert (found == table(study(resamples=7, batch_tokens=30))).all()
     assert left == [0]
 
 
@@ -201,7 +203,7 @@ def test_a_change_of_the_code_that_measures_is_another_code(tmp_path):
 def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "losses").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
-        losses.Losses(tmp_path / "losses" / "a.jsonl", {})("a", lambda: [1.0])
+        losses.Losses(tmp_path / "losses" / "a.jsonl", {})(["a"], lambda _: [[1.0]])
 
 
 def test_a_line_cut_short_costs_its_own_set_alone(study, passes, tmp_path):
@@ -209,14 +211,14 @@ def test_a_line_cut_short_costs_its_own_set_alone(study, passes, tmp_path):
     path = next(tmp_path.rglob("ablated.jsonl"))
     path.write_bytes(path.read_bytes()[:-7])
     seen = len(passes)
-    assert (table(study()) == first).all()
+    np.testing.assert_allclose(table(study()), first, atol=1e-6)
     assert len(passes) == seen + 1
     odd = ["[1]", '"x"', "null", '["a", 3, [1]]', '{"b": ']
     settings, key, _ = json.loads(path.read_text().splitlines()[-1])
     for value in ("[NaN]", "[" * 5000, "9" * 400, "[[1]]", "1]"):
         odd.append(f'["{settings}","{key}",{value}]')
     path.write_text("\n".join([path.read_text(), *odd]))
-    assert (table(study()) == first).all()
+    np.testing.assert_allclose(table(study()), first, atol=1e-6)
     assert len(passes) == seen + 1
 
 
@@ -232,8 +234,28 @@ def test_models_that_were_handed_over_have_no_file(study, tmp_path):
 
 def test_a_loss_that_is_no_number_is_not_kept(tmp_path):
     kept = losses.Losses(tmp_path / "a.jsonl", {})
-    kept("a", lambda: [1.0, np.nan])
-    kept("b", lambda: [1.0, 2.0])
+    kept(["a", "b"], lambda missing: [[1.0, np.nan], [1.0, 2.0]])
     again = losses.Losses(tmp_path / "a.jsonl", {})
-    assert again("b", None).tolist() == [1.0, 2.0]
-    assert again("a", lambda: [3.0]).tolist() == [3.0]
+    assert again(["b"], None)[0].tolist() == [1.0, 2.0]
+    assert [x.tolist() for x in again(["b", "a", "a"], lambda missing: [[3.0]] * len(missing))] == [
+        [1.0, 2.0],
+        [3.0],
+        [3.0],
+    ]
+
+
+def test_what_was_measured_before_a_stop_is_kept(tmp_path):
+    def stopped(missing):
+        yield [1.0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        losses.Losses(tmp_path / "a.jsonl", {})(["a", "b"], stopped)
+    again, asked = losses.Losses(tmp_path / "a.jsonl", {}), []
+
+    def rest(missing):
+        asked.extend(missing)
+        return [[2.0]]
+
+    assert [x.tolist() for x in again(["a", "b"], rest)] == [[1.0], [2.0]]
+    assert asked == ["b"]

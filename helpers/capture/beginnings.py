@@ -26,41 +26,65 @@ _whole: WeakKeyDictionary = WeakKeyDictionary()  # model -> how many contexts wa
 
 
 class Begun(DynamicCache):
-    """Keys and values of one beginning (token ids `ids` [n]), [1, H, n, D] in each layer. Any
-    number of rows and passes read behind it, and leave it as it is.
+    """Keys and values of one beginning (token ids `ids` [n]), [K, H, n, D] in each layer: read K
+    times, under as many ablated sets, or once. Any number of rows and passes read behind it, and
+    leave it as it is.
     """
 
     def __init__(self, read: DynamicCache, ids: torch.Tensor):
         super().__init__()
-        self.layers, self.ids = read.layers, ids
+        self.layers, self.ids, self.sets = read.layers, ids, None
         if not all(type(layer) in KEPT for layer in self.layers):
             raise TypeError("a layer that keeps something else than keys and values")
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Keys and values [B, H, n + T, D] of the beginning and of what follows it."""
-        layer, rows = self.layers[layer_idx], len(key_states)
+        """Keys and values [B, H, n + T, D] of the beginning and of what follows it, of each row
+        under its own of `sets` [B].
+        """
+        layer, sets = self.layers[layer_idx], self.sets
+        sets = torch.zeros(len(key_states), dtype=torch.long) if sets is None else sets
         both = ((layer.keys, key_states), (layer.values, value_states))
-        return tuple(torch.cat([kept.expand(rows, -1, -1, -1), new], 2) for kept, new in both)
+        return tuple(torch.cat([kept[sets.to(new.device)], new], 2) for kept, new in both)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Sequences as they are read: the beginning that all share, a batch of one row (None: none that
-    pays), and batches of what follows it in each.
+    """Sequences [I] as they are read `copies` times over, under as many ablated sets: the beginning
+    that all share, a batch of a row for each copy (None: none that pays), and batches of what
+    follows it in each; row i of these is sequence i % I of copy i // I.
     """
 
     beginning: Batch | None
     batches: list[Batch]
+    copies: int = 1
+
+    @property
+    def rows(self) -> int:
+        """How many there are, copies included."""
+        return sum(len(batch.rows) for batch in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are read, padding included."""
+        read = [self.beginning] if self.beginning is not None else []
+        return sum(batch.input_ids.numel() for batch in (*read, *self.batches))
+
+    def sets(self, batch: Batch) -> torch.Tensor:
+        """Which copy each row of a batch belongs to, long [B]."""
+        size = 1 if batch is self.beginning else self.rows // self.copies
+        return torch.tensor(batch.rows, dtype=torch.long, device="cpu") // size
 
 
-def split(model, encoded: list[Encoded], batch_tokens: int = 8192, apart: bool = True) -> Split:
-    """How a model reads these sequences; whole if `apart` is False."""
+def split(
+    model, encoded: list[Encoded], batch_tokens: int = 8192, apart: bool = True, copies: int = 1
+) -> Split:
+    """How a model reads these sequences, `copies` times over; whole if `apart` is False."""
     size = shared(encoded) if apart and len(encoded) >= FEW else 0
     if size < LEAST or not reads_apart(model):
-        return Split(None, list(token_batches(encoded, batch_tokens)))
-    first = padded([_cut(encoded[0], slice(0, size))], [0])
-    rest = [_cut(one, slice(size, None)) for one in encoded]
-    return Split(first, list(token_batches(rest, batch_tokens, ahead=size)))
+        return Split(None, list(token_batches(encoded * copies, batch_tokens)), copies)
+    first = padded([_cut(encoded[0], slice(0, size))] * copies, range(copies))
+    rest = [_cut(one, slice(size, None)) for one in encoded] * copies
+    return Split(first, list(token_batches(rest, batch_tokens, ahead=size)), copies)
 
 
 def shared(encoded: list[Encoded]) -> int:

@@ -25,6 +25,7 @@ from ..record import DamagedFile
 LEDGER = "SPARCOM_TOKENS"  # the environment variable
 _names: WeakKeyDictionary = WeakKeyDictionary()  # model -> what the ledger calls it
 _altered: WeakKeyDictionary = WeakKeyDictionary()  # model -> digests of what is done to it now
+_apart: WeakKeyDictionary = WeakKeyDictionary()  # model -> what else is done to each sequence
 
 
 def kept_in(path) -> None:
@@ -73,6 +74,19 @@ def altered(model, *how):
 
 
 @contextmanager
+def altered_apart(model, of_each):
+    """While open, the sequences of a pass are those of different models: `of_each()` gives the
+    digest of what is done to each, [B].
+    """
+    marks = _apart.setdefault(model, [])
+    marks.append(of_each)
+    try:
+        yield
+    finally:
+        marks.pop()
+
+
+@contextmanager
 def reading(model, ids, mask, purpose: str, begun=None):
     """Around one forward pass over ids [B, T], of which mask [B, T] is no padding: its line in the
     ledger, once it has ended well. Yields a list for the numbers of tokens generated behind each
@@ -86,12 +100,15 @@ def reading(model, ids, mask, purpose: str, begun=None):
     seconds, rows = time.perf_counter() - start, ids.cpu().numpy()
     texts = [row[at] for row, at in zip(rows, mask.cpu().numpy() == 1, strict=True)]
     before = b"" if begun is None else begun.ids.cpu().numpy().tobytes()
+    under = zip(*(of_each() for of_each in _apart.get(model, ())), strict=True)
+    under = ["".join(marks).encode() for marks in under] or [b""] * len(texts)
+    whole = [how + before + text.tobytes() for how, text in zip(under, texts, strict=True)]
     line = {
         "model": _names.get(model, type(model).__name__),
         "altered": state(model),
         "purpose": purpose,
         "lengths": [len(text) for text in texts],
-        "texts": [blake2b(before + text.tobytes(), digest_size=6).hexdigest() for text in texts],
+        "texts": [blake2b(one, digest_size=6).hexdigest() for one in whole],
         "new": new,
         "padded": rows.size + len(rows) * max(new, default=0),
         "seconds": round(seconds, 6),

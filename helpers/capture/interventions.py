@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..record import UserError
 from . import bank
 from .beginnings import whole
-from .budget import altered
+from .budget import altered, altered_apart, mark
 from .sites import find_sites
 
 NEURON_OPERATORS, EXPERT_OPERATORS = ("zero", "mean", "resample"), ("reroute", "drop")
@@ -54,9 +54,12 @@ WHY_NOT = (
 
 @dataclass
 class Places:
-    """At which tokens neurons are ablated: bool [B, T], to be set before each forward pass."""
+    """Where neurons are ablated, to be set before each forward pass: `mask`, bool [B, T], at which
+    tokens; `sets`, long [B], under which of several sets each sequence is.
+    """
 
     mask: torch.Tensor | None = None
+    sets: torch.Tensor | None = None
 
 
 def _mask(mask) -> Mapping:
@@ -99,6 +102,17 @@ def parts_of(sites, mask) -> list[tuple]:
             if v.any()
         ]
     return parts
+
+
+def _stacked(sites, masks) -> list[tuple]:
+    """`parts_of` several masks, [(site, bool tensor [K, N])], in the sites' order."""
+    found = [{site.name: part for site, part in parts_of(sites, mask)} for mask in masks]
+    stacks = []
+    for site in sites:
+        if any(site.name in parts for parts in found):
+            none = torch.zeros(site.width, dtype=torch.bool, device="cpu")
+            stacks.append((site, torch.stack([parts.get(site.name, none) for parts in found])))
+    return stacks
 
 
 def columns(site) -> torch.Tensor:
@@ -164,7 +178,9 @@ def ablate(
     reference  for "mean" and "resample"; seed, of "resample": its draws follow the batches' order.
     how        for "zero": "weights" zeroes columns of the down projection, "hook" edits its input:
                equal results. "auto": weights where they are what runs and no other layer's.
-    where      at which tokens (see Places), of an MLP's neurons; everywhere if None.
+    where      at which tokens (see Places), of an MLP's neurons; everywhere if None. A list of
+               masks takes it, too: which sequence is under which of them (no routed experts, no
+               "resample").
 
     The implementation of the experts is left as it runs: a run outside the context is the baseline.
     On leaving, every hook must have fired if the model ran; that the outputs moved is for the
@@ -178,10 +194,9 @@ def ablate(
     ...     (model.model.layers[0].mlp.down_proj.weight != 0).any(0).tolist()
     [True, False, False]
     """
-    mask = _mask(mask)
-    _refuse_request(mask, operator, reference, how)
+    parts = _asked(model, mask, operator, reference, how, where)
+    shared = shared_weights(model)
     hooked, fired, ran = set(), set(), []
-    parts, shared = parts_of(find_sites(model), mask), shared_weights(model)
     with ExitStack() as stack:
         for number, (site, part) in enumerate(parts):
             weights = operator == "zero" and how != "hook" and where is None
@@ -199,13 +214,25 @@ def ablate(
         for module in {model, model.base_model}:  # losses run the trunk alone
             stack.callback(module.register_forward_hook(lambda *_: ran.append(True)).remove)
         if parts:
-            stack.enter_context(altered(model, operator, seed, mask))
+            _tell(stack, model, mask, operator, seed, where)
         stack.enter_context(whole(model, operator == "resample"))
         yield
         if ran and hooked - fired:
             raise RuntimeError(
                 f"ablate: the model ran, but nothing was edited in {sorted(hooked - fired)}."
             )
+
+
+def _asked(model, mask, operator, reference, how, where) -> list[tuple]:
+    """`parts_of` a mask, or of a list of them; refused where they are not to be ablated so."""
+    several = isinstance(mask, list)
+    masks = [_mask(one) for one in (mask if several else [mask])]
+    for one in masks:
+        _refuse_request(one, operator, reference, how)
+    if several:
+        _refuse_several(masks, operator, where)
+    sites = find_sites(model)
+    return _stacked(sites, masks) if several else parts_of(sites, masks[0])
 
 
 def _refuse_request(mask, operator, reference, how) -> None:
@@ -222,6 +249,28 @@ def _refuse_request(mask, operator, reference, how) -> None:
     if operator in ("mean", "resample") and reference is None:
         raise UserError(
             f"ablate: {operator!r} needs reference=reference_activations(model, tokenizer, texts)."
+        )
+
+
+def _tell(stack, model, mask, operator, seed, where) -> None:
+    """What the ledger is told: of several sets, which one each sequence is under."""
+    if not isinstance(mask, list):
+        stack.enter_context(altered(model, operator, seed, _mask(mask)))
+        return
+    marks = [mark(_mask(one)) for one in mask]
+    told = altered_apart(model, lambda: [marks[k] for k in where.sets.tolist()])
+    stack.enter_context(altered(model, operator, seed))
+    stack.enter_context(told)
+
+
+def _refuse_several(masks, operator, where) -> None:
+    routed = {family for mask in masks for family in mask} & {"expert", "experts"}
+    if routed or operator == "resample" or where is None or not masks:
+        raise UserError(
+            f"ablate: a list of {len(masks)} masks, operator {operator!r}, where {where}, routed "
+            f"families {sorted(routed)}. Several sets at once take neurons that are not routed, "
+            "'zero' or 'mean', and `where`, which says what sequence is under which; else one mask "
+            "a time."
         )
 
 
@@ -283,8 +332,7 @@ def _edit_neurons(stack, site, part, value, fired, where=None) -> None:
     def edit(h, ids):
         fired.add(site.name)
         at = part.to(h.device)
-        if where is not None:
-            at = at & where.mask.to(h.device).reshape(*h.shape[:-1], 1)
+        at = at if where is None else _placed(at, where, h)
         return torch.where(at if ids is None else at[ids], value(h, ids), h)
 
     if site.family == "expert":
@@ -296,6 +344,12 @@ def _edit_neurons(stack, site, part, value, fired, where=None) -> None:
         return (edit(args[0], None), *args[1:]) if inside else None
 
     stack.callback(site.down.register_forward_pre_hook(before).remove)
+
+
+def _placed(part, where, h) -> torch.Tensor:
+    """Which values of h are ablated, bool, of h's shape. part: [N], or [K, N] of several sets."""
+    part = part if part.dim() == 1 else part[where.sets.to(h.device)][:, None]  # [B, 1, N]
+    return (part & where.mask.to(h.device)[..., None]).reshape(h.shape)
 
 
 def _within(stack, module) -> list:

@@ -2,8 +2,6 @@
 and their scores.
 """
 
-from functools import partial
-
 import numpy as np
 import pandas as pd
 import torch
@@ -16,28 +14,33 @@ from ..capture.losses import proven_head, sequence_losses
 from ..capture.tokens import Encoded, encode
 from ..hexainst.checkers import check
 from ..record import UserError
+from .losses import Losses
 
+NOTHING = 1e-6  # nats per token: sequences that are read together differ by rounding alone
 WHERE = ("everywhere", "all but the first", "prompt", "response")  # where an ablation acts
 
 
 @torch.no_grad()
 def _nll(model, read: Split, places: Places | None = None) -> np.ndarray:
-    begun, found = None, []
+    """Losses of all rows of a split, copies one after another, float64 [copies * I]."""
+    begun, found = None, np.empty(read.rows)
     if read.beginning is not None:
-        _act(places, read.beginning)
+        _act(places, read, read.beginning)
         begun = begin(model, read.beginning)
     for batch in bar(read.batches, "losses", delay=5, unit=" batches"):
-        _act(places, batch)
-        found.append(sequence_losses(model, batch, begun=begun))
-    found = torch.cat(found).numpy()
-    out = np.empty_like(found)
-    out[[row for batch in read.batches for row in batch.rows]] = found
-    return out
+        _act(places, read, batch)
+        if begun is not None:
+            begun.sets = read.sets(batch)
+        found[batch.rows] = sequence_losses(model, batch, begun=begun).numpy()
+    return found
 
 
-def _act(places, batch) -> None:
-    if places is not None:
-        places.mask = batch.group_mask[:, 0].bool()
+def _act(places, read, batch) -> None:
+    if places is None:
+        return
+    everywhere = torch.ones_like(batch.input_ids)
+    mask = everywhere if batch.group_mask is None else batch.group_mask[:, 0]
+    places.mask, places.sets = mask.bool(), read.sets(batch)
 
 
 def nll(model, encoded, batch_tokens: int = 8192) -> np.ndarray:
@@ -120,20 +123,12 @@ def ablation_matrix(
     model, rows = study.model(variant)[0], study.rows
     proven_head(model)  # runs the model as it is: not under an ablation
     encoded = study.encoded("reference" if eos else "response", variant)
-    apart = operator != "resample"  # which draws anew for each token of each row
-    batched = partial(split, model, batch_tokens=study.profile.batch_tokens, apart=apart)
-    intact, read = batched(encoded), batched(_marked(study, variant, encoded, where))
-    places = None if where == "everywhere" else Places()
-
-    def ablated(mask):
-        with ablate(model, mask, operator, where=places, **options), altered(model, where):
-            return _nll(model, read, places)
-
-    known, here = partial(_known, study, variant), _digest(study, read)
-    baseline, increase = known((_digest(study, intact),), lambda: _nll(model, intact)), {}
-    for name in bar(masks, f"{study.name} ablations", delay=5, unit=" sets"):
-        key = (here, operator, _mark(masks[name], **options))
-        increase[name] = known(key, partial(ablated, masks[name])) - baseline
+    baseline = _intact(study, encoded, variant)
+    at = _marked(study, variant, encoded, where)
+    found = _ablated(study, at, masks, operator, variant, where=where, **options)
+    increase = {}
+    for name, losses in found.items():
+        increase[name] = losses - baseline
         inert = allow_inert or not any(np.any(part) for part in masks[name].values())
         _believable(increase[name], name, inert)
     frame = pd.DataFrame(increase, index=pd.Index(rows["id"], name="id"))
@@ -141,15 +136,57 @@ def ablation_matrix(
     return frame
 
 
-def _known(study, variant, key, compute):
-    """`compute()`, or what the study keeps under this key; nothing is kept while the model is
-    altered, or a hook of someone's is on it.
+def _intact(study, encoded, variant="tuned") -> np.ndarray:
+    """Losses of sequences, one for each of a study's rows, float64 [I], kept."""
+    model = study.model(variant)[0]
+    read = split(model, encoded, study.profile.batch_tokens)
+    return _kept(study, variant, [_digest(study, read)], lambda _: [_nll(model, read)])[0]
+
+
+def _ablated(study, encoded, masks: dict, operator, variant="tuned", where=WHERE[0], **options):
+    """{name: losses of the sequences under each ablated set, float64 [I]}, kept.
+
+    As many sets are read together as a batch holds; one at a time where they hold routed experts,
+    and under "resample", which draws anew for each token of each row.
+    """
+    model, budget = study.model(variant)[0], study.profile.batch_tokens
+    read = split(model, encoded, budget, apart=operator != "resample")
+    routed = any({"expert", "experts"} & set(mask) for mask in masks.values())
+    most = 1 if routed or operator == "resample" else max(1, budget // read.tokens)
+    here = _digest(study, read)
+    keys = [f"{here}/{operator}/{_mark(mask, **options)}" for mask in masks.values()]
+    of_key = dict(zip(keys, masks.values(), strict=True))
+
+    def measured(missing):
+        with bar(
+            None, f"{study.name} ablations", total=len(missing), delay=5, unit=" sets"
+        ) as told:
+            for start in range(0, len(missing), most):
+                some = missing[start : start + most]
+                under = [of_key[key] for key in some]
+                yield from _under(model, encoded, under, operator, where, budget, **options)
+                told.update(len(some))
+
+    return dict(zip(masks, _kept(study, variant, keys, measured), strict=True))
+
+
+def _under(model, encoded, masks, operator, where, budget, **options) -> np.ndarray:
+    """Losses of the sequences under each of K ablated sets, read together, float64 [K, I]."""
+    several = len(masks) > 1
+    read = split(model, encoded, budget, operator != "resample", len(masks))
+    places = Places() if several or where != WHERE[0] else None
+    mask = masks if several else masks[0]
+    with ablate(model, mask, operator, where=places, **options), altered(model, where):
+        return _nll(model, read, places).reshape(len(masks), -1)
+
+
+def _kept(study, variant, keys, compute) -> list[np.ndarray]:
+    """Losses under each key: `study.lost`; all computed, and none kept, while the model is altered
+    or a hook of someone's is on it.
     """
     model = study.model(variant)[0]
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-    if state(model) or hooked:
-        return compute()
-    return study.lost("/".join(key), compute, variant)
+    return Losses()(keys, compute) if state(model) or hooked else study.lost(keys, compute, variant)
 
 
 def _digest(study, read: Split) -> str:
@@ -197,27 +234,17 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
     minus the loss after its own; lost is gain intact minus gain ablated. Rows of a category that
     has one row gain nothing and lose nothing. (Ours.)
     """
-    rows, model = study.rows, study.model(variant)[0]
-    proven_head(model)
+    rows = study.rows
+    proven_head(study.model(variant)[0])
     after = rows.groupby("category")["instruction"].transform(lambda x: np.roll(x, -1))
     given = rows.groupby("category")["input"].transform(lambda x: np.roll(x, -1))
     other = study.reading_of(rows.assign(instruction=after, input=given), variant)
-    size = study.profile.batch_tokens
-    both = [split(model, e, size) for e in (study.encoded("reference", variant), other)]
-    read = [(_digest(study, some), some) for some in both]
-
-    def losses(mask, key):
-        def ablated(some):
-            with ablate(model, mask, operator):
-                return _nll(model, some)
-
-        return [_known(study, variant, (of, *key), partial(ablated, some)) for of, some in read]
-
-    intact, lost = losses({}, ()), np.zeros((len(rows), len(masks)))
-    for n, name in enumerate(bar(masks, f"{study.name} gains", delay=5)):
-        own, others = losses(masks[name], (operator, _mark(masks[name])))
-        lost[:, n] = (own - intact[0]) - (others - intact[1])
-    return lost
+    risen = []  # of the loss, after its own instruction and after the other one
+    for encoded in (study.encoded("reference", variant), other):
+        intact = _intact(study, encoded, variant)
+        under = _ablated(study, encoded, masks, operator, variant)
+        risen.append(np.column_stack([losses - intact for losses in under.values()]))
+    return risen[0] - risen[1]
 
 
 def _believable(increase, name, may_be_inert):
@@ -226,7 +253,7 @@ def _believable(increase, name, may_be_inert):
             f"ablating the set {name!r} made the loss of some row NaN or infinite; "
             "expected finite losses. A half-precision model may overflow: load it wider."
         )
-    if not (increase.any() or may_be_inert):
+    if not (np.abs(increase).max() > NOTHING or may_be_inert):
         raise RuntimeError(
             f"ablating the set {name!r} changed the loss of none of {len(increase)} rows. Either "
             "no token reaches its components (allow_inert=True lets that stand), or the "

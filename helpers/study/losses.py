@@ -27,23 +27,25 @@ class Losses:
     set that was measured; written at once, in one piece, so any number of processes may share it.
 
     settings: all that decides a loss besides its key. Lines of other settings stay, and are not
-    read; a line that is not whole is measured again, and so is a loss that is not finite. (Ours.)
+    read; a line that is not whole is measured again, and so is a loss that is not finite. Without
+    a path they are remembered, not kept. (Ours.)
     """
 
-    def __init__(self, path, settings: dict):
-        self.path = Path(path)
-        self.settings = digest(settings | {"code": CODE})
-        self.kept = dict(self._lines())
+    def __init__(self, path=None, settings: dict | None = None):
+        self.path = path and Path(path)
+        self.settings = digest((settings or {}) | {"code": CODE})
+        self.kept = dict(self._lines()) if path else {}
 
-    def __call__(self, key: str, compute) -> np.ndarray:
-        """What is kept under this key, else `compute()`."""
-        if key in self.kept:
-            return self.kept[key]
-        losses = np.asarray(compute(), float)
-        if np.isfinite(losses).all():
-            self.kept[key] = losses
-            self._keep(key, losses)
-        return losses
+    def __call__(self, keys: list[str], compute) -> list[np.ndarray]:
+        """What is kept under each key; `compute(missing)` yields the others, kept one by one."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self.kept]
+        found = {}
+        for key, losses in zip(missing, compute(missing) if missing else (), strict=True):
+            found[key] = np.asarray(losses, float)
+            if np.isfinite(losses).all():
+                self.kept[key] = found[key]
+                self._keep(key, found[key])
+        return [self.kept[key] if key in self.kept else found[key] for key in keys]
 
     def _lines(self):
         text = self.path.read_text("utf-8", errors="replace") if self.path.is_file() else ""
@@ -59,6 +61,8 @@ class Losses:
                 yield key, found
 
     def _keep(self, key, losses):
+        if not self.path:
+            return
         line = json.dumps([self.settings, key, losses.tolist()], separators=(",", ":"))
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)

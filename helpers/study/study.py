@@ -396,21 +396,20 @@ class Study:
 
         return self.whole.once(("checkpoint", variant), look)
 
-    def lost(self, key: str, compute, variant: str = "tuned") -> np.ndarray:
-        """Losses of some of its rows under one ablation, float64 [n]: what was measured under this
-        key, else `compute()`, kept.
+    def lost(self, keys: list[str], compute, variant: str = "tuned") -> list[np.ndarray]:
+        """Losses of some of its rows under ablations, float64 [n] each: what was measured under
+        these keys; `compute(missing keys)` yields the others, which are kept.
 
         File: data/results/<profile>/<pair>/<variant>/losses/ablated.jsonl. Models that were handed
         over have no file: they may be any. Whoever edits a loaded model's weights by hand must hand
         it over, or what is kept is not the named model's. (Ours.)
         """
-        return self.whole.once(("losses", variant), lambda: self.whole._losses(variant))(
-            key, compute
-        )
+        kept = self.whole.once(("losses", variant), lambda: self.whole._losses(variant))
+        return kept(keys, compute)
 
     def _losses(self, variant):
         if not self._named:
-            return lambda key, compute: self.once(("loss", variant, key), compute)
+            return Losses()
         path, made = self.folder(variant, "losses") / "ablated.jsonl", counting.made_with
         settings = self.settings(variant, "response") | made(self.model(variant)[0])
         return Losses(path, settings | {"threads": torch.get_num_threads()})

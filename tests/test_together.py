@@ -1,0 +1,174 @@
+"""Several ablated sets in one pass, against each of them in a pass of its own."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.capture import budget
+from helpers.capture.beginnings import split
+from helpers.capture.interventions import Places, ablate
+from helpers.capture.losses import proven_head, sequence_losses
+from helpers.capture.tokens import encode, padded
+from helpers.record import UserError
+from helpers.study import evaluate
+from helpers.study.evaluate import WHERE, ablation_matrix, gain_lost
+from helpers.study.scores import reference_activations
+from helpers.study.study import Study
+from tests import zoo
+from tests.test_beginnings import HEAD, sequences
+from tests.test_evaluate import ROWS, study_of
+from tests.test_interventions import neuron_mask
+
+torch.set_num_threads(1)
+TEXTS = ["add one", "sum 12, 7", "name the dog"]
+ROUTED = {"expert", "experts"}
+DENSE = [name for name in (*zoo.ZOO, *zoo.MORE) if not ROUTED & set(neuron_mask(zoo.build(name)))]
+
+
+def three(model):
+    """Masks of three sizes; the second leaves whole layers as they are."""
+    found = [neuron_mask(model, share, seed) for seed, share in enumerate((0.1, 0.5, 0.3))]
+    for part in found[1].values():
+        part[0] = False
+    return found
+
+
+def typical(model):
+    return reference_activations(model, zoo.tokenizer(), TEXTS)
+
+
+def one_by_one(model, masks, operator, encoded, **options):
+    """Losses [K, I]: each set in a context, each sequence in a pass of its own."""
+    found = []
+    for mask in masks:
+        with torch.no_grad(), ablate(model, mask, operator, **options):
+            losses = [sequence_losses(model, padded(encoded, [i])) for i in range(len(encoded))]
+        found.append(torch.cat(losses).numpy())
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("operator", ["zero", "mean"])
+@pytest.mark.parametrize("name", DENSE)
+def test_sets_that_are_read_together_cost_what_each_costs_alone(name, operator):
+    model, encoded = zoo.build(name), sequences()
+    options = {} if operator == "zero" else {"reference": typical(model)}
+    proven_head(model)
+    expected = one_by_one(model, three(model), operator, encoded, **options)
+    found = evaluate._under(model, encoded, three(model), operator, WHERE[0], 90, **options)
+    np.testing.assert_allclose(found, expected, rtol=3e-5)
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in pairwise(expected))
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_so_they_do_at_every_place_and_whatever_stands_together(where):
+    study = study_of(zoo.build("llama"))
+    masks = dict(enumerate(three(study.model()[0])))
+    together = ablation_matrix(study, masks, "zero", where=where, allow_inert=True)
+    for name, mask in masks.items():
+        alone = ablation_matrix(
+            study_of(study.model()[0]), {name: mask}, "zero", where=where, allow_inert=True
+        )
+        np.testing.assert_allclose(together[name], alone[name], atol=2e-6)
+        assert where == "prompt" or alone[name].abs().max() > 1e-3
+
+
+def test_as_many_sets_share_a_pass_as_its_budget_holds(monkeypatch):
+    study, passes = study_of(zoo.build("llama")), []
+    masks = {n: neuron_mask(study.model()[0], 0.2, n) for n in range(5)}
+    measure = evaluate._nll
+
+    def seen(model, read, *options):
+        passes.append((read.copies, read.tokens))
+        return measure(model, read, *options)
+
+    monkeypatch.setattr(evaluate, "_nll", seen)
+    model = study.model()[0]
+    encoded, sizes = study.encoded("reference"), []
+    for tokens in (30, 350, 500, 4096):
+        most = max(1, tokens // split(model, encoded, tokens).tokens)
+        profile = SimpleNamespace(**vars(study.profile) | {"batch_tokens": tokens})
+        passes.clear()
+        again = Study(profile, study.pair, study.rows, {"tuned": study.model()})
+        ablation_matrix(again, masks, "zero")
+        found = [copies for copies, _ in passes[1:]]
+        assert found == [min(most, 5 - i) for i in range(0, 5, most)]
+        assert all(copies == 1 or read <= tokens for copies, read in passes[1:])
+        sizes.append(found)
+    assert sizes[0] == [1] * 5
+    assert sizes[-1] == [5]
+    assert len({tuple(size) for size in sizes}) >= 3
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+def test_instruction_gain_is_lost_alike(name):
+    model = zoo.build(name)
+    rows = ROWS.assign(category="QA")
+    masks = dict(enumerate(three(model)))
+    together = gain_lost(study_of(model, rows), masks)
+    assert together.shape == (len(rows), 3)
+    for n, mask in masks.items():
+        alone = gain_lost(study_of(model, rows), {n: mask})
+        np.testing.assert_allclose(together[:, n], alone[:, 0], atol=5e-6)
+    assert np.abs(together).max() > 1e-3
+
+
+def test_the_ledger_knows_which_set_each_sequence_was_under(tmp_path, monkeypatch):
+    model, encoded = zoo.build("llama"), sequences()
+    proven_head(model), split(model, encoded)
+    monkeypatch.setenv(budget.LEDGER, str(tmp_path / "tokens.jsonl"))
+    masks = three(model)
+    for some in (masks, masks[::-1]):
+        evaluate._under(model, encoded, some, "zero", WHERE[0], 4096)
+    lines = budget.lines_of(tmp_path / "tokens.jsonl")
+    beginnings = [line for line in lines if set(line["lengths"]) == {len(HEAD)}]
+    rest = [text for line in lines if line not in beginnings for text in line["texts"]]
+    assert [len(set(line["texts"])) for line in beginnings] == [3, 3]
+    assert (len(rest), len(set(rest))) == (2 * 3 * len(encoded), 3 * len(encoded))
+    spent = budget.spent(lines)["losses",]
+    assert spent["tokens"] == 2 * spent["minimum"]
+    assert all(line["altered"] for line in lines)
+
+
+def test_what_cannot_stand_in_one_pass_is_refused():
+    dense, sparse = zoo.build("llama"), zoo.build("qwen2_moe")
+    mask, expert = neuron_mask(dense), neuron_mask(sparse)
+    refused = [
+        (dense, [mask, mask], "zero", {}),
+        (dense, [mask], "resample", {"reference": typical(dense), "where": Places()}),
+        (sparse, [expert, expert], "zero", {"where": Places()}),
+        (dense, [], "zero", {"where": Places()}),
+    ]
+    for model, masks, operator, options in refused:
+        with (
+            pytest.raises(UserError, match="Several sets at once"),
+            ablate(model, masks, operator, **options),
+        ):
+            pass
+    with (
+        pytest.raises(UserError, match="cannot act"),
+        ablate(dense, [mask, mask], "zero", how="weights", where=Places()),
+    ):
+        pass
+
+
+def test_contexts_of_several_sets_nest_and_leave_the_model_as_it_was():
+    model = zoo.build("llama")
+    ids = torch.tensor(encode(zoo.tokenizer(), TEXTS[:1])[0].ids)[None].repeat(2, 1)
+    masks = three(model)
+    where = Places(torch.ones_like(ids, dtype=torch.bool), torch.tensor([0, 1]))
+    other = Places(where.mask, torch.tensor([1, 0]))
+    with torch.no_grad():
+        before = model(ids).logits
+        with (
+            ablate(model, masks[:2], "zero", where=where),
+            ablate(model, masks[1:], "zero", where=other),
+        ):
+            both = model(ids).logits
+        for row, pair in enumerate(((0, 2), (1, 1))):
+            with ablate(model, masks[pair[0]], "zero"), ablate(model, masks[pair[1]], "zero"):
+                alone = model(ids[:1]).logits[0]
+            torch.testing.assert_close(both[row], alone, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model(ids).logits, before)
