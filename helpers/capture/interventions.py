@@ -179,8 +179,7 @@ def ablate(
     how        for "zero": "weights" zeroes columns of the down projection, "hook" edits its input:
                equal results. "auto": weights where they are what runs and no other layer's.
     where      at which tokens (see Places), of an MLP's neurons; everywhere if None. A list of
-               masks takes it, too: which sequence is under which of them (no routed experts, no
-               "resample").
+               masks takes it as well: which sequence is under which.
 
     The implementation of the experts is left as it runs: a run outside the context is the baseline.
     On leaving, every hook must have fired if the model ran; that the outputs moved is for the
