@@ -198,3 +198,40 @@ def planted(table: pd.DataFrame) -> Figure:
         title = f"decoys: {name} (chance {chance:.2f}, {draws:.0f} draws)"
         ax.set(title=title, xlabel="noise, and loss without the planted, nats", ylabel="")
     return fig
+
+
+def single_experts(table: pd.DataFrame) -> Figure:
+    """What losing one expert costs; columns pair, measured on, category, layer, expert, own,
+    increase, expected, low, high (of own increase minus expected), n. A panel per pair, a line per
+    category and half: the category's own expert, with that interval, what others of the layer would
+    cost at its use (the null), and these others.
+    """
+    lines = table.groupby(["measured on", "category"]).ngroups
+    fig, drawn = panels(table, "pair", (7.2, 1.2 + 0.3 * lines), per_row=1)
+    for ax, pair, part in drawn:
+        of_category = part.groupby(["category", "measured on"], sort=False)
+        for at, (_, line) in enumerate(of_category):
+            others, own = line[~line["own"]], line[line["own"]]
+            ax.plot(others["increase"], [at] * len(others), "o", **OTHERS)
+            low, high = own["expected"] + own["low"], own["expected"] + own["high"]
+            around = error_bars(low, own["increase"], high)
+            ax.errorbar(own["increase"], [at], xerr=around, fmt="o", color=PALETTE[0], capsize=3)
+            ax.plot(own["expected"], [at], "D", **EXPECTED)
+        own = part[part["own"]].groupby(["category", "measured on"], sort=False).first()
+        named = [
+            f"{category}, half {half}: layer {row.layer}, expert {row.expert} (n = {row.n})"
+            for (category, half), row in zip(own.index, own.itertuples(), strict=True)
+        ]
+        ax.set_yticks(range(len(named)), named)
+        ax.invert_yaxis()
+        ax.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+        ax.set(title=pair, xlabel="increase of loss, nats per token")
+    handles = [entry("most own expert, 95 % interval", marker="o", color=PALETTE[0])]
+    handles.append(entry("null: others of the layer, at its use", **EXPECTED, marker="D"))
+    handles.append(entry("the others of the layer, one each", **OTHERS, marker="o"))
+    legend_below(fig, [], 3, handles)
+    return fig
+
+
+OTHERS = {"color": "0.6", "markersize": 4, "linestyle": "", "alpha": 0.7}
+EXPECTED = {"color": "0.2", "markersize": 6, "linestyle": "", "markerfacecolor": "white"}

@@ -41,10 +41,10 @@ def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict
 
     `memory GB` is one model's weights; notebooks 00 and 07 hold two. `analysis GB` is what
     notebook 05 holds of counts. `passes` over all rows, all kinds of positions in each: the pair's
-    models and the twins. `ablated sequences`: losses that notebook 06 measures under some ablation
-    (see `needed.ablations`). `core hours` and `ablation hours` are what the two take on one
-    core, to a factor of about two: 2 operations per parameter in use and token, four letters to a
-    token, no generation.
+    models and the twins. `ablated sequences`: losses that notebooks 04 and 06 measure under some
+    ablation (see `needed.ablations`). `core hours` and `ablation hours` are what the two take on
+    one core, to a factor of about two: 2 operations per parameter in use and token, four letters to
+    a token, no generation.
     """
     if config is None:
         ref = (pair.base, pair.base_revision) if pair.base else (pair.tuned, pair.tuned_revision)
@@ -58,7 +58,8 @@ def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict
     counted = GROUPS * passes
     letters = sum(len(text(row)) + len(row["reference"]) for row in rows.to_dict("records"))
     hours = letters / LETTERS * 2 * _in_use(model, sites) / SPEED / 3600  # of all rows, once
-    ablated = sum(ablations(profile, rows["category"].nunique(), bool(routed)).values())
+    most = max((site.experts for site in sites if site.family == "expert"), default=0)
+    ablated = sum(ablations(profile, rows["category"].nunique(), most).values())
     return {
         "pair": pair.name,
         "parameters": parameters,

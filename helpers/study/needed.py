@@ -28,6 +28,7 @@ from ..hexainst.corpus import texts
 from ..record import NotTestable
 from .ablation import KINDS, measure, own_effect, pooled, spared
 from .evaluate import WHERE, ablation_matrix, accuracy, gain_lost, plain_text_nll, scored
+from .experts import NEIGHBOURS
 from .scores import reference_activations, sets_of, standing, written
 
 STEPS = 3  # between sizes of set: of fewer, the second least may be the one jump
@@ -609,12 +610,14 @@ class Needed:
         return mask
 
 
-def ablations(profile, categories: int, sparse: bool) -> dict[str, int]:
+def ablations(profile, categories: int, experts: int = 0) -> dict[str, int]:
     """How many losses of a row each experiment of notebook 06 measures under some ablation, by the
-    name of its method ("grid": the cells, where none is committed); of one pair whose halves both
-    have `ablation_rows` of every category. A row that two tables ask for is read once, so a run
-    reads a little less. (Ours.)
+    name of its method ("grid": the cells, where none is committed), and notebook 04's
+    `single_experts`; of one pair whose halves both have `ablation_rows` of every category. experts:
+    in a layer, none if dense. A row that two tables ask for is read once, so a run reads a little
+    less. (Ours.)
     """
+    sparse = experts > 0
     own, full, sizes = categories, categories**2, len(profile.sizes)
     drawn, few = profile.controls, profile.controls_elsewhere
     everywhere = full * min(drawn, profile.controls_all_rows)
@@ -628,6 +631,7 @@ def ablations(profile, categories: int, sparse: bool) -> dict[str, int]:
         "operators": (3 * len(TESTED) + 2 * sparse) * own * (1 + few),
         "usage": sparse * own * (1 + 2 * drawn),
         "damage": len(TESTED) * full + own + (len(TESTED) + 1) * own * 2,  # two: plain texts
+        "single_experts": own * experts if experts > NEIGHBOURS else 0,
     }
     if profile.grid is None:
         main = full + len(KINDS) * own * drawn + everywhere

@@ -337,7 +337,7 @@ def routing(study, models=("tuned", "twin")) -> pd.DataFrame:
     """
     tables = []
     for model in models:
-        f = _f(study, model)
+        f = use_of_experts(study, model)
         means = category_means(f.reshape(len(f), -1), study.labels).reshape(-1, *f.shape[1:])
         grid = pd.MultiIndex.from_product(
             [study.categories, _layer_numbers(study, "experts"), range(f.shape[2])],
@@ -350,9 +350,24 @@ def routing(study, models=("tuned", "twin")) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _f(study, model="tuned"):
+def use_of_experts(study, model="tuned") -> np.ndarray:
+    """Routing frequency f of each instruction, [I, L, E]: the share of its tokens that each expert
+    receives.
+    """
     counts = study.counts(model)
-    return frequency(counts.routed, counts.tokens)  # [I, L, E]
+    return frequency(counts.routed, counts.tokens)
+
+
+def most_own(study, model="tuned") -> list[dict]:
+    """For each category the expert that is most its own (largest mean f minus the categories'
+    mean): category, layer (its number), place (among the layers with experts), expert.
+    """
+    table, layers = routing(study, (model,)), _layer_numbers(study, "experts")
+    best = table.loc[table.groupby("category", sort=False)["own"].idxmax()]
+    return [
+        row | {"place": layers.index(row["layer"])}
+        for row in best[["category", "layer", "expert"]].to_dict("records")
+    ]
 
 
 def own_experts(study) -> pd.DataFrame:
@@ -362,15 +377,13 @@ def own_experts(study) -> pd.DataFrame:
     """
     choose, measure = study.half(study.halves[0]), study.half(study.other(study.halves[0]))
     clusters, _ = clusters_of(measure)
-    out, layers = [], _layer_numbers(study, "experts")
+    out = []
     for model in ("tuned", "twin"):
-        table = routing(choose, (model,))
-        best = table.loc[table.groupby("category", sort=False)["own"].idxmax()]
-        f = _f(measure, model)
-        for place in best[["category", "layer", "expert"]].to_dict("records"):
-            one = f[:, layers.index(place["layer"]), place["expert"]]
-            found = _own(one, measure, study.categories.index(place["category"]), clusters)
-            out.append({"model": model} | place | found)
+        f = use_of_experts(measure, model)
+        for best in most_own(choose, model):
+            one = f[:, best.pop("place"), best["expert"]]
+            found = _own(one, measure, study.categories.index(best["category"]), clusters)
+            out.append({"model": model} | best | found)
     return pd.DataFrame(out)
 
 
@@ -418,7 +431,7 @@ def routing_share(study) -> pd.DataFrame:
     out = []
     for model in ("tuned", "twin"):
         counts = study.counts(model)
-        p, f = frequency(counts.unit("neurons"), counts.tokens), _f(study, model)
+        p, f = frequency(counts.unit("neurons"), counts.tokens), use_of_experts(study, model)
         given = conditional_frequency(counts.unit("neurons"), counts.routed)
         reached = np.broadcast_to(counts.routed[..., None] > 0, p.shape)
         wide = np.broadcast_to(f[..., None], p.shape)
