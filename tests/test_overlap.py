@@ -11,6 +11,7 @@ import zoo
 
 from helpers.analysis.generality import share_test, shares
 from helpers.analysis.regression import excess
+from helpers.analysis.sets import nominal_size
 from helpers.analysis.similarity import category_matrix, gap, within_between, wording_matrix
 from helpers.analysis.stats import length_strata
 from helpers.analysis.wordings import (
@@ -18,11 +19,12 @@ from helpers.analysis.wordings import (
     within_excess,
     wording_levels,
     wording_overlap,
+    wording_units,
 )
 from helpers.config import Pair, Profile
 from helpers.hexainst.corpus import predict_category, wordings
 from helpers.plots import overlap as figures
-from helpers.study import ledger, overlap
+from helpers.study import equal_length, ledger, overlap
 from helpers.study import study as study_room
 from helpers.study.study import Study
 
@@ -229,6 +231,35 @@ def test_measures_are_what_they_say(sparse):
     left = overlap.left_over(one, unit, "all")["tuned"]
     sizes = [abs(left[name]) for name in ("alone", "twins_off", "twins_given")]
     assert abs(left["smallest"]) == min(sizes)
+
+
+def test_the_last_step_of_the_waterfall_is_of_sets_of_exactly_equal_size(sparse):
+    """Against sets unpacked and compared one by one; their sizes are the nominal one, where those
+    with ties are larger.
+    """
+    one, unit = sparse["pair"], "neurons"
+    beyond = {}
+    for variant in ("tuned", *one.twins):
+        drawn = equal_length.draw(one.study, variant, overlap.DRAWN)
+        null = equal_length.null_similarity(drawn, unit, one.profile.epsilon, seed=0)
+        size, found = len(drawn.total[unit]), []
+        nominal = nominal_size(size, one.profile.epsilon)
+        for d in range(one.profile.draws):
+            sets = np.unpackbits(drawn.sets[unit]["exact"][:, d], axis=-1, count=size).astype(bool)
+            tied = np.unpackbits(drawn.sets[unit]["quantile"][:, d], axis=-1, count=size)
+            assert (sets.sum(1) == nominal).all()
+            assert tied.sum() > sets.sum()
+            found.append([[(a & b).sum() / (a | b).sum() for b in sets] for a in sets])
+        beyond[variant] = np.mean(found, axis=0) - null
+    S = beyond.pop("tuned") - np.mean(list(beyond.values()), axis=0)
+    matrix, of, _ = wording_units(S, one.labels[one.long], one.wordings[one.long])
+    left = overlap.measured(sparse, overlap.left_over, ["all"])
+    table = overlap.waterfall(sparse, left).set_index(["panel", "model", "step"])["left"]
+    step = "minus twins, sizes equal"
+    found = table[f"pair, {unit}", "tuned", step]
+    np.testing.assert_allclose(found, gap(matrix, of), atol=1e-6)
+    assert found != table[f"pair, {unit}", "tuned", "minus twins"]
+    assert ("pair, experts", "tuned", step) not in table.index
 
 
 def test_units_that_share_their_shuffles_get_what_each_gets_alone(sparse):

@@ -111,7 +111,8 @@ def waterfall(table: pd.DataFrame) -> Figure:
     other, not one after the other. The line at 0: nothing left.
     """
     steps, models = (list(pd.unique(table[name])) for name in ("step", "model"))
-    fig, drawn = panels(table, "panel", (5.9, 3.5), 2)
+    steps.sort(key=lambda step: step.startswith("words"))  # a panel may lack one
+    fig, drawn = panels(table, "panel", (6.4, 3.5), 2)
     last = [n for n, step in enumerate(steps) if step.startswith("words")]
     for ax, name, part in drawn:
         for n, model in enumerate(models):

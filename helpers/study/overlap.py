@@ -133,28 +133,29 @@ class Overlap:
             raise NotTestable(f"{self.study.name}: no instruction has {DRAWN} tokens to draw from.")
         return found
 
-    def equal(self, variant: str, unit: str) -> np.ndarray:
+    def equal(self, variant: str, unit: str, rule: str = "quantile") -> np.ndarray:
         """Similarity minus its rate-matched null at equal length, mean over draws, [I', I'];
-        "twins": the mean over all twins.
+        "twins": the mean over all twins. rule: of sets whose cut is tied (see equal_length.cut).
         """
         if variant == "twins":
-            return np.mean([self.equal(twin, unit) for twin in self.twins], axis=0)
-        return self.drawn(variant, DRAWN)[unit]
+            return np.mean([self.equal(twin, unit, rule) for twin in self.twins], axis=0)
+        return self.drawn(variant, DRAWN, rule=rule)[unit]
 
-    def drawn(self, variant: str, size: int, beside=()) -> dict:
+    def drawn(self, variant: str, size: int, beside=(), rule: str = "quantile") -> dict:
         """{unit: similarity minus null} on `size` drawn positions, [I', I'] each; beside: sizes
-        that will be asked for too.
+        that will be asked for too. rule: "exact" is of units that have sets.
         """
-        key = ("equal", variant, size)
-        return self.study.once(key, lambda: self._drawn(variant, size, beside))
+        key = ("equal", variant, size, rule)
+        return self.study.once(key, lambda: self._drawn(variant, size, beside, rule))
 
-    def _drawn(self, variant, size, beside):
+    def _drawn(self, variant, size, beside, rule):
         drawn = equal_length.draw(self.study, variant, size, beside)
         epsilon, seed = self.profile.epsilon, self.profile.seed
         return {
-            unit: np.mean(list(equal_length.similarities(drawn, unit)), axis=0)
+            unit: np.mean(list(equal_length.similarities(drawn, unit, rule)), axis=0)
             - equal_length.null_similarity(drawn, unit, epsilon, seed=seed)
             for unit in self.study.units
+            if rule == "quantile" or unit != "experts"
         }
 
 
@@ -478,14 +479,15 @@ def _estimates(overlap, alone, random, which) -> dict:
     }
 
 
-STEPS = ("observed", "minus null", "equal length", "minus twins")
+STEPS = ("observed", "minus null", "equal length", "minus twins", "minus twins, sizes equal")
 
 
 def waterfall(overlaps: dict, left: Found) -> pd.DataFrame:
     """What each control leaves, all rows: pair, unit, panel, model, step, left, low, high, n.
 
     First the gap between other wordings of a category and other categories, as observed (of the
-    instructions that have enough tokens), minus its null, at equal length, minus the twins'; then
+    instructions that have enough tokens), minus its null, at equal length, minus the twins'; the
+    same of sets of exactly equal size, ties at the cut drawn (experts have no cut); then
     `left_over`'s three coefficients given the words. Intervals: bootstrap of wordings.
     """
     rows = []
@@ -509,6 +511,8 @@ def _falls(overlap, unit, variant) -> list[tuple]:
     whole, drawn = np.ix_(which, which), overlap.equal(variant, unit)
     S, N = overlap.similarity(variant, unit)[whole], overlap.null(variant, unit)[whole]
     some = [S, S - N, drawn, drawn - overlap.equal("twins", unit)]
+    if unit != "experts":
+        some.append(np.subtract(*(overlap.equal(v, unit, "exact") for v in (variant, "twins"))))
     y, names = overlap.labels[which], overlap.wordings[which]
     matrices, of = [wording_units(m, y, names)[0] for m in some], wording_units(S, y, names)[1]
     found = bootstrap(
@@ -517,7 +521,7 @@ def _falls(overlap, unit, variant) -> list[tuple]:
         clusters=np.arange(len(of)),
         **overlap.how,
     )
-    return list(zip(STEPS, *(a.tolist() for a in found[:3]), strict=True))
+    return list(zip(STEPS[: len(some)], *(a.tolist() for a in found[:3]), strict=True))
 
 
 # ---- general and unique components
