@@ -606,13 +606,14 @@ def test_the_table_of_findings_takes_each_number_from_its_own_key(tmp_path):
         numbers |= {f"{key}.all.critical": 3.0 + m, f"{key}.all.critical_ci": [2.5, 3.5]}
         numbers |= {f"{key}.all.specificity": 5.0 + m, f"{key}.all.specificity_ci": [4.5, 5.5]}
         numbers |= {f"{key}.all.p": 0.017 + m / 100, f"{key}.plain_text": 7.0 + m}
+    numbers |= {"unique.neurons.share": 0.18, "unique.neurons.wordings_null": 0.05}
     write_json(tmp_path / "summary.json", {"pairs": {"one": numbers}})
     rows = [line.split(" | ") for line in report.findings([tmp_path]).splitlines()[2:]]
     assert [row[1].removesuffix(" |") for row in rows] == [
         "0.11 to 1.11 / 0.22 to 1.22",
         "1 of 2 categories",
         "0.33 to 1.33",
-        "1,234 / 7",
+        "1,234: 18% (5%) / 7",
         "3.00 [2.50, 3.50]; 7.00",
         "5.00 [4.50, 5.50], p 0.017; 0.44 to 1.44",
         "4.00 [2.50, 3.50]; 8.00",

@@ -151,7 +151,8 @@ def _gains(numbers) -> str:
 
 def _members(numbers) -> str:
     found = {int(k.rpartition(".")[2]): v for k, v in numbers.items() if k.startswith("membership")}
-    return f"{found[1]:,} / {found[max(found)]:,}"
+    share, null = (numbers[f"unique.neurons.{name}"] for name in ("share", "wordings_null"))
+    return f"{found[1]:,}: {share:.0%} ({null:.0%}) / {found[max(found)]:,}"
 
 
 def _one(key):
@@ -183,7 +184,8 @@ FOUND = {  # a question; what the summary's numbers of a pair answer
     "instructions of one category alike beyond a null that keeps runs of tokens, by category": (
         lambda n: _spread(n, r"overlap\.neurons\.all\..+\.bursty_excess")
     ),
-    "neurons in one consensus set / in all of them": _members,
+    "neurons in one consensus set: share of those in any (wordings dealt to other categories) / in "
+    "all sets": _members,
     "losing the most frequent 5 %, nats per token: own category beyond the hardest control; plain "
     "text": _lost("frequency"),
     "by frequency: own category minus the others, mean [interval], p before Holm; by category": (
