@@ -7,6 +7,7 @@ import torch
 
 from helpers import plots
 from helpers.capture import budget
+from helpers.capture.count import count_groups
 from helpers.capture.interventions import ablate
 from helpers.record import NotTestable
 from helpers.study import experts, planted, sets
@@ -20,7 +21,15 @@ EACH = {"ablation_rows": 6, "resamples": 199}
 
 @pytest.fixture(scope="module")
 def study():
-    return planted.study(made=zoo.build("qwen2_moe"), **EACH)
+    return sparse()
+
+
+def sparse(model=None):
+    """A model of the zoo, its prompts and references counted."""
+    made = planted.study(made=model or zoo.build("qwen2_moe"), **EACH)
+    counts = count_groups(made.model()[0], made.reading("tuned", "response"))["response"]
+    made.once(("counts", "tuned", "response"), lambda: counts)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +53,10 @@ def by_hand(study, half, category):
         mask[layer, one] = True
         with ablate(model, {"experts": mask}, "reroute"):
             losses.append(nll(model, encoded, 64) - intact)
-    return (layer, expert), np.column_stack(losses), f[~other & is_own].mean(0)[layer]
+    routed, tokens = study.counts().routed.copy().astype(int), study.counts().tokens.copy()
+    routed += study.counts("tuned", "response").routed
+    used = routed / (tokens + study.counts("tuned", "response").tokens)[:, None, None]
+    return (layer, expert), np.column_stack(losses), used[~other & is_own].mean(0)[layer]
 
 
 @pytest.mark.parametrize("category", ["CODE", "SUM"])
@@ -80,16 +92,37 @@ def test_beyond_is_the_mean_over_categories_and_halves(study, found):
     assert {key.split(".")[3] for key in numbers} == {"all", *study.halves}
 
 
+def layers_of(costs, size=6):
+    """Lines as `alone` gives them: {(half, category): (own expert, its cost beyond, of E)}."""
+    lines, f = [], np.linspace(0.1, 0.8, 8)
+    for (half, category), (own, beyond) in costs.items():
+        for e in range(8):
+            cost = 2 * f[e] + beyond * (e == own) + np.zeros(size)
+            rows = np.c_[cost, np.full(size, 2 * f[e])]
+            head = {"measured on": half, "category": category, "own": e == own, "n": size}
+            lines.append(head | {"rows": rows, "increase": cost.mean(), "expected": 2 * f[e]})
+    return pd.DataFrame(lines)
+
+
 def test_an_expert_that_alone_does_something_stands_out():
-    """Effects that are use alone, and one expert with .5 more: beyond is that .5."""
-    f = np.linspace(0.1, 0.8, 8)
-    rows = [np.c_[2 * f[e] + 0.5 * (e == 5) + np.zeros(6), np.full(6, 2 * f[e])] for e in range(8)]
-    table = pd.DataFrame(
-        {"own": [e == 5 for e in range(8)], "rows": rows, "n": 6, "category": "CODE"}
-    ).assign(**{"measured on": "A", "increase": [r[:, 0].mean() for r in rows], "expected": 2 * f})
-    row = experts._beyond(table[table["own"]], planted.study(**EACH).profile)
+    """Costs that are use alone, and one expert with .5 more: beyond is that .5. Exchanged with the
+    other seven of its layer it is the first of eight; of two layers, of 64.
+    """
+    study = planted.study(**EACH)
+    one = layers_of({("A", "CODE"): (5, 0.5)})
+    row = experts._beyond(one, study.profile)
     assert row["beyond"] == pytest.approx(0.5)
     assert (row["low"], row["high"]) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert row["p_sets"] == pytest.approx(1 / 8)
+    two = layers_of({("A", "CODE"): (5, 0.5), ("B", "CODE"): (2, 0.5)})
+    assert experts._beyond(two, study.profile)["p_sets"] == pytest.approx(1 / 64)
+
+
+def test_an_expert_that_costs_its_use_stands_nowhere():
+    rng = np.random.default_rng(0)
+    table = layers_of({(half, "CODE"): (3, 0.0) for half in "AB"})
+    table["rows"] = [rows + np.c_[rng.normal(0, 0.1, 6), np.zeros(6)] for rows in table["rows"]]
+    assert experts._beyond(table, planted.study(**EACH).profile)["p_sets"] > 0.05
 
 
 def test_the_sentence_and_the_figure_say_what_the_tables_hold(found):
@@ -99,7 +132,8 @@ def test_the_sentence_and_the_figure_say_what_the_tables_hold(found):
     own = found[0][found[0]["own"]]
     layers = found[0].groupby(["measured on", "category"])["increase"].max()
     most = sum(row.increase == layers[row[1], row.category] for row in own.itertuples())
-    assert f"Of 12 layers, {most} lose most by the own expert" in said
+    assert f"In {most} of 12 layers the own expert is" in said
+    assert f"(by chance: {12 / found[0]['expert'].nunique():.1f})" in said
     ax = plots.ablation.single_experts(found[0]).axes[0]
     assert len(ax.get_yticklabels()) == 12
     first = own.iloc[0]
@@ -107,17 +141,22 @@ def test_the_sentence_and_the_figure_say_what_the_tables_hold(found):
     assert ax.get_yticklabels()[0].get_text().startswith(label)
 
 
-def test_where_there_are_no_experts_or_too_few_nothing_is_said(study, monkeypatch):
+def test_where_there_are_no_experts_or_too_few_a_note_says_so(study, monkeypatch):
+    assert experts.sentences(*experts.of_all({})) == [
+        "No pair here has routed experts to be ablated one at a time."
+    ]
+    pairs = {"dense": planted.study(**EACH), "few": study}
     monkeypatch.setattr(experts, "NEIGHBOURS", study.counts().routed.shape[2])
-    with pytest.raises(NotTestable, match="experts in a layer"):
+    with pytest.raises(NotTestable, match="6 experts in a layer, and 6 others"):
         experts.alone(study)
-    for pairs in ({}, {"few": study}):
-        singly, tests = experts.of_all(pairs)
-        assert (len(singly), len(tests)) == (0, 0)
-        assert experts.sentences(singly, tests) == [
-            "No pair here has experts enough to be ablated one at a time."
-        ]
-        tests.set_index(["pair", "category"]).drop(columns="measured on").astype(float)
+    singly, tests = experts.of_all(pairs)
+    assert (len(singly), len(tests), experts.numbers_of(tests)) == (0, 2, {})
+    said = experts.sentences(singly, tests)
+    assert said[0].startswith("dense: not testable one expert at a time: 0 experts in a layer")
+    assert said[1].startswith("few: not testable")
+    for table in (tests, experts.of_all({})[1]):
+        shown = table.set_index(["pair", "category"])
+        shown.drop(columns=["measured on", "note"]).astype(float)
 
 
 def test_the_most_own_expert_has_the_largest_share_beyond_the_mean(study):
@@ -131,7 +170,7 @@ def test_the_most_own_expert_has_the_largest_share_beyond_the_mean(study):
 
 def test_the_plan_counts_the_rows_that_are_read(study, tmp_path, monkeypatch):
     monkeypatch.setenv(budget.LEDGER, str(tmp_path / "tokens.jsonl"))
-    again = planted.study(made=study.model()[0], **EACH)
+    again = sparse(study.model()[0])
     experts.alone(again)
     lines = [line for line in budget.lines_of(tmp_path / "tokens.jsonl") if line["altered"]]
     planned = ablations(again.profile, 6, again.counts().routed.shape[2])

@@ -241,7 +241,7 @@ def test_the_last_step_of_the_waterfall_is_of_sets_of_exactly_equal_size(sparse)
     beyond = {}
     for variant in ("tuned", *one.twins):
         drawn = equal_length.draw(one.study, variant, overlap.DRAWN)
-        null = equal_length.null_similarity(drawn, unit, one.profile.epsilon, seed=0)
+        null = equal_length.null_similarity(drawn, unit, one.profile.epsilon, "exact", 0)
         size, found = len(drawn.total[unit]), []
         nominal = nominal_size(size, one.profile.epsilon)
         for d in range(one.profile.draws):

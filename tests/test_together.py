@@ -40,6 +40,12 @@ def typical(model):
     return reference_activations(model, zoo.tokenizer(), TEXTS)
 
 
+def with_budget(model, tokens):
+    study = study_of(model)
+    profile = SimpleNamespace(**vars(study.profile) | {"batch_tokens": tokens})
+    return Study(profile, study.pair, study.rows, {"tuned": study.model()})
+
+
 def one_by_one(model, masks, operator, encoded, **options):
     """Losses [K, I]: each set in a context, each sequence in a pass of its own."""
     found = []
@@ -89,10 +95,8 @@ def test_as_many_sets_share_a_pass_as_its_budget_holds(monkeypatch):
     encoded, sizes = study.encoded("reference"), []
     for tokens in (30, 350, 500, 4096):
         most = max(1, tokens // split(model, encoded, tokens).tokens)
-        profile = SimpleNamespace(**vars(study.profile) | {"batch_tokens": tokens})
         passes.clear()
-        again = Study(profile, study.pair, study.rows, {"tuned": study.model()})
-        ablation_matrix(again, masks, "zero")
+        ablation_matrix(with_budget(model, tokens), masks, "zero")
         found = [copies for copies, _ in passes[1:]]
         assert found == [min(most, 5 - i) for i in range(0, 5, most)]
         assert all(copies == 1 or read <= tokens for copies, read in passes[1:])
@@ -152,6 +156,45 @@ def test_what_cannot_stand_in_one_pass_is_refused():
         ablate(dense, [mask, mask], "zero", how="weights", where=Places()),
     ):
         pass
+
+
+def test_half_precision_and_edits_of_weights_are_read_one_set_at_a_time(monkeypatch):
+    model, copies = zoo.build("llama"), []
+    masks = dict(enumerate(three(model)))
+    measure = evaluate._nll
+
+    def seen(model, read, *options):
+        copies.append(read.copies)
+        return measure(model, read, *options)
+
+    monkeypatch.setattr(evaluate, "_nll", seen)
+    ablation_matrix(with_budget(model, 4096), masks, "zero")
+    assert copies == [1, 3]
+    ablation_matrix(with_budget(model, 4096), masks, "zero", how="weights")
+    assert copies[2:] == [1] * 4
+    ablation_matrix(with_budget(zoo.build("llama").bfloat16(), 4096), masks, "zero")
+    assert copies[6:] == [1] * 4
+
+
+def test_shared_experts_stand_together_though_routed_ones_do_not():
+    model = zoo.build("qwen2_moe")
+    masks = {n: {"shared": neuron_mask(model, 0.4, n)["shared"]} for n in range(3)}
+    together = ablation_matrix(study_of(model), masks, "zero")
+    for n, mask in masks.items():
+        alone = ablation_matrix(study_of(model), {n: mask}, "zero")
+        np.testing.assert_allclose(together[n], alone[n], atol=2e-6)
+    assert gain_lost(study_of(model, ROWS.assign(category="QA")), {}).shape == (len(ROWS), 0)
+
+
+def test_places_that_nobody_filled_are_refused():
+    model, ids = zoo.build("llama"), torch.arange(4, 9)[None]
+    full = torch.ones(1, 5, dtype=torch.bool)
+    for masks, where in ((three(model), Places(full)), (three(model)[0], Places())):
+        with (
+            pytest.raises(UserError, match="Fill it before each pass"),
+            ablate(model, masks, "zero", where=where),
+        ):
+            model(ids)
 
 
 def test_contexts_of_several_sets_nest_and_leave_the_model_as_it_was():

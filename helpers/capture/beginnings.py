@@ -41,10 +41,14 @@ class Begun(DynamicCache):
         """Keys and values [B, H, n + T, D] of the beginning and of what follows it, of each row
         under its own of `sets` [B].
         """
-        layer, sets = self.layers[layer_idx], self.sets
-        sets = torch.zeros(len(key_states), dtype=torch.long) if sets is None else sets
+        layer = self.layers[layer_idx]
         both = ((layer.keys, key_states), (layer.values, value_states))
-        return tuple(torch.cat([kept[sets.to(new.device)], new], 2) for kept, new in both)
+        return tuple(torch.cat([self._of_rows(kept, new), new], 2) for kept, new in both)
+
+    def _of_rows(self, kept, new):
+        if len(kept) == 1:
+            return kept.expand(len(new), -1, -1, -1)
+        return kept[self.sets.to(new.device)]
 
 
 @dataclass(frozen=True)

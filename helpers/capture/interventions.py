@@ -347,6 +347,8 @@ def _edit_neurons(stack, site, part, value, fired, where=None) -> None:
 
 def _placed(part, where, h) -> torch.Tensor:
     """Which values of h are ablated, bool, of h's shape. part: [N], or [K, N] of several sets."""
+    if where.mask is None or part.dim() > 1 and where.sets is None:
+        raise UserError("ablate: Places without a mask, or without sets. Fill it before each pass.")
     part = part if part.dim() == 1 else part[where.sets.to(h.device)][:, None]  # [B, 1, N]
     return (part & where.mask.to(h.device)[..., None]).reshape(h.shape)
 

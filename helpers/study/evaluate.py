@@ -16,7 +16,7 @@ from ..hexainst.checkers import check
 from ..record import UserError
 from .losses import Losses
 
-NOTHING = 1e-6  # nats per token: sequences that are read together differ by rounding alone
+ROUNDING = 1e-6  # nats per token: how far losses of sets that share a pass are from those alone
 WHERE = ("everywhere", "all but the first", "prompt", "response")  # where an ablation acts
 
 
@@ -126,11 +126,12 @@ def ablation_matrix(
     baseline = _intact(study, encoded, variant)
     at = _marked(study, variant, encoded, where)
     found = _ablated(study, at, masks, operator, variant, where=where, **options)
+    rounding = ROUNDING if _together(model, masks.values(), operator, **options) else 0.0
     increase = {}
     for name, losses in found.items():
         increase[name] = losses - baseline
         inert = allow_inert or not any(np.any(part) for part in masks[name].values())
-        _believable(increase[name], name, inert)
+        _believable(increase[name], name, inert, rounding)
     frame = pd.DataFrame(increase, index=pd.Index(rows["id"], name="id"))
     frame.attrs["baseline"] = baseline.tolist()
     return frame
@@ -146,13 +147,12 @@ def _intact(study, encoded, variant="tuned") -> np.ndarray:
 def _ablated(study, encoded, masks: dict, operator, variant="tuned", where=WHERE[0], **options):
     """{name: losses of the sequences under each ablated set, float64 [I]}, kept.
 
-    As many sets are read together as a batch holds; one at a time where they hold routed experts,
-    and under "resample", which draws anew for each token of each row.
+    About as many sets as a batch holds are read together.
     """
     model, budget = study.model(variant)[0], study.profile.batch_tokens
     read = split(model, encoded, budget, apart=operator != "resample")
-    routed = any({"expert", "experts"} & set(mask) for mask in masks.values())
-    most = 1 if routed or operator == "resample" else max(1, budget // read.tokens)
+    single = not _together(model, masks.values(), operator, **options)
+    most = 1 if single else max(1, budget // read.tokens)
     here = _digest(study, read)
     keys = [f"{here}/{operator}/{_mark(mask, **options)}" for mask in masks.values()]
     of_key = dict(zip(keys, masks.values(), strict=True))
@@ -168,6 +168,15 @@ def _ablated(study, encoded, masks: dict, operator, variant="tuned", where=WHERE
                 told.update(len(some))
 
     return dict(zip(masks, _kept(study, variant, keys, measured), strict=True))
+
+
+def _together(model, masks, operator, how="auto", **options) -> bool:
+    """Whether sets may share a pass: not of routed experts, nor under "resample", which draws anew
+    for each token of each row, nor in half precision, where batches of another shape round apart.
+    """
+    routed = any({"expert", "experts"} & set(mask) for mask in masks)
+    wide = model.dtype in (torch.float32, torch.float64)
+    return wide and not routed and operator != "resample" and how != "weights"
 
 
 def _under(model, encoded, masks, operator, where, budget, **options) -> np.ndarray:
@@ -239,21 +248,21 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
     after = rows.groupby("category")["instruction"].transform(lambda x: np.roll(x, -1))
     given = rows.groupby("category")["input"].transform(lambda x: np.roll(x, -1))
     other = study.reading_of(rows.assign(instruction=after, input=given), variant)
-    risen = []  # of the loss, after its own instruction and after the other one
+    risen = []  # of the loss, after its own instruction and after the other one, [sets, I] each
     for encoded in (study.encoded("reference", variant), other):
         intact = _intact(study, encoded, variant)
         under = _ablated(study, encoded, masks, operator, variant)
-        risen.append(np.column_stack([losses - intact for losses in under.values()]))
-    return risen[0] - risen[1]
+        risen.append(np.array([losses - intact for losses in under.values()]))
+    return (risen[0] - risen[1]).reshape(len(masks), len(rows)).T
 
 
-def _believable(increase, name, may_be_inert):
+def _believable(increase, name, may_be_inert, rounding=0.0):
     if not np.isfinite(increase).all():
         raise RuntimeError(
             f"ablating the set {name!r} made the loss of some row NaN or infinite; "
             "expected finite losses. A half-precision model may overflow: load it wider."
         )
-    if not (np.abs(increase).max() > NOTHING or may_be_inert):
+    if not (np.abs(increase).max() > rounding or may_be_inert):
         raise RuntimeError(
             f"ablating the set {name!r} changed the loss of none of {len(increase)} rows. Either "
             "no token reaches its components (allow_inert=True lets that stand), or the "

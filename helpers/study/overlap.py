@@ -153,7 +153,7 @@ class Overlap:
         epsilon, seed = self.profile.epsilon, self.profile.seed
         return {
             unit: np.mean(list(equal_length.similarities(drawn, unit, rule)), axis=0)
-            - equal_length.null_similarity(drawn, unit, epsilon, seed=seed)
+            - equal_length.null_similarity(drawn, unit, epsilon, rule, seed)
             for unit in self.study.units
             if rule == "quantile" or unit != "experts"
         }

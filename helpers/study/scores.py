@@ -34,6 +34,7 @@ from ..record import UserError
 from .reading import same_beginning
 
 SEES_REFERENCE = ("attribution", "contribution-response")
+REMEMBERED = 2**28  # bytes of scores of rows that are kept in memory rather than read again
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,17 @@ def active(study, variant: str = "tuned") -> np.ndarray:
 
 
 def written(study, positions: str = "prompt", variant: str = "tuned") -> np.ndarray:
-    """`contribution` of a pair's neurons to each row, float32 [I, M], at positions by name."""
-    encoded, model = study.encoded(positions, variant), study.model(variant)[0]
-    return _neurons_of(contribution(model, encoded, study.profile.batch_tokens))
+    """`contribution` of a pair's neurons to each row, float32 [I, M], at positions by name;
+    remembered, if it is no more than REMEMBERED.
+    """
+
+    def read():
+        encoded, model = study.encoded(positions, variant), study.model(variant)[0]
+        return _neurons_of(contribution(model, encoded, study.profile.batch_tokens))
+
+    width = study.counts(variant).unit("neurons")[0].size
+    small = 4 * len(study.rows) * width <= REMEMBERED
+    return study.once(("written", variant, positions), read) if small else read()
 
 
 def blamed(study, variant: str = "tuned") -> np.ndarray:
@@ -234,12 +243,15 @@ def reference_activations(
     def add(site, seen):
         for e, _, _, h, _ in _neurons(site, mask, seen):
             key, h = (site.name, *(e or (None,))), h.float().cpu()
-            total[key] += h.double().sum(0)
+            total[key] += h.sum(0, dtype=torch.float64)
             count[key] += len(h)
-            tickets = torch.cat([bank[key][0], torch.rand(len(h), generator=random)])
-            kept = torch.cat([bank[key][1], h])
+            known, kept = bank[key]
+            tickets = torch.cat([known, torch.rand(len(h), generator=random)])
             best = tickets.topk(min(draws, len(tickets))).indices
-            bank[key] = tickets[best], kept[best]
+            new = best >= len(known)  # few of the many positions of a batch
+            rows = h.new_empty(len(best), h.shape[1])
+            rows[new], rows[~new] = h[best[new] - len(known)], kept[best[~new]]
+            bank[key] = tickets[best], rows
 
     with torch.no_grad(), _watch(sites, add):
         for batch in _batches(encode(tokenizer, list(texts)), batch_tokens, "reference texts"):

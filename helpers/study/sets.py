@@ -337,7 +337,7 @@ def routing(study, models=("tuned", "twin")) -> pd.DataFrame:
     """
     tables = []
     for model in models:
-        f = use_of_experts(study, model)
+        f = _f(study, model)
         means = category_means(f.reshape(len(f), -1), study.labels).reshape(-1, *f.shape[1:])
         grid = pd.MultiIndex.from_product(
             [study.categories, _layer_numbers(study, "experts"), range(f.shape[2])],
@@ -350,12 +350,9 @@ def routing(study, models=("tuned", "twin")) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def use_of_experts(study, model="tuned") -> np.ndarray:
-    """Routing frequency f of each instruction, [I, L, E]: the share of its tokens that each expert
-    receives.
-    """
+def _f(study, model="tuned"):
     counts = study.counts(model)
-    return frequency(counts.routed, counts.tokens)
+    return frequency(counts.routed, counts.tokens)  # [I, L, E]
 
 
 def most_own(study, model="tuned") -> list[dict]:
@@ -379,7 +376,7 @@ def own_experts(study) -> pd.DataFrame:
     clusters, _ = clusters_of(measure)
     out = []
     for model in ("tuned", "twin"):
-        f = use_of_experts(measure, model)
+        f = _f(measure, model)
         for best in most_own(choose, model):
             one = f[:, best.pop("place"), best["expert"]]
             found = _own(one, measure, study.categories.index(best["category"]), clusters)
@@ -431,7 +428,7 @@ def routing_share(study) -> pd.DataFrame:
     out = []
     for model in ("tuned", "twin"):
         counts = study.counts(model)
-        p, f = frequency(counts.unit("neurons"), counts.tokens), use_of_experts(study, model)
+        p, f = frequency(counts.unit("neurons"), counts.tokens), _f(study, model)
         given = conditional_frequency(counts.unit("neurons"), counts.routed)
         reached = np.broadcast_to(counts.routed[..., None] > 0, p.shape)
         wide = np.broadcast_to(f[..., None], p.shape)
