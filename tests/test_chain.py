@@ -68,6 +68,18 @@ def test_a_finished_notebook_takes_its_place(tmp_path, out):
     assert {p.name for p in target.parent.iterdir()} <= {"a.ipynb", "a.log", ".lock"}
 
 
+@pytest.mark.parametrize("few", [{"ablation_rows": 4}, {"rows": 3}])
+def test_too_few_rows_to_ablate_are_said_before_anything_runs(tmp_path, out, few):
+    profile, notes = replace(load_profile("tiny"), **few), tmp_path / "notes"
+    other = book(tmp_path / "00_first.ipynb", f"open({str(notes)!r}, 'w')")
+    ablation = book(tmp_path / "06_ablation.ipynb", "print(1)")
+    with pytest.raises(UserError, match=f"on {[*few.values()][0]} rows of each category"):
+        chain.run(profile, [other, ablation], {})
+    assert not notes.exists()
+    chain.run(profile, [other], {})
+    assert notes.exists()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="no such sockets on this system")
 def test_kernels_share_no_ports(tmp_path, out):
     """Two that start together may be given the same free port; each talks through its own files."""
@@ -591,6 +603,15 @@ def test_generated_blocks_say_what_the_files_say():
     """No number is typed into README or datasheet: their blocks are what is published."""
     for page, text in report.pages().items():
         assert page.read_text() == text
+
+
+def test_the_page_says_what_a_run_took_of_a_tiny_and_a_real_model():
+    tiny = {"wall_seconds": 600, "peak_rss_mb": 1536}
+    real = {"profile": "big", "seconds": {"00": 600, "01": 1200.4}, "peak_rss_mb": 4096}
+    said = report.cost(tiny, real | {"wall_seconds": 7})
+    assert "took 10 minutes on two cores" in said
+    assert "held 1.5 GB" in said
+    assert "`PROFILE=big`, a real model, its notebooks took 30 minutes and 4.0 GB" in said
 
 
 def test_the_table_of_findings_takes_each_number_from_its_own_key(tmp_path):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..analysis.stats import SMALLEST
 from ..config import Profile, load_profile
 from ..paths import DATA, PROFILES, ROOT, figures_dir, results_dir, short
 from ..record import UserError, digest, read_json, versions, write_json
@@ -208,6 +209,7 @@ def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> l
     """Execute the notebooks in order, profile.jobs of a group at a time, add what they cost to
     summary.json, say where to look; the executed files.
     """
+    _refuse_few_rows(profile, paths)
     chain, start = Chain(profile, groups(paths, together), parameters), time.perf_counter()
     with chain.alone(), household() as folder:
         run_stoppable(lambda: chain.run(folder), folder, chain.interrupt)
@@ -215,6 +217,17 @@ def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> l
             raise chain.failures[0]
         chain.close(time.perf_counter() - start)
     return [book.target for book in chain.all]
+
+
+def _refuse_few_rows(profile: Profile, paths: list[Path]) -> None:
+    """Notebook 06 can give no interval of so few, and would say so only when its turn comes."""
+    measured = min(profile.ablation_rows, profile.rows or profile.ablation_rows)
+    if measured < SMALLEST and any(path.stem == "06_ablation" for path in paths):
+        raise UserError(
+            f"profile {profile.name}: ablations are measured on {measured} rows of each category "
+            f"and half, expected {SMALLEST} or more. Raise `ablation_rows`, and `rows` if it is "
+            "given; or run the other notebooks alone."
+        )
 
 
 def check(paths: list[Path], together=()) -> int:
