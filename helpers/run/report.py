@@ -49,15 +49,15 @@ def fill(path: Path, blocks: dict[str, str]) -> str:
 
 
 def cost(tiny: dict, real: dict) -> str:
-    """Two sentences: what a run of the chain took by the default profile, and by a real model's;
-    from their summaries. The second one's notebooks run one after another, and may be of two runs.
+    """Two sentences: what a run of the whole chain took by the default profile, and by a real
+    model's; from their summaries.
     """
     minutes, memory = tiny["wall_seconds"] / 60, tiny["peak_rss_mb"] / 1024
-    longer, more = sum(real["seconds"].values()) / 60, real["peak_rss_mb"] / 1024
+    longer, more = real["wall_seconds"] / 60, real["peak_rss_mb"] / 1024
     return (
         f"`make reproduce` took {minutes:.0f} minutes on two cores without a GPU, the environment "
         f"set up before; its largest process held {memory:.1f} GB. With `PROFILE={real['profile']}`"
-        f", a real model, its notebooks took {longer:.0f} minutes and {more:.1f} GB."
+        f", a real model, it took {longer:.0f} minutes and {more:.1f} GB."
     )
 
 
