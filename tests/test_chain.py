@@ -648,8 +648,11 @@ def test_what_the_whole_chain_took_outlives_a_run_of_some_notebooks(tmp_path, mo
     (tmp_path / "run").mkdir()
     for name in ("claims.csv", "verdicts.csv"):
         (tmp_path / "run" / name).write_text("id\na\n")
-    whole, other = {"wall_seconds": 600, "peak_rss_mb": 1000}, {"wall_seconds": 5, "peak_rss_mb": 1}
-    for summary, known in ((whole, whole), ({"peak_rss_mb": 10}, whole), (other, other)):
+    whole = {"wall_seconds": 600, "peak_rss_mb": 1000, "seconds": {"00": 9.0, "05": 8.0}}
+    part = {"peak_rss_mb": 10, "seconds": {"05": 7.0}}
+    after = whole | {"seconds": {"00": 9.0, "05": 7.0}}
+    other = {"wall_seconds": 5, "peak_rss_mb": 1}
+    for summary, known in ((whole, whole), (part, after), (other, other)):
         write_json(tmp_path / "run" / "summary.json", summary)
         assert read_json(report.publish("tiny") / "summary.json") == known
 

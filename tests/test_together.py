@@ -14,6 +14,7 @@ from helpers.capture.losses import proven_head, sequence_losses
 from helpers.capture.tokens import encode, padded
 from helpers.record import UserError
 from helpers.study import evaluate
+from helpers.study import study as study_room
 from helpers.study.evaluate import WHERE, ablation_matrix, gain_lost
 from helpers.study.scores import reference_activations
 from helpers.study.study import Study
@@ -81,17 +82,23 @@ def test_so_they_do_at_every_place_and_whatever_stands_together(where):
         assert where == "prompt" or alone[name].abs().max() > 1e-3
 
 
-def test_as_many_sets_share_a_pass_as_its_budget_holds(monkeypatch):
-    study, passes = study_of(zoo.build("llama")), []
-    masks = {n: neuron_mask(study.model()[0], 0.2, n) for n in range(5)}
-    measure = evaluate._nll
+@pytest.fixture
+def passes(monkeypatch):
+    """(sets, tokens) of each measurement of losses."""
+    found, measure = [], evaluate._nll
 
     def seen(model, read, *options):
-        passes.append((read.copies, read.tokens))
+        found.append((read.copies, read.tokens))
         return measure(model, read, *options)
 
     monkeypatch.setattr(evaluate, "_nll", seen)
+    return found
+
+
+def test_as_many_sets_share_a_pass_as_its_budget_holds(passes):
+    study = study_of(zoo.build("llama"))
     model = study.model()[0]
+    masks = {n: neuron_mask(model, 0.2, n) for n in range(5)}
     encoded, sizes = study.encoded("reference"), []
     for tokens in (30, 350, 500, 4096):
         most = max(1, tokens // split(model, encoded, tokens).tokens)
@@ -158,22 +165,35 @@ def test_what_cannot_stand_in_one_pass_is_refused():
         pass
 
 
-def test_half_precision_and_edits_of_weights_are_read_one_set_at_a_time(monkeypatch):
-    model, copies = zoo.build("llama"), []
+def test_half_precision_and_edits_of_weights_are_read_one_set_at_a_time(passes):
+    model, half = zoo.build("llama"), zoo.build("llama").bfloat16()
     masks = dict(enumerate(three(model)))
-    measure = evaluate._nll
-
-    def seen(model, read, *options):
-        copies.append(read.copies)
-        return measure(model, read, *options)
-
-    monkeypatch.setattr(evaluate, "_nll", seen)
     ablation_matrix(with_budget(model, 4096), masks, "zero")
-    assert copies == [1, 3]
-    ablation_matrix(with_budget(model, 4096), masks, "zero", how="weights")
-    assert copies[2:] == [1] * 4
-    ablation_matrix(with_budget(zoo.build("llama").bfloat16(), 4096), masks, "zero")
-    assert copies[6:] == [1] * 4
+    assert [sets for sets, _ in passes] == [1, 3]
+    for other, options in ((model, {"how": "weights"}), (half, {})):
+        passes.clear()
+        ablation_matrix(with_budget(other, 4096), masks, "zero", **options)
+        assert [sets for sets, _ in passes] == [1] * 4
+
+
+def test_what_is_compared_is_read_alike(monkeypatch):
+    """Under `resample` all is read whole, the intact rows too: half precision rounds otherwise."""
+    study, seen, cut = study_of(zoo.build("llama")), [], evaluate.split
+    reference = {"reference": typical(study.model()[0])}
+
+    def kept(*options, **named):
+        seen.append(cut(*options, **named).beginning is not None)
+        return cut(*options, **named)
+
+    monkeypatch.setattr(evaluate, "split", kept)
+    monkeypatch.setattr(study_room.Study, "encoded", lambda *_, **__: sequences())
+    mask = {0: three(study.model()[0])[0]}
+    with_rows = study.take(range(len(sequences())))
+    ablation_matrix(with_rows, mask, "zero")
+    assert set(seen) == {True}
+    seen.clear()
+    ablation_matrix(with_rows, mask, "resample", **reference)
+    assert set(seen) == {False}
 
 
 def test_shared_experts_stand_together_though_routed_ones_do_not():

@@ -188,11 +188,7 @@ def transplant(table: pd.DataFrame) -> Figure:
         for end, (label, colour) in ends.items():
             line = {"color": PALETTE[colour], "linewidth": 1.2, "linestyle": "-:"[colour - 1]}
             ax.axhline(part[end].iloc[0], label=label, **line)
-        top, far = 1.1 * part[["high", "host"]].max().max(), part["donor"].iloc[0]
-        if far > top:  # its line would press the curves flat
-            said = {"ha": "center", "va": "top", "fontsize": SMALLEST, "color": PALETTE[2]}
-            ax.text(50, top, f"the other model: {far:.2f}, above", **said)
-        ax.set(xlabel="% of neurons transplanted", xlim=(-2, 102), ylim=(0, top))
+        ax.set(xlabel="% of neurons transplanted", xlim=(-2, 102))
     return _finish(fig, drawn, "loss of references\n(nats per token)", 2)
 
 

@@ -351,8 +351,8 @@ def effect_cell(tests, null: bool = True) -> str:
 
 def publish(profile: str) -> Path:
     """Copy a run's ledger and summary, which hold no text of others, to data/published/<profile>:
-    every test, every verdict, every headline number. The folder. What the whole chain took is kept
-    where a run of some notebooks does not say it.
+    every test, every verdict, every headline number. The folder. What the whole chain and each of
+    its notebooks took is kept where a run of some notebooks does not say it.
     """
     folder, results = DATA / "published" / checked(profile, "profile"), results_dir(profile)
     tests, verdicts = (pd.read_csv(results / name) for name in ("claims.csv", "verdicts.csv"))
@@ -362,6 +362,8 @@ def publish(profile: str) -> Path:
     if "wall_seconds" not in summary and path.is_file():
         before = read_json(path)
         summary |= {name: before[name] for name in WHOLE if name in before}
+        if "seconds" in before:
+            summary["seconds"] = before["seconds"] | summary.get("seconds", {})
     write_json(path, summary)
     for name in TUNED:
         if (results / name).is_file():

@@ -115,15 +115,16 @@ def ablation_matrix(
     every ablated set.
 
     masks: {name: component mask}. Returns float64 [I, sets], index the ids, columns the names;
-    the intact NLL is the list attrs["baseline"]. References are encoded once for all, and the study
-    remembers what a set costs these rows. `options` go to `ablate`. where: at which tokens the set
-    is ablated, one of WHERE. Raises RuntimeError if a non-empty set changes no row at all;
-    `allow_inert` permits sets that may be dead.
+    the intact NLL is the list attrs["baseline"]. References are encoded once for all, sets share
+    passes where they may, and the study remembers what a set costs these rows. `options` go to
+    `ablate`. where: at which tokens the set is ablated, one of WHERE. Raises RuntimeError if a
+    non-empty set changes no row (by more than ROUNDING, if sets share passes); `allow_inert`
+    permits sets that may be dead.
     """
     model, rows = study.model(variant)[0], study.rows
     proven_head(model)  # runs the model as it is: not under an ablation
     encoded = study.encoded("reference" if eos else "response", variant)
-    baseline = _intact(study, encoded, variant)
+    baseline = _intact(study, encoded, variant, apart=operator != "resample")
     at = _marked(study, variant, encoded, where)
     found = _ablated(study, at, masks, operator, variant, where=where, **options)
     rounding = ROUNDING if _together(model, masks.values(), operator, **options) else 0.0
@@ -137,10 +138,12 @@ def ablation_matrix(
     return frame
 
 
-def _intact(study, encoded, variant="tuned") -> np.ndarray:
-    """Losses of sequences, one for each of a study's rows, float64 [I], kept."""
+def _intact(study, encoded, variant="tuned", apart=True) -> np.ndarray:
+    """Losses of sequences, one for each of a study's rows, float64 [I], kept; apart: as `split`
+    takes it, so that what is compared is read alike.
+    """
     model = study.model(variant)[0]
-    read = split(model, encoded, study.profile.batch_tokens)
+    read = split(model, encoded, study.profile.batch_tokens, apart)
     return _kept(study, variant, [_digest(study, read)], lambda _: [_nll(model, read)])[0]
 
 

@@ -165,8 +165,8 @@ def sentences(singly: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
             f"{row['increase']:.3f} nats per token; other experts of its layer would cost "
             f"{row['expected']:.3f} at its use. The difference is {row['beyond']:.3f} "
             f"[{row['low']:.3f}, {row['high']:.3f}] (null 0; detectable from {row['sees']:.3f}; p "
-            f"{row['p_sets']:.3f} with the experts of a layer exchanged). Category by category "
-            f"the interval lies above 0 in {', '.join(above) or 'none'}, below 0 in "
+            f"{row['p_sets']:.3f} with the experts of a layer exchanged, before Holm). Category by "
+            f"category the interval lies above 0 in {', '.join(above) or 'none'}, below 0 in "
             f"{', '.join(below) or 'none'}. In {most} of {layers.ngroups} layers the own expert is "
             f"the one whose loss costs most (by chance: {chance:.1f})."
         )

@@ -2,10 +2,10 @@
 tables.
 
 A cell's sets are chosen on one half of the rows (column `fold`) and measured on the other. A killed
-run goes on where it stopped; a cell depends on nothing but its record, so it comes out the same
-whatever was computed before it. The tables are data/grid/<profile>.csv, a row per pair, score, size
-and half, and <profile>-matrices.csv, the six-by-six matrices; <profile>.json says of which models,
-rows and settings they are.
+run goes on where it stopped; a cell depends on nothing but its record, so it comes out the same,
+but for rounding, whatever was computed before it. The tables are data/grid/<profile>.csv, a row per
+pair, score, size and half, and <profile>-matrices.csv, the six-by-six matrices; <profile>.json says
+of which models, rows and settings they are.
 """
 
 from pathlib import Path
