@@ -25,8 +25,11 @@ def study():
 
 
 def sparse(model=None):
-    """A model of the zoo, its prompts and references counted."""
-    made = planted.study(made=model or zoo.build("qwen2_moe"), **EACH)
+    """A model of the zoo, its prompts and references counted; its halves read other letters."""
+    rows = planted.rows()
+    other = rows["instruction"].str.translate(str.maketrans("0123456789", "zyxwvutsrq"))
+    rows["instruction"] = rows["instruction"].where(rows["fold"] == "A", other)
+    made = planted.study(rows, made=model or zoo.build("qwen2_moe"), **EACH)
     counts = count_groups(made.model()[0], made.reading("tuned", "response"))["response"]
     made.once(("counts", "tuned", "response"), lambda: counts)
     return made
@@ -68,7 +71,7 @@ def test_each_expert_of_the_layer_is_rerouted_alone(study, found, category):
         assert mine.loc[mine["own"], "expert"].tolist() == [expert]
         assert set(mine["layer"]) == {study.counts().layers["expert"][layer]}
         np.testing.assert_allclose(mine["increase"], losses.mean(0), atol=2e-6)
-        np.testing.assert_allclose(mine["f"], f)
+        np.testing.assert_allclose(mine["f"], f, rtol=1e-6)
         near = np.argsort(abs(f - f[expert]), kind="stable")[1:5]
         line = np.polyfit(f[near], losses.mean(0)[near], 1)
         row = mine[mine["own"]].iloc[0]
@@ -125,6 +128,16 @@ def test_an_expert_that_costs_its_use_stands_nowhere():
     assert experts._beyond(table, planted.study(**EACH).profile)["p_sets"] > 0.05
 
 
+def test_halves_choose_their_experts_apart(study):
+    """Else a choice on the measured half would look like one on the other."""
+    one, two = (sets.most_own(study.half(half)) for half in study.halves)
+    assert one != two
+
+
+def figure_of(found):
+    return plots.ablation.single_experts(found[0]).axes[0]
+
+
 def test_the_sentence_and_the_figure_say_what_the_tables_hold(found):
     [said] = experts.sentences(*found)
     row = found[1].iloc[0]
@@ -133,8 +146,12 @@ def test_the_sentence_and_the_figure_say_what_the_tables_hold(found):
     layers = found[0].groupby(["measured on", "category"])["increase"].max()
     most = sum(row.increase == layers[row[1], row.category] for row in own.itertuples())
     assert f"In {most} of 12 layers the own expert is" in said
+    drawn = [line.get_segments()[0][:, 0] for line in figure_of(found).collections]
+    for row, (low, high) in zip(own.itertuples(), drawn, strict=True):
+        assert low == pytest.approx(min(row.expected + row.low, row.increase))
+        assert high == pytest.approx(max(row.expected + row.high, row.increase))
     assert f"(by chance: {12 / found[0]['expert'].nunique():.1f})" in said
-    ax = plots.ablation.single_experts(found[0]).axes[0]
+    ax = figure_of(found)
     assert len(ax.get_yticklabels()) == 12
     first = own.iloc[0]
     label = f"{first['category']}, half {first['measured on']}: layer {first['layer']}"

@@ -235,6 +235,10 @@ def test_models_that_were_handed_over_have_no_file(study, tmp_path):
 def test_a_loss_that_is_no_number_is_not_kept(tmp_path):
     kept = losses.Losses(tmp_path / "a.jsonl", {})
     kept(["a", "b"], lambda missing: [[1.0, np.nan], [1.0, 2.0]])
+    assert kept(["a"], lambda missing: [[4.0, 5.0]])[0].tolist() == [4.0, 5.0]
+    (tmp_path / "a.jsonl").unlink()
+    kept = losses.Losses(tmp_path / "a.jsonl", {})
+    kept(["a", "b"], lambda missing: [[1.0, np.nan], [1.0, 2.0]])
     again = losses.Losses(tmp_path / "a.jsonl", {})
     assert again(["b"], None)[0].tolist() == [1.0, 2.0]
     assert [x.tolist() for x in again(["b", "a", "a"], lambda missing: [[3.0]] * len(missing))] == [

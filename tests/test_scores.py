@@ -15,6 +15,8 @@ from helpers.capture.sites import find_sites
 from helpers.capture.tokens import encode
 from helpers.config import Pair
 from helpers.record import UserError
+from helpers.study import planted as circuits
+from helpers.study import scores
 from helpers.study.evaluate import ablation_matrix, reference_nll
 from helpers.study.reading import encode_rows
 from helpers.study.scores import attribution, contribution, reference_activations
@@ -287,3 +289,17 @@ def test_a_planted_circuit_is_found_by_its_effect_and_missed_by_frequency():
         ]
     top = np.argsort(-np.concatenate(fired), kind="stable")[:60]
     assert not (masks["ab"] | masks["cd"]).reshape(-1)[top].any()
+
+
+def test_scores_of_rows_are_remembered_where_they_are_small(monkeypatch):
+    study = circuits.study()
+    model, size = study.model()[0], study.profile.batch_tokens
+    for positions in ("prompt", "response"):
+        expected = contribution(model, study.encoded(positions), size)["dense"]
+        found = scores.written(study, positions)
+        np.testing.assert_array_equal(found, expected.reshape(len(expected), -1))
+        assert scores.written(study, positions) is found
+    monkeypatch.setattr(scores, "REMEMBERED", found.nbytes - 1)
+    large = circuits.study()
+    again = scores.written(large)
+    assert scores.written(large) is not again
