@@ -11,7 +11,8 @@ $(if $(findstring $$,$(value PYTHON))$(findstring ',$(value PYTHON)),$(error PYT
 
 NOTEBOOKS := 00_start_here 01_hexainst 02_capture 03_neurons 04_experts 05_generality_uniqueness 06_ablation 07_alteration 08_claims 09_your_own 10_tuning
 # 03 to 07 read the counts that 02 wrote and nothing of one another, 09 and 10 nothing of the chain: they may run side by side.
-TOGETHER  := $(filter 03_% 04_% 05_% 06_% 07_% 09_% 10_%,$(NOTEBOOKS))
+# They start in this order, the longest first, so that no core waits for it at the end.
+TOGETHER  := $(foreach n,06 05 07 04 03 10 09,$(filter $(n)_%,$(NOTEBOOKS)))
 CHAIN     := $(NOTEBOOKS:%=notebooks/%.ipynb) --together $(TOGETHER)
 
 CONDA := $(firstword $(foreach c,mamba micromamba conda,$(shell command -v $(c) 2>/dev/null)))

@@ -222,6 +222,7 @@ def test_after_a_failure_nothing_else_is_started_and_what_runs_may_end(tmp_path,
 def test_notebooks_are_grouped_or_refused():
     a, b, c = (Path(f"{name}.ipynb") for name in "abc")
     assert chain.groups([a, b, c], ["b", "c"]) == [[a], [b, c]]
+    assert chain.groups([a, b, c], ["c", "b"]) == [[a], [c, b]]
     assert chain.groups([a, b, c], ["a", "c"]) == [[a], [b], [c]]
     with pytest.raises(UserError, match="no notebook to run"):
         chain.groups([])

@@ -34,7 +34,7 @@ HELPERS = Path(__file__).resolve().parents[1]
 
 def groups(paths: list[Path], together=()) -> list[list[Path]]:
     """The notebooks in order, those that may run side by side in one list: neighbours whose names
-    are in `together` need nothing of one another.
+    are in `together` need nothing of one another, and start in its order.
     """
     if not paths:
         raise UserError("no notebook to run: name at least one, e.g. notebooks/00_start_here.ipynb")
@@ -44,7 +44,8 @@ def groups(paths: list[Path], together=()) -> list[list[Path]]:
     if unknown := set(together) - {path.stem for path in paths}:
         raise UserError(f"--together names no given notebook: {', '.join(sorted(unknown))}.")
     keyed = groupby(paths, key=lambda path: path.stem in together or path)
-    return [list(group) for _, group in keyed]
+    place = {name: n for n, name in enumerate(together)}
+    return [sorted(group, key=lambda path: place.get(path.stem, 0)) for _, group in keyed]
 
 
 def state_of(paths) -> list:
