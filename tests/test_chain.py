@@ -16,7 +16,6 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
-import pandas as pd
 import psutil
 import pytest
 from PIL import Image
@@ -26,7 +25,6 @@ from helpers.paths import ROOT
 from helpers.record import UserError, read_json, write_json
 from helpers.run import __main__ as command
 from helpers.run import chain, notebook, progress, report, stopping
-from helpers.study import ledger
 
 
 def book(path, *cells, **metadata):
@@ -614,35 +612,6 @@ def test_the_page_says_what_a_run_took_of_a_tiny_and_a_real_model():
     assert "`PROFILE=big`, a real model, it took 30 minutes and 4.0 GB" in said
 
 
-def test_the_table_of_findings_takes_each_number_from_its_own_key(tmp_path):
-    numbers, at = {"membership.neurons.1": 1234, "membership.neurons.2": 7}, "ablation.equal"
-    for n, (category, gain) in enumerate((("A", [0.1, 2.0]), ("B", [-0.1, 2.0]))):
-        able = f"ability.tuned.all.{category}"
-        numbers |= {f"{able}.strict": 0.11 + n, f"{able}.first": 0.22 + n, f"{able}.gain_ci": gain}
-        numbers[f"overlap.neurons.all.{category}.bursty_excess"] = 0.33 + n
-        for m, score in enumerate(("frequency", "contribution")):
-            numbers[f"{at}.{score}.all.{category}.specific"] = 0.44 + n + 10 * m
-    for m, score in enumerate(("frequency", "contribution")):
-        key = f"{at}.{score}"
-        numbers |= {f"{key}.all.critical": 3.0 + m, f"{key}.all.critical_ci": [2.5, 3.5]}
-        numbers |= {f"{key}.all.specificity": 5.0 + m, f"{key}.all.specificity_ci": [4.5, 5.5]}
-        numbers |= {f"{key}.all.p": 0.017 + m / 100, f"{key}.plain_text": 7.0 + m}
-    numbers |= {"unique.neurons.share": 0.18, "unique.neurons.wordings_null": 0.05}
-    write_json(tmp_path / "summary.json", {"pairs": {"one": numbers}})
-    rows = [line.split(" | ") for line in report.findings([tmp_path]).splitlines()[2:]]
-    assert [row[1].removesuffix(" |") for row in rows] == [
-        "0.11 to 1.11 / 0.22 to 1.22",
-        "1 of 2 categories",
-        "0.33 to 1.33",
-        "1,234: 18% (5%) / 7",
-        "3.00 [2.50, 3.50]; 7.00",
-        "5.00 [4.50, 5.50], p 0.017; 0.44 to 1.44",
-        "4.00 [2.50, 3.50]; 8.00",
-        "6.00 [4.50, 5.50], p 0.027; 10.44 to 11.44",
-        *"---",
-    ]
-
-
 def test_what_the_whole_chain_took_outlives_a_run_of_some_notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "DATA", tmp_path)
     monkeypatch.setattr(report, "results_dir", lambda name: tmp_path / "run")
@@ -674,48 +643,3 @@ def test_a_committed_picture_has_few_colours_and_looks_the_same():
     assert np.abs(found - pixels).mean() < 16
     again = notebook.canonical(book).cells[0].outputs[0].data
     assert base64.b64decode(again["image/png"]) == small
-
-
-def test_a_claim_about_categories_says_how_many_hold_and_how_they_spread():
-    tests = pd.DataFrame({"supported": [True, False, True], "effect": [0.5, -0.1, 0.25]})
-    assert report.effect_cell(tests) == "2 of 3: -0.100 to 0.500"
-    one = pd.DataFrame({"effect": [0.5], "low": [0.4], "high": [0.6], "null": [0.1]})
-    assert report.effect_cell(one) == "0.500 [0.400, 0.600] / 0.100"
-    assert report.effect_cell(one, null=False) == "0.500 [0.400, 0.600]"
-
-
-def test_the_paragraph_on_tunings_takes_each_number_from_its_own_test(tmp_path):
-    """Every claim, component and tuning has an effect of its own; one half alone is left out."""
-    claims = ledger.read_ledger(tunings=True)
-    places = [
-        (row["id"], component, tuning)
-        for row in claims.to_dict("records")
-        for component in row["components"].split()
-        for tuning in ("full", "continued", "alone")
-    ]
-    tests = pd.DataFrame(places, columns=["id", "components", "pair"])
-    tests = tests.assign(half="all", effect=np.arange(len(places), dtype=float), null=0.0)
-    tests = tests.assign(low=tests["effect"] - 0.5, high=tests["effect"] + 0.5, supported=True)
-    half = tests.assign(half="ai", effect=-1.0)
-    pd.concat([tests, half]).to_csv(tmp_path / "tuning_tests.csv")
-    verdicts = pd.DataFrame({"id": ["a", "a", "b"], "components": ["x", "y", "x"]})
-    verdicts["verdict"] = ["supported", "supported", "mixed"]
-    verdicts.to_csv(tmp_path / "tuning_verdicts.csv")
-    said = report.tunings(tmp_path)
-    named = {
-        ("tuning-improves", "likelier", "full"): "likelier, in nats per token, in ",
-        ("tuning-improves", "gain", "full"): "own instruction help more in ",
-        ("tuning-improves", "likelier", "continued"): "The control does the first in ",
-        ("tuning-improves", "gain", "continued"): "and the last in ",
-        ("tuning-beyond-noise", "neurons", "full"): "beyond the noise floor by ",
-        ("tuning-beyond-continued", "neurons", "full"): "further than the control: ",
-        ("tuning-own-category", "neurons", "alone"): "more than others' by ",
-        ("tuning-matter", "kept", "full"): "that it kept there costs ",
-        ("tuning-weights", "neurons", "full"): "change in frequency is ",
-        ("tuning-weights", "neurons", "continued"): "under the control ",
-    }
-    for place, words in named.items():
-        value = float(places.index(place))
-        assert f"{words}{value:.3f} [{value - 0.5:.3f}, {value + 0.5:.3f}]" in said
-    assert "whose sources it never saw, in -1.000 [-0.500, 0.500]" in said
-    assert "Supported: `a` (x, y); mixed: `b` (x); not supported: none." in said

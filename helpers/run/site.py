@@ -25,7 +25,8 @@ from ..paths import DATA, NOTEBOOKS, PROFILES, ROOT, figures_dir, resolve, resul
 from ..plots.explorer import explorer
 from ..record import DamagedFile, UserError, locked, read_json, read_tensors, sha256, write_json
 from ..study import grid, ledger
-from . import atlas_page, report
+from . import atlas_page
+from .findings import PUBLISHED, effect_cell
 from .render import Book, led, markdown, plain
 
 PAGES = Path(__file__).with_name("pages")
@@ -56,7 +57,7 @@ class Source:
         """(tests, verdicts) of the ledger: this machine's run, else what is published."""
         for folder, names in (
             (results_dir(self.name), ("claims.csv", "verdicts.csv")),
-            (DATA / "published" / self.name, report.PUBLISHED),
+            (DATA / "published" / self.name, PUBLISHED),
         ):
             if all((folder / name).is_file() for name in names):
                 return tuple(_read(folder / name, *TABLES[n]) for n, name in enumerate(names))
@@ -140,7 +141,7 @@ def claim_rows(claims, tests, verdicts) -> list[dict]:
         for said in verdicts[verdicts["id"] == claim["id"]].to_dict("records"):
             mine = tests[(tests["id"] == claim["id"]) & (tests["half"] == "all")]
             mine = mine[mine["components"] == said["components"]]
-            effects = {pair: report.effect_cell(part) for pair, part in mine.groupby("pair")}
+            effects = {pair: effect_cell(part) for pair, part in mine.groupby("pair")}
             rows.append(claim | said | {"effects": effects})
     return rows
 

@@ -1,0 +1,290 @@
+"""What README says was found: questions answered model by model, models compared, the ledger."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from ..record import read_json
+from ..study import ledger
+
+PUBLISHED = ("tests.csv", "verdicts.csv")
+TUNED = ("tuning_tests.csv", "tuning_verdicts.csv")  # the same of the claims about tunings
+JUDGED = ("supported", "mixed", "not supported")
+
+
+def rows_of(lines) -> str:
+    """A Markdown table; the first line is its head."""
+    head, *others = lines
+    every = [head, ["---"] * len(head), *others]
+    return "\n".join("| " + " | ".join(line) + " |" for line in every)
+
+
+def effect_cell(tests, null: bool = True) -> str:
+    """An effect, its interval and null; of several categories, in how many it is supported, and
+    the smallest and largest effect.
+    """
+    if not len(tests):
+        return "-"
+    if len(tests) > 1:
+        held, values = int(tests["supported"].sum()), tests["effect"]
+        return f"{held} of {len(tests)}: {values.min():.3f} to {values.max():.3f}"
+    one = tests.iloc[0]
+    beside = f" / {one.null:.3f}" if null else ""
+    return f"{one.effect:.3f} [{one.low:.3f}, {one.high:.3f}]{beside}"
+
+
+def answer(tests) -> str:
+    """What one pair's tests of a claim say: in how many of the categories it holds (both halves
+    together), or yes, no, or in part (on both halves together and on each).
+
+    Raises `KeyError` where there is no test.
+    """
+    if not len(tests):
+        raise KeyError("no test")
+    by_category = tests[tests["category"].notna()]
+    if len(by_category):
+        held = by_category.loc[by_category["half"] == "all", "supported"]
+        return f"**in {held.sum()} of {len(held)} categories**"
+    held = tests["supported"]
+    return "**yes**" if held.all() else "**in part**" if held.any() else "**no**"
+
+
+def _matching(numbers, keys) -> list:
+    found = [value for key, value in numbers.items() if re.fullmatch(keys, key)]
+    if not found:
+        raise KeyError(keys)
+    return found
+
+
+def _spread(numbers, keys) -> str:
+    found = _matching(numbers, keys)
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
+def _one(numbers, key) -> str:
+    low, high = numbers[f"{key}_ci"]
+    return f"{numbers[key]:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _able(numbers, tests) -> str:
+    strict, first = (rf"ability\.tuned\.all\..+\.{name}" for name in ("strict", "first"))
+    ends = _matching(numbers, r"ability\.tuned\.all\..+\.gain_ci")
+    return (
+        f"**in {sum(low > 0 for low, _ in ends)} of {len(ends)} categories**; passes "
+        f"{_spread(numbers, strict)}, ranked first {_spread(numbers, first)}"
+    )
+
+
+def _alike(numbers, tests) -> str:
+    mine = _tests(tests, "excess-smallest", "neurons")
+    return f"{answer(mine)}: {effect_cell(mine[mine['half'] == 'all'], null=False)}"
+
+
+def _readable(numbers, tests) -> str:
+    said = answer(_tests(tests, "readable-beyond", "neurons"))
+    return (
+        f"{said}: neurons {_one(numbers, 'nearest.neurons.all.tuned')}, "
+        f"words {_one(numbers, 'nearest.neurons.all.words')}"
+    )
+
+
+def _consensus(numbers, tests) -> str:
+    found = {int(k.rpartition(".")[2]): v for k, v in numbers.items() if k.startswith("membership")}
+    share, null = (numbers[f"unique.neurons.{name}"] for name in ("share", "wordings_null"))
+    return f"{found[1]:,}: {share:.0%}, dealt {null:.0%}; {found[max(found)]:,} in all"
+
+
+def _layers(numbers, tests) -> str:
+    said = answer(_tests(tests, "layer-pattern-learned", "neurons"))
+    alike, twin = (numbers[f"layers.neurons.all.{name}"] for name in ("stability", "twin"))
+    return f"{said}: {alike:.3f}, untrained {twin:.3f}"
+
+
+def _needed(score):
+    """By how many categories a score's sets are needed; the mean effect, and on plain text."""
+    key = f"ablation.equal.{score}"
+
+    def said(numbers, tests):
+        held = answer(_tests(tests, "critical-by-category", score))
+        mean = _one(numbers, f"{key}.all.critical")
+        return f"{held}: {mean}; plain text {numbers[f'{key}.plain_text']:.2f}"
+
+    return said
+
+
+def _specific(score):
+    """In how many categories own effect exceeds the others'; the mean, its p, and the spread."""
+    key = f"ablation.equal.{score}.all"
+
+    def said(numbers, tests):
+        held = answer(_tests(tests, "specific-by-category", score))
+        mean, each = _one(numbers, f"{key}.specificity"), rf"{re.escape(key)}\..+\.specific"
+        return f"{held}: {mean}, p {numbers[f'{key}.p']:.3f}; each {_spread(numbers, each)}"
+
+    return said
+
+
+def _tests(tests, name, component):
+    return tests[(tests["id"] == name) & (tests["components"] == component)]
+
+
+ASKED = {  # a question; what a pair's numbers and tests answer
+    "Does the own instruction make the reference likelier than another one does?": _able,
+    "**1. Do instructions of a category share neurons** beyond chance, length and words?": _alike,
+    "Do neurons tell the category better than words do?": _readable,
+    "How many neurons are in one category's consensus set alone?": _consensus,
+    "Do categories share a layer pattern that training made?": _layers,
+    "**2. Are the neurons that fire most often needed** by their category?": _needed("frequency"),
+    "Do they serve it more than the others?": _specific("frequency"),
+    "**3. Are the neurons that contribute most needed** by their category?": _needed(
+        "contribution"
+    ),
+    "Do these serve it more than the others?": _specific("contribution"),
+}
+
+
+def _told(ask, *found) -> str:
+    try:
+        return ask(*found)
+    except (KeyError, ValueError):  # the run did not ask
+        return "-"
+
+
+def answers(folders) -> str:
+    """A Markdown row per question of ASKED, a column per pair of the published folders."""
+    pairs, head = [], [""]
+    for folder in map(Path, folders):
+        tests = pd.read_csv(folder / PUBLISHED[0])
+        for pair, numbers in read_json(folder / "summary.json")["pairs"].items():
+            head.append(f"`{pair}`")
+            pairs.append((numbers, tests[tests["pair"] == pair]))
+    rows = [[said, *(_told(ask, *pair) for pair in pairs)] for said, ask in ASKED.items()]
+    return rows_of([head, *rows])
+
+
+def compared(folders) -> str:
+    """Of each published folder but `tiny`, a column: which headline verdicts are those of the tiny
+    models, which are others, and what was not asked of it. A Markdown table.
+    """
+    claims = ledger.read_ledger()
+    headline = set(claims.loc[claims["headline"] == "yes", "id"])
+    found = {Path(f).name: _verdicts(Path(f) / PUBLISHED[1], headline) for f in folders}
+    tiny = found.pop("tiny")
+    kinds = {
+        "supported in both": lambda own, other: own == other == "supported",
+        "supported in it, not in `tiny`": lambda own, other: own == "supported" != other,
+        "supported in `tiny`, not in it": lambda own, other: other == "supported" != own,
+        "supported in neither (of some categories or parts, or of none)": lambda own, other: (
+            "supported" not in (own, other)
+        ),
+    }
+    lines = [["", *(f"`{name}` beside `tiny`" for name in found)]]
+    for said, holds in kinds.items():
+        cells = [
+            [key for key in tiny if own.get(key) in JUDGED and holds(own[key], tiny[key])]
+            for own in found.values()
+        ]
+        lines.append([said, *map(_listed, cells)])
+    left = [[key for key in tiny if own.get(key) not in JUDGED] for own in found.values()]
+    return rows_of([*lines, ["asked of `tiny` alone", *map(_listed, left)]])
+
+
+def _verdicts(path, names) -> dict[tuple[str, str], str]:
+    table = pd.read_csv(path)
+    some = table[table["id"].isin(names)]
+    return dict(zip(zip(some["id"], some["components"], strict=True), some["verdict"], strict=True))
+
+
+def _listed(keys) -> str:
+    """Claims by name, their components in brackets."""
+    parts = {}
+    for name, component in keys:
+        parts.setdefault(name, []).append(component)
+    return ", ".join(f"`{name}` ({', '.join(of)})" for name, of in parts.items()) or "none"
+
+
+CHANGES = {  # a question: (claim, components, tuning)
+    "references of rows it never saw likelier, nats per token": ("improves", "likelier", "full"),
+    "the row's own instruction helps more, nats per token": ("improves", "gain", "full"),
+    "sets moved beyond the noise floor": ("beyond-noise", "neurons", "full"),
+    "sets moved further than by the control": ("beyond-continued", "neurons", "full"),
+    "two seeds end more alike than tuning and control": ("beyond-seed", "neurons", "full"),
+    "tuning on MATH alone: its sets moved more than others'": (
+        "own-category",
+        "neurons",
+        "alone",
+    ),
+    "the most moved tenth carries more of the tuning than random tenths, nats": (
+        "transplant",
+        "forward",
+        "full",
+    ),
+    "losing what moved into a set costs more than random neurons, nats": (
+        "matter",
+        "gained",
+        "full",
+    ),
+    "losing what stayed in a set costs more than random neurons, nats": ("matter", "kept", "full"),
+    "change in weights goes with change in frequency, rank correlation": (
+        "weights",
+        "neurons",
+        "full",
+    ),
+}
+
+
+def tunings(folder) -> str:
+    """What fine-tuning changed in the real model, a Markdown row per question of CHANGES: the
+    effect, the same of the control where it was asked, and the verdict, from notebook 10's tests.
+    """
+    tests, verdicts = (pd.read_csv(Path(folder) / name) for name in TUNED)
+    verdicts = verdicts.set_index(["id", "components"])["verdict"]
+    whole = tests[tests["half"] == "all"]
+    lines = [["both halves together", "tuning", "control", "claim and verdict"]]
+    for said, (ending, component, pair) in CHANGES.items():
+        mine = _tests(whole, f"tuning-{ending}", component)
+        effects = [
+            effect_cell(mine[mine["pair"] == tuning], null=False) for tuning in (pair, "continued")
+        ]
+        verdict = verdicts[f"tuning-{ending}", component]
+        lines.append([said, *effects, f"`tuning-{ending}` ({component}): {verdict}"])
+    return rows_of(lines)
+
+
+def claims_table(folders) -> str:
+    """A Markdown row per headline claim: for each published folder the verdict, and each pair's
+    effect on all data; a line per kind of component where there are several.
+    """
+    claims = ledger.read_ledger()
+    claims = claims[claims["headline"] == "yes"]
+    parts = {Path(f).name: [pd.read_csv(Path(f) / name) for name in PUBLISHED] for f in folders}
+    head = ["claim"]
+    for name, (tests, _) in parts.items():
+        head += [f"verdict, {name}", *pd.unique(tests["pair"])]
+    lines = [head]
+    for claim in claims.to_dict("records"):
+        components = claim["components"].split()
+        line = [f"`{claim['id']}`: {claim['claim']} ({claim['unit']})"]
+        for tests, verdicts in parts.values():
+            cells = [_cells(tests, verdicts, claim["id"], component) for component in components]
+            line += [_stacked(components, cell) for cell in zip(*cells, strict=True)]
+        lines.append(line)
+    return rows_of(lines)
+
+
+def _cells(tests, verdicts, name, component) -> list[str]:
+    """A claim's verdict and, of each pair, its effect beside the null."""
+    found = _tests(tests, name, component)
+    found = found[found["half"] == "all"]
+    said = _tests(verdicts, name, component)["verdict"]
+    cells = [f"**{verdict}**" for verdict in said] or ["-"]
+    return cells + [effect_cell(found[found["pair"] == pair]) for pair in pd.unique(tests["pair"])]
+
+
+def _stacked(components, values) -> str:
+    """One table cell of several lines: the kind of component and its value, where there is one."""
+    if len(components) == 1:
+        return values[0]
+    named = [f"{c}: {v}" for c, v in zip(components, values, strict=True) if v != "-"]
+    return "<br>".join(named) or "-"
