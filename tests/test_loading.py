@@ -20,9 +20,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from helpers.capture import checkpoints
-from helpers.capture.loading import check_pair, fingerprint, load_model, locate, random_twin
+from helpers.capture.loading import (
+    check_pair,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    locate,
+    random_twin,
+)
 from helpers.capture.sites import UnreadableModel, find_sites
-from helpers.capture.tokens import Encoded, check_tokenizer, encode, token_batches
+from helpers.capture.tokens import Encoded, chat_template, check_tokenizer, encode, token_batches
 from helpers.record import DamagedFile, UserError
 from helpers.study.answers import continuations
 
@@ -618,3 +625,31 @@ def test_generation_is_greedy_whatever_the_batch_and_the_models_own_settings(fam
     assert continuations(model, encoded, max_new_tokens=12, batch_tokens=120) == expected
     assert continuations(model, encoded, max_new_tokens=12, batch_tokens=1) == expected
     assert model.generation_config.repetition_penalty == 3.0
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_a_chat_template_that_asks_for_the_date_gives_the_same_text_tomorrow(quote):
+    tokenizer = load_tokenizer("data/models/tiny-dense/tuned")
+    asked = f"strftime_now( {quote}%d %b %Y{quote} )"
+    tokenizer.chat_template = (
+        f"{{% if strftime_now is defined %}}{{{{ {asked} }}}}: {{% endif %}}"
+        "{{ messages[0]['content'] }}"
+    )
+    assert chat_template(tokenizer) == "01 Jan 2025: {instruction}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('only with tools') }}",
+        "{% if %}",
+        "{{ messages[0].content.a.b }}",
+        "{{ messages[0]['content']() }}",
+        {"one": "x", "other": "y"},
+    ],
+)
+def test_a_chat_template_that_cannot_be_rendered_is_one_error(template):
+    tokenizer = load_tokenizer("data/models/tiny-dense/tuned")
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="cannot be rendered for one instruction: .*chat: false"):
+        chat_template(tokenizer)

@@ -1,15 +1,21 @@
 """Texts to token ids: encoded with position masks, padded into batches."""
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 
 import torch
+from jinja2 import TemplateError
 
-from ..record import UserError
+from ..record import UserError, visible
+from .budget import OWN_WORDS
 from .sites import refuse_wrapped
 
 PADDING, SMALL = 0.05, 0.1  # share of a batch that may be padding; of the budget that is small
+TODAY = date(2025, 1, 1)  # in chat templates that ask for the date: tomorrow's counts are the same
+DATED = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 MARKER = "▁"  # SentencePiece's: stands for the white space before a word
 
 
@@ -122,7 +128,8 @@ def encode_groups(
 
 def chat_template(tokenizer) -> str:
     """The model's chat format as a template: what it expects around one instruction, up to where
-    its answer begins. Raises UserError for a tokenizer without one, or one that changes the text.
+    its answer begins. A template that asks for the date gets TODAY. Raises UserError for a tokenizer
+    without one, for one that cannot be rendered, or that changes the text.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -130,7 +137,17 @@ def chat_template(tokenizer) -> str:
             "`template` in the profile, or use the tokenizer of an instruction-tuned model."
         )
     turn = [{"role": "user", "content": "{instruction}"}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    try:
+        source = DATED.sub(lambda m: repr(TODAY.strftime(m[2])), tokenizer.get_chat_template())
+        text = tokenizer.apply_chat_template(
+            turn, chat_template=source, tokenize=False, add_generation_prompt=True
+        )
+    except (ValueError, TypeError, TemplateError) as error:
+        raise UserError(
+            f"the chat template of {type(tokenizer).__name__} cannot be rendered for one "
+            f"instruction: {' '.join(str(error).split())[:200]}. Set `chat: false` and give a "
+            "`template` in the profile, or mend the tokenizer's `chat_template`."
+        ) from error
     if text.count("{instruction}") != 1:
         raise UserError(f"the chat template gives {text!r}: it must hold the text once, unchanged.")
     return text
@@ -159,7 +176,7 @@ def texts_of(values, what: str) -> list[str]:
 
 
 def _refuse_text(text, where) -> None:
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not visible(text):
         raise UserError(
             f"{where} is {text!r}: expected a string with something in it, for an empty one has no "
             "tokens to count. Remove the row."
@@ -192,7 +209,7 @@ def _appended(ids, groups, response, row):
     """Ids and groups with a response of token ids behind them."""
     listed = isinstance(response, Iterable) and getattr(response, "shape", None) != ()
     new = list_of(response, f"response {row}") if listed else None
-    if new is None or not all(hasattr(i, "__index__") and i >= 0 for i in new):
+    if new is None or not all(map(_is_id, new)):
         raise UserError(
             f"response {row} is {str(response)[:60]!r}: expected a string or a list of token ids. "
             "Give one for each text, or none at all."
@@ -201,6 +218,24 @@ def _appended(ids, groups, response, row):
     longer = {name: (*mask, *[name == "all"] * behind) for name, mask in groups.items()}
     longer["response"] = (*[False] * (len(ids) - behind), *[True] * behind)
     return ids, longer
+
+
+def _is_id(value) -> bool:
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    return whole and 0 <= value < 2**31
+
+
+def refuse_unknown(model, encoded, names=None) -> None:
+    """Raise UserError for the first sequence with a token that the model has no embedding of; its
+    place, or which of `names` it is.
+    """
+    rows, names = model.get_input_embeddings().num_embeddings, names or range(len(encoded))
+    for name, one in zip(names, encoded, strict=True):
+        if max(one.ids, default=0) >= rows:
+            raise UserError(
+                f"text {name} has the token id {max(one.ids)}, and {type(model).__name__} has "
+                f"{rows} embeddings. {OWN_WORDS}"
+            )
 
 
 def special_ids(tokenizer) -> set[int]:
@@ -265,7 +300,7 @@ def token_batches(
     A batch takes the same memory whatever the lengths, and at most the share `padding` of it is
     padding (but for one that is small anyway).
     """
-    _refuse_size(batch_tokens, "batch_tokens")
+    refuse_size(batch_tokens, "batch_tokens")
     return (padded(encoded, rows, side) for rows in _within(encoded, batch_tokens, ahead, padding))
 
 
@@ -285,7 +320,8 @@ def _within(encoded, budget, ahead, padding):
         yield rows
 
 
-def _refuse_size(size, name) -> None:
+def refuse_size(size, name) -> None:
+    """Raise UserError for what is no whole number of 1 or more."""
     if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
         raise UserError(f"{name} is {size!r}, expected a whole number of 1 or more.")
 
