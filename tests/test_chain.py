@@ -66,12 +66,20 @@ def test_a_finished_notebook_takes_its_place(tmp_path, out):
     assert {p.name for p in target.parent.iterdir()} <= {"a.ipynb", "a.log", ".lock"}
 
 
-@pytest.mark.parametrize("few", [{"ablation_rows": 4}, {"rows": 3}])
+@pytest.mark.parametrize(
+    "few",
+    [
+        {"ablation_rows": 4},
+        {"rows": 3},
+        {"rows": 8, "dataset": "data/hexainst/ai.jsonl"},  # one half, cut in two
+    ],
+)
 def test_too_few_rows_to_ablate_are_said_before_anything_runs(tmp_path, out, few):
     profile, notes = replace(load_profile("tiny"), **few), tmp_path / "notes"
     other = book(tmp_path / "00_first.ipynb", f"open({str(notes)!r}, 'w')")
     ablation = book(tmp_path / "06_ablation.ipynb", "print(1)")
-    with pytest.raises(UserError, match=f"on {[*few.values()][0]} rows of each category"):
+    least = few["rows"] // 2 if "dataset" in few else [*few.values()][0]
+    with pytest.raises(UserError, match=f"on {least} rows of a category and half"):
         chain.run(profile, [other, ablation], {})
     assert not notes.exists()
     chain.run(profile, [other], {})
@@ -232,7 +240,8 @@ def test_notebooks_are_grouped_or_refused():
 
 def test_an_interrupted_chain_resumes_at_the_notebook(tmp_path, out, monkeypatch):
     """What ended is not run again; unless its cells, its parameters, a file of helpers or data, or
-    what it wrote have changed. After its end a chain starts from the beginning.
+    what it wrote have changed. What it fetched into data/cache is no such change. After its end a
+    chain starts from the beginning.
     """
 
     async def cells(self, folder, progress, log):  # in this process: the order is what is tested
@@ -249,7 +258,9 @@ def test_an_interrupted_chain_resumes_at_the_notebook(tmp_path, out, monkeypatch
     (tmp_path / "data" / "claims.csv").write_text("1")
     note = f"from pathlib import Path\nopen({str(log)!r}, 'a').write({{!r}})\n"
     wrote = f"Path({str(out)!r}, 'table.csv').write_text('1')"
-    a = book(tmp_path / "a.ipynb", note.format("a") + wrote)
+    fetched = f"Path({str(tmp_path)!r}, 'data', 'cache').mkdir(exist_ok=True)\n"
+    fetched += f"Path({str(tmp_path)!r}, 'data', 'cache', 'model').write_text('1')\n"
+    a = book(tmp_path / "a.ipynb", note.format("a") + fetched + wrote)
     b = book(tmp_path / "b.ipynb", note.format("b"))
     c = book(tmp_path / "c.ipynb", note.format("c") + f"assert Path({str(gate)!r}).exists()")
 
@@ -643,3 +654,31 @@ def test_a_committed_picture_has_few_colours_and_looks_the_same():
     assert np.abs(found - pixels).mean() < 16
     again = notebook.canonical(book).cells[0].outputs[0].data
     assert base64.b64decode(again["image/png"]) == small
+
+
+def test_a_file_named_from_home_is_watched_as_any_other(tmp_path, monkeypatch):
+    """The key of a notebook changes with the rows, whatever way the profile names them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(chain, "DATA", tmp_path / "none")
+    (tmp_path / "none").mkdir()
+    source, keys = book(tmp_path / "a.ipynb"), set()
+    for rows in ("one", "another"):
+        (tmp_path / "mine.jsonl").write_text(rows)
+        for name in ("~/mine.jsonl", str(tmp_path / "mine.jsonl")):
+            profile = replace(load_profile("tiny"), dataset=name)
+            keys.add((name, chain.inputs(profile, source, {}, [])))
+    assert len(keys) == 4
+
+
+def test_a_file_that_is_gone_before_it_is_looked_at_is_no_error(tmp_path):
+    assert chain._changed(tmp_path / "draft") == 0
+    assert chain._changed(tmp_path) == 0
+    (tmp_path / "table.csv").write_text("1")
+    assert chain._changed(tmp_path / "table.csv") > 0
+
+
+def test_a_summary_that_is_no_record_ends_a_chain_in_one_line(tmp_path, out):
+    out.mkdir()
+    (out / "summary.json").write_text("[]")
+    with pytest.raises(UserError, match="summary.json is no summary. Delete it"):
+        run(book(tmp_path / "a.ipynb"))

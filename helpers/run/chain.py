@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 
 from ..analysis.stats import SMALLEST
 from ..config import Profile, load_profile
-from ..paths import DATA, PROFILES, ROOT, figures_dir, results_dir, short
-from ..record import UserError, digest, read_json, versions, write_json
+from ..paths import DATA, PROFILES, ROOT, figures_dir, resolve, results_dir, short
+from ..record import DamagedFile, UserError, digest, read_json, versions, write_json
 from ..study.summary import NOTEBOOKS
 from .notebook import Execution, canonical, environment, read, save
 from .progress import Progress
@@ -48,6 +48,9 @@ def groups(paths: list[Path], together=()) -> list[list[Path]]:
     return [sorted(group, key=lambda path: place.get(path.stem, 0)) for _, group in keyed]
 
 
+MADE = ("results", "cache")  # folders of data/ that runs fill, a chain's first notebook too
+
+
 def state_of(paths) -> list:
     """Name, size and time of every file at or below `paths`: another state, other results."""
     files = [
@@ -63,10 +66,11 @@ def inputs(profile: Profile, path: Path, parameters: dict, before: list[str]) ->
     """Digest of all a notebook's results hang on: its cells, parameters, the profile, helpers,
     data, checkpoints, versions, and the notebooks `before` it (their own digests).
     """
-    pairs = [name for pair in profile.pairs for name in (pair.base, pair.tuned) if name]
-    local = [ROOT / name for name in pairs]
-    given = [p for p in DATA.iterdir() if p.name != "results"] + [ROOT / "requirements.txt"]
-    files = [HELPERS, *given, *local, ROOT / profile.dataset, PROFILES / f"{profile.name}.yaml"]
+    named = [name for pair in profile.pairs for name in (pair.base, pair.tuned) if name]
+    local = [resolve(name) for name in (*named, profile.dataset)]
+    given = [p for p in DATA.iterdir() if p.name not in MADE]
+    given.append(ROOT / "requirements.txt")
+    files = [HELPERS, *given, *local, PROFILES / f"{profile.name}.yaml"]
     cells = [cell.source for cell in read(path).cells]
     return digest([cells, parameters, repr(profile), state_of(files), versions(), before])
 
@@ -170,7 +174,7 @@ class Chain:
             short(file)
             for folder in (self.results, self.figures)
             for file in folder.rglob("*")
-            if file.is_file() and file.stat().st_mtime_ns >= since
+            if _changed(file) >= since
         ]
         passing = (".log", ".failed.ipynb", ".tokens.jsonl")
         kept = [n for n in wrote if not Path(n).name.startswith(".") and not n.endswith(passing)]
@@ -190,6 +194,8 @@ class Chain:
         if (summary := self.results / "summary.json").exists():
             seconds = {book.name: round(self.done[book.name]["seconds"], 1) for book in self.all}
             before = read_json(summary)
+            if not isinstance(before, dict):
+                raise DamagedFile(f"{short(summary)} is no summary. Delete it and run again.")
             costs = {
                 "seconds": before.get("seconds", {}) | seconds,
                 "peak_rss_mb": max(round(peak), before.get("peak_rss_mb", 0)),
@@ -204,6 +210,14 @@ class Chain:
             f" Look at {short(self.folder)}/, {short(self.results)}/summary.json and "
             f"{short(self.figures)}/."
         )
+
+
+def _changed(file: Path) -> int:
+    """When a file was written, in ns; 0 for a folder, and for what is gone by now."""
+    try:
+        return 0 if file.is_dir() else file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> list[Path]:
@@ -222,12 +236,18 @@ def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> l
 
 def _refuse_few_rows(profile: Profile, paths: list[Path]) -> None:
     """Notebook 06 can give no interval of so few, and would say so only when its turn comes."""
-    measured = min(profile.ablation_rows, profile.rows or profile.ablation_rows)
-    if measured < SMALLEST and any(path.stem == "06_ablation" for path in paths):
+    if all(path.stem != "06_ablation" for path in paths):
+        return
+    from ..study.study import rows_of  # torch, which the chain itself does not need
+
+    sizes = rows_of(profile).groupby(["fold", "category"], sort=False).size()
+    half, category = sizes.idxmin()
+    measured = min(profile.ablation_rows, sizes.min())
+    if measured < SMALLEST:
         raise UserError(
-            f"profile {profile.name}: ablations are measured on {measured} rows of each category "
-            f"and half, expected {SMALLEST} or more. Raise `ablation_rows`, and `rows` if it is "
-            "given; or run the other notebooks alone."
+            f"profile {profile.name}: ablations are measured on {measured} rows of a category and "
+            f"half ({category}, {half}), expected {SMALLEST} or more. Raise `ablation_rows`, and "
+            "`rows` if it is given; give the data set more rows; or run the other notebooks alone."
         )
 
 
