@@ -1,5 +1,6 @@
 """Ablations of a study, on a model whose critical neurons are known (see helpers.study.planted)."""
 
+from contextlib import contextmanager
 from itertools import product
 from types import SimpleNamespace
 
@@ -8,17 +9,28 @@ import pandas as pd
 import pytest
 import torch
 
+from helpers import bars
 from helpers.analysis.dose import hinge
 from helpers.capture import budget
 from helpers.capture.interventions import Places, ablate
 from helpers.hexainst.schema import CATEGORIES
 from helpers.record import NotTestable, UserError
 from helpers.study import grid, planted
+from helpers.study import needed as needed_room
 from helpers.study.evaluate import ablation_matrix, gain_lost
-from helpers.study.needed import Needed, ablations, groups_of, partners, same_experts, sentences
+from helpers.study.needed import (
+    Needed,
+    ablations,
+    groups_of,
+    partners,
+    same_experts,
+    sentences,
+    together,
+)
 from tests import zoo
 
 SHARED = ("by_consensus", "grid", "places", "pseudo", "sufficient")  # sets or draws may be the same
+SHARED = dict.fromkeys(SHARED, 0.85) | {"parts": 0.25}  # a part may be empty, or the whole
 SETTINGS = {
     "epsilon": 0.01,
     "sizes": (0.01, 0.02, 0.05, 0.1),
@@ -80,7 +92,7 @@ def test_the_plan_counts_the_rows_that_each_experiment_reads(tmp_path, monkeypat
     assert planned.pop("single_experts") == 0  # see test_experts
     for name, count in planned.items():
         found = read_by(name, ledger, **few)
-        assert (0.85 if name in SHARED else 1) * count <= found <= count, name
+        assert SHARED.get(name, 1) * count <= found <= count, name
 
 
 def circuit(study):
@@ -238,6 +250,88 @@ def test_the_tables_of_a_page_stand_side_by_side(needed):
     assert at["response"] == pytest.approx(at["everywhere"], abs=1e-4)
     assert needed.usage().empty
     assert isinstance(needed.own_part(), pd.DataFrame)
+
+
+def test_parts_of_sets_are_measured_as_sets_of_their_members(needed, monkeypatch):
+    """Each part's effect is that of its mask on the own rows; a massive neuron is in no part of
+    `no massive`.
+    """
+    width = needed.sets("contribution", "A").shape[1]
+    planted_here = np.isin(np.arange(width), list(planted.CIRCUIT.values()))
+    monkeypatch.setattr(needed_room, "largest_outputs", lambda *_: (None, 101.0 * planted_here))
+    table = needed.parts().set_index(["score", "part"])
+    whole = {half: needed.sets("contribution", half) for half in needed.halves}
+    members = {
+        "whole": whole,
+        "general": {half: sets & sets.all(0) for half, sets in whole.items()},
+        "own": {half: sets & (sets.sum(0) <= 3) for half, sets in whole.items()},
+        "no massive": {half: sets & ~planted_here for half, sets in whole.items()},
+    }
+    for part, sets in members.items():
+        lost, size = [], 0
+        for half in needed.halves:
+            here = needed.here(half)
+            for code, mask in enumerate(needed.study.masks(sets[half]).values()):
+                mine = here.take(here.labels == code)
+                lost += ablation_matrix(mine, {"s": mask}, "zero", allow_inert=True)["s"].tolist()
+            size += (sets[half].sum(1) / whole[half].sum(1)).mean() / 2
+        row = table.loc["contribution", part]
+        assert row["share"] == pytest.approx(size)
+        if size:
+            assert row["own"] == pytest.approx(np.mean(lost), abs=1e-6)
+        else:
+            assert np.isnan(row["own"])
+    assert table.loc[("contribution", "whole"), "own"] > 0.1  # the planted neurons are in it
+    assert table.loc[("contribution", "no massive"), "own"] < 0.05
+    key = "ablation.parts.contribution.no_massive.critical"
+    assert needed.numbers[key] == table.loc[("contribution", "no massive"), "critical"]
+
+
+def test_what_no_answer_can_lose_is_left_out(needed, monkeypatch):
+    """Of six categories one has no right answer, one is not scored; every set takes .2 from its own
+    category, .1 from others, a random set .05.
+    """
+    intact = np.array([0.5, 0.0, np.nan, 1.0, 0.5, 0.5])
+    asked = []
+
+    def accuracy(here, mask=None, operator="zero"):
+        if mask is None:
+            return intact.copy()
+        asked.append(here.labels)
+        own = next(i for i, c in enumerate(CATEGORIES) if mask["name"].endswith(c))
+        lost = np.where(np.arange(6) == own, 0.2, 0.1) if mask["name"][0] == "o" else 0.05
+        return intact - lost
+
+    monkeypatch.setattr(needed, "_accuracy", accuracy)
+    monkeypatch.setattr(
+        needed.study, "masks", lambda *_: {c: {"name": f"o{c}"} for c in CATEGORIES}
+    )
+    drawn = {c: [{"name": f"r{c}"}] for c in CATEGORIES}
+    monkeypatch.setattr(needed, "controls", lambda *_: drawn)
+    table = needed.accuracy_lost()
+    assert table[["own", "others", "random"]].to_numpy() == pytest.approx(
+        np.tile([0.2, 0.1, 0.05], (len(table), 1))
+    )
+    assert set(table["left out"]) == {f"{CATEGORIES[1]}, {CATEGORIES[2]}"}
+    assert not any(np.isin([1, 2], labels).any() for labels in asked)
+    assert needed.numbers["ablation.neurons.accuracy_lost_own"] == pytest.approx(0.2)
+    intact[:] = 0
+    silent = needed.accuracy_lost()
+    assert silent["own"].isna().all()
+    assert set(silent["left out"]) == {", ".join(CATEGORIES)}
+
+
+def test_a_stage_moves_one_bar_by_the_rows_that_a_method_reads(needed, monkeypatch):
+    told = SimpleNamespace(total=None, moved=0)
+
+    @contextmanager
+    def bar(steps, label, total, **settings):
+        told.total = total
+        yield SimpleNamespace(update=lambda by: setattr(told, "moved", told.moved + by))
+
+    monkeypatch.setattr(bars, "bar", bar)
+    together({"one": Needed(needed.study)}, "following")
+    assert told.total == told.moved == 2 * 2 * 6 * 6 * (1 + 12) * 2  # scores, halves, rows ...
 
 
 def test_equal_sets_of_experts_are_said_to_be_one():

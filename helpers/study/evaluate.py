@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..bars import bar
+from ..bars import bar, moved
 from ..capture.beginnings import Split, begin, split
 from ..capture.budget import altered, mark, state
 from ..capture.interventions import Places, ablate
-from ..capture.losses import proven_head, sequence_losses
-from ..capture.tokens import Encoded, encode
+from ..capture.losses import proven_head, refuse_silent, sequence_losses
+from ..capture.tokens import Encoded, encode, refuse_unknown
 from ..hexainst.checkers import check
 from ..record import UserError
 from .losses import Losses
@@ -47,8 +47,10 @@ def nll(model, encoded, batch_tokens: int = 8192) -> np.ndarray:
     """Teacher-forced mean NLL per counted token of each sequence, in nats, float64 [I], in order.
 
     Sequences of like length share a batch, padded on the right; a beginning that all of them share
-    is read once.
+    is read once. Raises UserError for a sequence that has no loss, or that the model cannot read.
     """
+    refuse_unknown(model, encoded)
+    refuse_silent(encoded)
     return _nll(model, split(model, encoded, batch_tokens))
 
 
@@ -170,7 +172,9 @@ def _ablated(study, encoded, masks: dict, operator, variant="tuned", where=WHERE
                 yield from _under(model, encoded, under, operator, where, budget, **options)
                 told.update(len(some))
 
-    return dict(zip(masks, _kept(study, variant, keys, measured), strict=True))
+    found = dict(zip(masks, _kept(study, variant, keys, measured), strict=True))
+    moved(len(masks) * len(encoded))
+    return found
 
 
 def _together(model, masks, operator, how="auto", **options) -> bool:

@@ -5,6 +5,8 @@ C categories, M neurons. A *level* is one half, or both pooled ("all"). Effects 
 loss of references, nats per token, beyond controls of equal size per layer.
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 import pandas as pd
 import torch
@@ -23,6 +25,7 @@ from ..analysis.sets import (
 )
 from ..analysis.similarity import within_between
 from ..analysis.stats import adjust, plus_one, resample_weights
+from ..bars import moved, stage
 from ..capture.interventions import ablate
 from ..hexainst.corpus import texts
 from ..record import NotTestable
@@ -30,6 +33,7 @@ from .ablation import KINDS, measure, own_effect, pooled, spared
 from .evaluate import WHERE, ablation_matrix, accuracy, gain_lost, plain_text_nll, scored
 from .experts import NEIGHBOURS
 from .scores import reference_activations, sets_of, standing, written
+from .sets import MASSIVE, largest_outputs
 
 STEPS = 3  # between sizes of set: of fewer, the second least may be the one jump
 TESTED = ("frequency", "contribution")  # the paper's score, and ours: scores of the headline
@@ -54,6 +58,11 @@ class Needed:
         """bool [C, M]: the share `size` that a score ranks first on the half *not* measured on."""
         ranked = self.ranked(self.study.other(measured_on))
         return sets_of(ranked, score, size or self.profile.epsilon, self.profile.seed)
+
+    def experts(self) -> int:
+        """Routed experts of a layer, 0 if dense."""
+        routed = self.study.counts().routed
+        return 0 if routed is None else routed.shape[-1]
 
     def here(self, half: str):
         """The rows that are measured of a half."""
@@ -402,6 +411,33 @@ class Needed:
         share = dict(zip(self.study.categories, np.mean(shares, axis=0), strict=True))
         return table.assign(share=table["category"].map(share)) if len(table) else table
 
+    def parts(self) -> pd.DataFrame:
+        """What losing parts of each score's sets costs, on the own category's rows, against random
+        neurons of the same layers (see PARTS; few draws). `share`: of the set's members, mean over
+        categories. A part without members has no effect to show.
+        """
+        sets = {(s, half): self.sets(s, half) for s in TESTED for half in self.halves}
+        massive, rows = {half: self._massive(half) for half in self.halves}, []
+        for score in TESTED:
+            for name, of in PARTS.items():
+                part = {half: of(sets[score, half], massive[half]) for half in self.halves}
+                shares = [part[half].sum(1) / sets[score, half].sum(1) for half in self.halves]
+                row = {"pair": self.study.name, "score": score, "part": name}
+                row |= {"share": float(np.mean(shares))}
+                if row["share"]:
+                    found = {h: self._against(self.study.masks(part[h]), h) for h in self.halves}
+                    _, arrays, groups, _ = next(self.levels(found))
+                    row |= self._critical(arrays, groups)
+                    prefix = f"ablation.parts.{score}.{name.replace(' ', '_')}"
+                    self._keep(prefix, row, ("share", "critical", "critical_ci"))
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def _massive(self, half) -> np.ndarray:
+        """Which neurons are massive activations on rows of the half that sets are chosen on, [M]"""
+        read = self.here(self.study.other(half))
+        return largest_outputs(read, np.arange(len(read.rows)))[1] > MASSIVE
+
     def _against_some(self, own: dict, half) -> dict:
         """As _against, at full number of draws; categories without a set lose nothing."""
         here, count = self.here(half), self.profile.controls
@@ -510,26 +546,38 @@ class Needed:
     # ---- answers and language
 
     def accuracy_lost(self) -> pd.DataFrame:
-        """Drop of task accuracy on the own category, the others, and the own under a random set."""
-        rows = []
-        for (kind, half), sets in self.consensus_sets().items():
-            unit, operator = ("experts", "reroute") if kind == "experts" else ("neurons", "zero")
-            measured_on = self.study.other(half)
-            here, masks = self.here(measured_on), self.study.masks(sets, unit)
-            intact, drawn = self._accuracy(here), self.controls(masks, 1)
-            full = np.array([self._accuracy(here, mask, operator) for mask in masks.values()])
-            alone = [
-                np.nanmean(self._accuracy(here.category(c), drawn[c][0], operator)) for c in masks
-            ]
-            drop, diagonal = intact - full, np.eye(len(full), dtype=bool)
-            row = {"pair": self.study.name, "sets": kind, "measured on": measured_on}
-            row |= {"own": np.nanmean(drop[diagonal]), "others": np.nanmean(drop[~diagonal])}
-            rows.append(row | {"random": np.nanmean(intact - np.array(alone))})
+        """Drop of task accuracy on the own category, the others, and the own under a random set;
+        of the categories that have a right answer to lose. `left out` names the others.
+        """
+        rows, chosen = [], self.consensus_sets()
+        with stage(f"{self.study.name} answers", 2 * len(chosen) * len(self.study.categories)):
+            for (kind, half), sets in chosen.items():
+                row = {"pair": self.study.name, "sets": kind, "measured on": self.study.other(half)}
+                rows.append(row | self._answers_lost(kind, row["measured on"], sets))
         table = pd.DataFrame(rows)
         means = table.groupby("sets", sort=False)[["own", "others", "random"]].mean()
         for kind, mean in means.iterrows():
-            self.numbers |= {f"ablation.{kind}.accuracy_lost_{k}": v for k, v in mean.items()}
+            kept = {k: v for k, v in mean.items() if np.isfinite(v)}
+            self.numbers |= {f"ablation.{kind}.accuracy_lost_{k}": v for k, v in kept.items()}
         return table
+
+    def _answers_lost(self, kind, half, sets) -> dict:
+        """One row of `accuracy_lost`: sets bool [C, ...], measured on a half."""
+        unit, operator = ("experts", "reroute") if kind == "experts" else ("neurons", "zero")
+        here, masks = self.here(half), self.study.masks(sets, unit)
+        intact, drawn = self._accuracy(here), self.controls(masks, 1)
+        able = np.nan_to_num(intact) > 0
+        missing = [c for c, good in zip(masks, able, strict=True) if not good]
+        having, drop = here.take(able[here.labels]), {"own": [], "others": [], "random": []}
+        for code, (category, mask) in enumerate(masks.items() if able.any() else ()):
+            lost = intact - self._accuracy(having, mask, operator)
+            drop["others"] += lost[able & (np.arange(len(able)) != code)].tolist()
+            if able[code]:
+                drop["own"].append(lost[code])
+                under = self._accuracy(here.category(category), drawn[category][0], operator)
+                drop["random"].append(intact[code] - under[code])
+        means = {name: np.mean(values) if values else np.nan for name, values in drop.items()}
+        return means | {"left out": ", ".join(missing) or "none"}
 
     def _accuracy(self, here, mask=None, operator="zero") -> np.ndarray:
         """[C]: of the answers that are kept, or of those under an ablation."""
@@ -537,6 +585,7 @@ class Needed:
         if mask:
             with ablate(here.model()[0], mask, operator):
                 answers = here.generate()
+            moved(1)
         table = accuracy(scored(here, answers=answers), ["model"], self.study.categories)
         return table.to_numpy()[0]
 
@@ -550,9 +599,11 @@ class Needed:
 
     def plain_loss(self, mask=None, operator="zero") -> float:
         """Mean loss of the passages, nats per token, intact or ablated."""
-        model = self.study.model()
+        model, passages = self.study.model(), self.passages()
         with ablate(model[0], mask or {}, operator):
-            return float(plain_text_nll(*model, self.passages()).mean())
+            found = float(plain_text_nll(*model, passages).mean())
+        moved(len(passages) if mask else 0)
+        return found
 
     def damage(self, scores) -> pd.DataFrame:
         """A point per score, half and category: loss of plain text against the own category's."""
@@ -626,6 +677,7 @@ def ablations(profile, categories: int, experts: int = 0) -> dict[str, int]:
         "doses": len(TESTED) * sizes * own * (1 + few) + 3 * sizes * own,
         "following": 2 * len(TESTED) * own * (1 + drawn),
         "own_part": own * (1 + drawn),
+        "parts": len(PARTS) * len(TESTED) * own * (1 + few),
         "pseudo": (1 + len(GROUPINGS)) * 2 * full,
         "sufficient": len(TESTED) * own * (2 + few),
         "operators": (3 * len(TESTED) + 2 * sparse) * own * (1 + few),
@@ -686,6 +738,12 @@ def _members(mask) -> int:
     return sum(int(part.sum()) for part in mask.values())
 
 
+PARTS = {  # of sets, bool [C, M], massive neurons [M]: their members that ...
+    "whole": lambda sets, massive: sets,
+    "general": lambda sets, massive: sets & sets.all(0),  # stand in the set of every category
+    "own": lambda sets, massive: sets & (sets.sum(0) <= len(sets) / 2),  # of at most half of them
+    "no massive": lambda sets, massive: sets & ~massive,  # are no massive activations
+}
 GROUPINGS = ("opening", "length", "random")
 MATRICES = ("matrix", "control_matrix")
 EFFECTS = ("critical", "specificity")
@@ -706,13 +764,27 @@ EQUAL = (
 
 def together(found: dict, method: str, *arguments) -> pd.DataFrame:
     """The tables that a method of several Needed gives, one below the other."""
-    tables = [getattr(one, method)(*arguments) for one in found.values()]
+    with _progress(found, method):
+        tables = [getattr(one, method)(*arguments) for one in found.values()]
     return pd.concat(tables, ignore_index=True)
+
+
+def _progress(found: dict, method: str):
+    """A bar over the rows that a method reads under ablations; none where the plan has no number of
+    them.
+    """
+    planned = [
+        ablations(one.profile, len(one.study.categories), one.experts()).get(method, 0)
+        for one in found.values()
+    ]
+    label = method.replace("_", " ")
+    return stage(label, sum(planned), unit=" rows") if sum(planned) else nullcontext()
 
 
 def dose_tables(found: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(curves, fits) of several Needed, nulls last in the curves."""
-    curves, fits = zip(*(one.doses() for one in found.values()), strict=True)
+    with _progress(found, "doses"):
+        curves, fits = zip(*(one.doses() for one in found.values()), strict=True)
     curve = pd.concat(curves, ignore_index=True)
     null = curve["line"].str.startswith("null")
     return pd.concat([curve[~null], curve[null]]), pd.concat(fits, ignore_index=True)
