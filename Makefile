@@ -2,12 +2,17 @@
 PROFILE ?= tiny
 PYTHON  ?= python3
 
-# Both become words of a shell, PROFILE a folder's name: checked first, as text that nothing has expanded.
+# What may be set becomes words of a shell, PROFILE a folder's name: checked first, as text that nothing has expanded.
 SIGNS := a b c d e f g h i j k l m n o p q r s t u v w x y z A B C D E F G H I J K L M N O P Q R S T U V W X Y Z 0 1 2 3 4 5 6 7 8 9 _ . -
 less   = $(if $(2),$(call less,$(subst $(firstword $(2)),,$(1)),$(wordlist 2,99,$(2))),$(1))
 wrong  = $(filter-out 1,$(words $(1)))$(call less,$(1),$(SIGNS))$(filter .% -%,$(1))
 $(if $(call wrong,$(value PROFILE)),$(error PROFILE is "$(value PROFILE)", expected one name from notebooks/profiles: letters, digits, "_", "." and "-"))
-$(if $(findstring $$,$(value PYTHON))$(findstring ',$(value PYTHON)),$(error PYTHON is "$(value PYTHON)", expected the path of a Python))
+define newline
+
+
+endef
+unsafe = $(findstring $$,$(1))$(findstring ',$(1))$(findstring $(newline),$(1))
+$(foreach v,PYTHON TO LOCAL,$(if $(call unsafe,$(value $(v))),$(error $(v) is "$(value $(v))", expected a path that has no "$$", no "'" and no line break: rename it)))
 
 NOTEBOOKS := 00_start_here 01_hexainst 02_capture 03_neurons 04_experts 05_generality_uniqueness 06_ablation 07_alteration 08_claims 09_your_own 10_tuning
 # 03 to 07 read the counts that 02 wrote and nothing of one another, 09 and 10 nothing of the chain: they may run side by side.
@@ -18,7 +23,7 @@ CHAIN     := $(NOTEBOOKS:%=notebooks/%.ipynb) --together $(TOGETHER)
 CONDA := $(firstword $(foreach c,mamba micromamba conda,$(shell command -v $(c) 2>/dev/null)))
 PY    := .venv/bin/python
 READY := .venv/.ready
-$(foreach v,SIGNS NOTEBOOKS TOGETHER CHAIN CONDA PY READY,$(if $(filter-out file,$(origin $(v))),$(error $(v) is not for the command line; PROFILE and PYTHON are)))
+$(foreach v,SIGNS less wrong newline unsafe NOTEBOOKS TOGETHER CHAIN CONDA PY READY,$(if $(filter-out file,$(origin $(v))),$(error $(v) is not for the command line; PROFILE, PYTHON, TO and LOCAL are)))
 
 # One thread and no hub traffic unless the caller says otherwise: small matrices run fastest, and two runs agree bit for bit.
 export OMP_NUM_THREADS ?= 1
@@ -111,7 +116,7 @@ site: $(READY) ## write a static site of what PROFILE found (data/results/site, 
 	$(PY) -m helpers.run site --profile $(PROFILE) $(if $(TO),--to '$(TO)')
 
 hexainst-human: $(READY) ## fetch the human half's sources, or take them from LOCAL=FOLDER, and build data/hexainst/human.jsonl
-	$(PY) -m helpers.run human $(if $(LOCAL),--local $(LOCAL))
+	$(PY) -m helpers.run human $(if $(LOCAL),--local '$(LOCAL)')
 
 clean: ## delete PROFILE's results, no other's (asks first)
 	@printf 'Delete data/results/$(PROFILE)? Counts may take long to compute again. [y/N] '; read answer; \

@@ -164,6 +164,7 @@ def test_notebook_takes_the_same_parameters_as_all(path):
     assert set(papermill.inspect_notebook(str(path))) == {"profile", "seed", "epsilon"}
 
 
+PATHS = {"TO": "site", "LOCAL": "hexainst-human"}  # what a user may name, and for which target
 MAKE = ["make", "-o", ".venv/.ready"]  # the environment is the one that runs this test
 TARGETS = {
     *("help", "env", "lab", "reproduce", "test", "lint", "refresh", "models", "trajectory", "grid"),
@@ -223,14 +224,42 @@ def test_make_refuses_a_profile_that_is_no_name(target, profile, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    "setting", ["PY=x", "NOTEBOOKS=x; y", "CHAIN=x", "PYTHON=$(shell touch ran)", "PYTHON=a'b"]
-)
+@pytest.mark.parametrize("setting", ["PY=x", "NOTEBOOKS=x; y", "CHAIN=x", "wrong=", "unsafe="])
 def test_make_takes_nothing_else_from_outside(setting):
     done = make("plan", setting)
     assert done.returncode == 2
     assert setting.split("=")[0] in done.stderr
-    assert not (ROOT / "ran").exists()
+
+
+@pytest.mark.parametrize(("name", "target"), [("PYTHON", "plan"), *PATHS.items()])
+@pytest.mark.parametrize(
+    "path", ["$(shell touch ran)", "$$(touch ran)", "x'; touch ran; '", "a\nb"]
+)
+def test_make_refuses_a_path_that_would_be_run(name, target, path, tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for done in (
+        make(target, f"{name}={path}", cwd=tmp_path),
+        make(target, cwd=tmp_path, env=os.environ | {name: path}),
+    ):
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert re.fullmatch(rf'Makefile:\d+: \*\*\* {name} is "(.|\n)*Stop\.\n', done.stderr)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("name", "target"), PATHS.items())
+@pytest.mark.parametrize("path", ["/tmp; touch ran", "My Folder", '"`touch ran`"', "a\\ b*"])
+def test_make_hands_a_path_on_as_it_is(name, target, path, tmp_path):
+    """As one word, to a Python that shows what it was given."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
+    python.chmod(0o755)
+    done = make("-s", target, f"{name}={path}", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == path
+    assert not (tmp_path / "ran").exists()
 
 
 def test_make_clean_asks_and_deletes_one_profile(tmp_path):
