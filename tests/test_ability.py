@@ -2,6 +2,7 @@
 cases worked by hand, and pages that lack something.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from helpers.analysis.stats import clustered_share
-from helpers.config import Pair
+from helpers.config import Pair, defaults
 from helpers.study import ability
 from helpers.study.study import Study
 from tests.test_evaluate import TOKENIZER, by_hand
@@ -20,6 +21,7 @@ PROFILE = SimpleNamespace(
     name="p",
     chat=False,
     template="say: {instruction}\n",
+    max_new_tokens=4,
     batch_tokens=120,
     run_code=False,
     ablation_rows=3,
@@ -52,7 +54,11 @@ def found(monkeypatch):
     def answers(study, variant="tuned"):
         return ["?"] + study.rows["reference"].to_list()[1:]
 
+    def answer_ids(study, variant="tuned"):
+        return [[0] * (place % 6) for place in range(len(study.rows))]
+
     monkeypatch.setattr(Study, "answers", answers)
+    monkeypatch.setattr(Study, "answer_ids", answer_ids)
     return lambda rows, profile=PROFILE: ability.ability(study_of(rows, profile))
 
 
@@ -147,6 +153,49 @@ def made(**columns):
     return table.assign(**columns)
 
 
+CUT = pd.DataFrame(
+    {"n": [8], "cut": [0.25], "right": [3], "right, cut": [1]},
+    index=pd.MultiIndex.from_tuples([("p", "tuned")], names=["pair", "model"]),
+)
+
+
+def test_an_answer_is_cut_if_it_fills_what_it_may_have(found):
+    rows = rows_of(["a", "b", "c", "d"])  # eight; answers of 0, 1, .. 5, 0, 1 tokens, four allowed
+    table = found(rows)
+    assert table["cut"].tolist() == [False] * 4 + [True] * 2 + [False] * 2
+    summed = ability.cut_short(table.assign(score=[1, 1, 0, 1, 1, 0, np.nan, 0]))
+    assert summed.loc[("pair", "tuned")].to_dict() == {
+        "n": 8,
+        "cut": 0.25,
+        "right": 4,
+        "right, cut": 1,
+    }
+
+
+def test_chat_and_bare_template_stand_side_by_side(monkeypatch):
+    """Strict, first and gain of each template are those of a study that reads it alone."""
+    monkeypatch.setattr(Study, "generate", lambda self: [self.template[:4]] * len(self.rows))
+    monkeypatch.setattr("helpers.study.study.load_tokenizer", lambda *_: TOKENIZER)
+    monkeypatch.setattr(
+        "helpers.study.study.chat_template", lambda _: "user: {instruction}\nmodel:"
+    )
+    rows = rows_of(["say:", "two", "user", "x"])
+    profile = defaults(
+        chat=True, template=PROFILE.template, batch_tokens=120, ablation_rows=3, max_new_tokens=4
+    )
+    table = ability.by_template({"pair": study_of(rows, profile)}).reset_index()
+    assert table["template"].tolist() == ["chat", "chat", "bare", "bare"]
+    assert table["n"].tolist() == [3] * 4
+    assert table["strict"].tolist() == pytest.approx([1 / 3] * 4)
+    bare = study_of(rows, replace(profile, chat=False)).take(np.array([0, 1, 2]))
+    alone = ability.likely(bare)
+    row = table[(table["category"] == "A") & (table["template"] == "bare")].iloc[0]
+    assert row["gain"] == pytest.approx(alone["gain"].mean(), abs=1e-6)
+    assert row["first"] == alone["first"].mean()
+    assert table["gain"].nunique() == 2  # A and B read alike, the templates do not
+    assert ability.by_template({"pair": study_of(rows, replace(profile, chat=False))}).empty
+
+
 def test_standings_say_value_interval_and_what_is_not_testable():
     gain = [1, 2, 3, 4, 5, 3] + [1, -1, 1, -1, 1, -1]
     summed = ability.standings(made(gain=gain, score=[1.0] * 6 + [np.nan] * 6), 500)
@@ -157,10 +206,13 @@ def test_standings_say_value_interval_and_what_is_not_testable():
     assert of.loc[("all", "Y", "strict"), "units"] == "not testable"
     assert of.loc[("a", "X", "gain"), "units"] == "not testable"  # three rows
     assert ability.without_gain(summed) == {("p", "tuned"): ["Y"]}
-    said = "\n".join(ability.findings(summed))
+    said = "\n".join(ability.findings(summed, CUT))
+    assert "25% of its answers fill all tokens they may have, so they are cut; 1 of its 3" in said
     assert "1 of 2 categories; among these the gain is smallest in X: 3.000" in said
     assert "No gain is seen in Y" in said
-    numbers = ability.numbers(summed)["p"]
+    numbers = ability.numbers(summed, CUT)["p"]
+    assert numbers["answers.tuned.cut"] == 0.25
+    assert numbers["answers.tuned.right_cut"] == 1
     assert numbers["ability.tuned.all.X.gain"] == 3
     assert "ability.tuned.a.X.gain_ci" not in numbers
     assert numbers["accuracy.tuned.X"] == 1
@@ -170,7 +222,7 @@ def test_standings_say_value_interval_and_what_is_not_testable():
 def test_nothing_scored_at_all_is_said():
     summed = ability.standings(made(score=np.nan, first=np.nan, gain=np.nan), 500)
     assert ability.without_gain(summed) == {("p", "tuned"): ["X", "Y"]}
-    assert "not testable" in ability.findings(summed)[0]
+    assert "not testable" in ability.findings(summed, CUT)[0]
 
 
 def test_examples_are_the_first_of_each_kind():

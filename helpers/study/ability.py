@@ -3,6 +3,7 @@ likeliest of a few, and how much likelier an instruction makes it.
 """
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,9 @@ from ..capture.loading import check_pair
 from ..capture.tokens import encode
 from ..hexainst.checkers import bare
 from ..hexainst.corpus import few_of_many, text, texts, wordings
+from .answers import new_tokens
 from .evaluate import nll, scored
+from .study import Study
 
 NEIGHBOURS = (-2, -1, 1, 2)  # of a row, among those of its category and half: its distractors
 MEASURES = ("strict", "first", "gain", "gain_none")
@@ -26,6 +29,7 @@ def ability(study, variant: str = "tuned") -> pd.DataFrame:
     each category and half (see `few_of_many`; NaN elsewhere), what it finds likely.
 
     answer, score      as in `evaluate.scored`: all rows, NaN where the checker may not run code
+    cut                whether the answer fills all tokens it may have (`answers.new_tokens`)
     first              1 if the right answer has the lowest loss per token of the candidates: the
                        labels that the row names, else its reference and those of
                        up to four neighbours; NaN without a candidate beside the right one
@@ -40,7 +44,14 @@ def ability(study, variant: str = "tuned") -> pd.DataFrame:
     rows = study.rows
     found = scored(study, variant).assign(fold=rows["fold"], wording=wordings(rows))
     places = np.flatnonzero(few_of_many(rows, ["fold", "category"], study.profile.ablation_rows))
-    return found.join(likely(study.take(places), variant).set_axis(places, axis=0))
+    likelihoods = likely(study.take(places), variant).set_axis(places, axis=0)
+    return found.assign(cut=_cut(study, variant)).join(likelihoods)
+
+
+def _cut(study, variant) -> np.ndarray:
+    most = study.profile.max_new_tokens
+    read = zip(study.answer_ids(variant), study.rows.to_dict("records"), strict=True)
+    return np.array([len(ids) >= new_tokens(row, most) for ids, row in read], bool)
 
 
 def abilities(pairs: dict) -> pd.DataFrame:
@@ -53,6 +64,31 @@ def abilities(pairs: dict) -> pd.DataFrame:
             tables.append(ability(study, variant))
             study.close()
     return pd.concat(tables, ignore_index=True)
+
+
+def by_template(pairs: dict) -> pd.DataFrame:
+    """What the tuned models make of the rows of `ability`'s likelihoods in their chat format and in
+    the profile's bare template: strict, first, gain (means) and n by pair, category and template;
+    empty where the profile has no chat format.
+    """
+    out = []
+    for name, study in pairs.items():
+        if not study.profile.chat:
+            continue
+        plain = replace(study.profile, chat=False)
+        bare_one = Study(plain, study.pair, study.rows, {"tuned": study.model("tuned")})
+        some = few_of_many(study.rows, ["fold", "category"], study.profile.ablation_rows)
+        for template, each in (("chat", study), ("bare", bare_one)):
+            part = each.take(np.flatnonzero(some))
+            found = scored(part, answers=part.generate()).rename(columns={"score": "strict"})
+            found = found.assign(template=template, **likely(part)[["first", "gain"]])
+            out.append(found.assign(pair=name, n=1))
+        study.close()
+    if not out:
+        return pd.DataFrame()
+    means = {"strict": "mean", "first": "mean", "gain": "mean", "n": "sum"}
+    by = ["pair", "category", "template"]
+    return pd.concat(out).groupby(by, sort=False).agg(means)
 
 
 def lineage(pairs: dict) -> pd.DataFrame:
@@ -238,8 +274,19 @@ def without_gain(summed: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
     }
 
 
-def findings(summed: pd.DataFrame) -> list[str]:
-    """What `standings` say, a sentence or two for each model."""
+def cut_short(found: pd.DataFrame) -> pd.DataFrame:
+    """Of the answers of `abilities`, by pair and model: n, `cut` (the share that fills all tokens
+    it may have, so the rest was never said), right, and `right, cut` (how many of these are cut).
+    """
+    right = found["score"] == 1
+    table = found.assign(n=1, right=right, both=right & found["cut"])
+    by = table.groupby(["pair", "model"], sort=False)
+    table = by.agg({"n": "sum", "cut": "mean", "right": "sum", "both": "sum"})
+    return table.rename(columns={"both": "right, cut"})
+
+
+def findings(summed: pd.DataFrame, cut: pd.DataFrame) -> list[str]:
+    """What `standings` and `cut_short` say, a few sentences for each model."""
     lines = []
     for (pair, model), missing in without_gain(summed).items():
         here = summed["pair"].eq(pair) & summed["model"].eq(model) & summed["half"].eq("all")
@@ -252,6 +299,11 @@ def findings(summed: pd.DataFrame) -> list[str]:
             "category). The own "
             f"instruction makes the reference likelier in {count - len(missing)} of {count} "
             f"categories{_least(by['gain'], missing)}."
+        )
+        ended = cut.loc[(pair, model)]
+        lines.append(
+            f"   {ended['cut']:.0%} of its answers fill all tokens they may have, so they are cut; "
+            f"{ended['right, cut']:.0f} of its {ended['right']:.0f} right answers are."
         )
         if missing:
             lines.append(
@@ -282,9 +334,10 @@ def _least(gain, missing):
     )
 
 
-def numbers(summed: pd.DataFrame) -> dict[str, dict]:
+def numbers(summed: pd.DataFrame, cut: pd.DataFrame) -> dict[str, dict]:
     """{pair: {key: number}} for the summary: ability.<model>.<half>.<category>.<measure>, with
-    _ci, _n and, of the gains, _p; accuracy.<model>.<category>, the strict score over all rows.
+    _ci, _n and, of the gains, _p; accuracy.<model>.<category>, the strict score over all rows;
+    answers.<model>.<column> of `cut_short`.
     """
     parts = {pair: {} for pair in summed["pair"].unique()}
     for row in summed.itertuples():
@@ -295,6 +348,8 @@ def numbers(summed: pd.DataFrame) -> dict[str, dict]:
             part[f"{key}_ci"] = [row.low, row.high]
         if (row.half, row.measure) == ("all", "strict"):
             part[f"accuracy.{row.model}.{row.category}"] = row.value
+    for (pair, model), row in cut.iterrows():
+        parts[pair] |= {f"answers.{model}.{name.replace(', ', '_')}": v for name, v in row.items()}
     return parts
 
 

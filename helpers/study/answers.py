@@ -11,7 +11,7 @@ from .reading import encode_rows
 
 LOOSE = 0.5  # of a batch may be padding: a step reads all weights, however few rows it is for
 # An answer that passes one of these checkers is short: a label, a name, a number with little around
-# it. What a model goes on to say after as many tokens cannot make it pass.
+# it. What a model goes on to say after as many tokens is not read.
 SHORT = {"label": 32, "short_answer": 32, "numeric": 64}
 
 
