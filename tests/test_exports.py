@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 
 from helpers.capture.interventions import ablate
-from helpers.record import UserError
+from helpers.record import DamagedFile, UserError, write_tensors
 from helpers.study import exports, harness
 from tests.test_atlas import SHARE, sets_by_hand, study_of
 from tests.test_evaluate import TOKENIZER
@@ -91,6 +91,39 @@ def test_masks_and_tables_hold_the_same_members(tmp_path, sets):
     assert found == want
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pair": None},
+        {"layers": [0, 1]},
+        {"layers": {"neurons": 3}},
+        {"layers": {"neurons": [0, 1]}},
+        {"layers": {"others": [0, 1, 2]}},
+        {"layers": {"neurons": [0, 1, "2"]}},
+        {"categories": "ab"},
+        {"categories": ["a"]},
+        {"categories": [["a"], "b"]},
+    ],
+)
+def test_a_file_of_something_else_is_not_read_as_masks(tmp_path, change):
+    path, about = exports.export(DENSE, "safetensors", tmp_path)
+    record = json.loads(about.read_text())
+    about.write_text(json.dumps(record | change))
+    with pytest.raises(DamagedFile, match="holds no sets"):
+        exports.read_masks(path)
+
+
+def test_counts_are_not_read_as_masks(tmp_path):
+    path = tmp_path / "counts.safetensors"
+    write_tensors(path, {"neurons": np.ones((2, 3, 7), np.uint16)}, {"tokens": 9})
+    with pytest.raises(DamagedFile, match="holds no sets"):
+        exports.read_masks(path)
+    about = {"pair": "p", "categories": ["a", "b"], "layers": {"neurons": [0, 1, 2]}}
+    write_tensors(path, {"neurons": np.ones((2, 3, 7), np.uint16)}, about)
+    with pytest.raises(DamagedFile, match="holds no sets"):
+        exports.read_masks(path)
+
+
 def test_a_studys_sets_are_its_atlas_sets():
     study = study_of("qwen2_moe", base=False)
     sets = exports.sets_of_study(study, "contrast", SHARE)
@@ -110,11 +143,16 @@ def _fixed(monkeypatch):
 
 
 def test_nothing_is_written_over_and_wrong_kinds_are_refused(tmp_path):
-    path, _ = exports.export(DENSE, "csv", tmp_path)
+    path, about = exports.export(DENSE, "csv", tmp_path)
     path.write_text("mine")
     with pytest.raises(UserError, match="stands there already"):
         exports.export(DENSE, "csv", tmp_path)
     assert path.read_text() == "mine"
+    for file in (path, about):
+        file.unlink()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="stands there already"):
+        exports.export(DENSE, "csv", tmp_path)
     with pytest.raises(UserError, match="'onnx' is unknown, expected one of lsn, esft"):
         exports.export(DENSE, "onnx", tmp_path)
     with pytest.raises(UserError, match="dense: there are no experts"):

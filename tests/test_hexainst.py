@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -571,6 +572,33 @@ def test_export_to_parquet(tmp_path):
     assert front["license"] == "cc-by-4.0"
     assert front["size_categories"] == ["n<1K"]
     assert front["configs"][0]["default"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "ai-full.parquet", "ai-matched.parquet"])
+def test_export_writes_over_nothing_and_follows_no_link(name, tmp_path):
+    (tmp_path / "project").mkdir()
+    mine, elsewhere = tmp_path / "project" / name, tmp_path / "elsewhere"
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=f"{name} stands there already"):
+        hexainst.export(tmp_path / "project")
+    assert [path.read_text() for path in mine.parent.iterdir()] == ["mine"]
+    mine.unlink()
+    mine.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=f"{name} stands there already"):
+        hexainst.export(tmp_path / "project")
+    assert list(mine.parent.iterdir()) == [mine]
+    assert not elsewhere.exists()
+
+
+def test_an_export_that_ends_early_leaves_no_half_card(tmp_path, monkeypatch):
+    def full(source, target):
+        Path(target).write_text("half a")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hexainst.shutil, "copyfile", full)
+    with pytest.raises(UserError, match=r"cannot write .*README\.md: No space left"):
+        hexainst.export(tmp_path)
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_export_without_pyarrow_says_what_to_do(monkeypatch, tmp_path):

@@ -316,9 +316,17 @@ def load_hexainst(
     return matched(frame, seed=seed) if subset == "matched" else frame
 
 
+def refuse_over(paths) -> None:
+    """Raise UserError where a file that is to be written is there already, or a dangling link."""
+    if there := [short(path) for path in paths if os.path.lexists(path)]:
+        raise UserError(
+            f"{', '.join(there)} stands there already and is kept. Name another folder, or move it."
+        )
+
+
 def export(folder, half: str = "ai") -> list[Path]:
     """Write one half as Parquet (full and matched; checker and tags as JSON text) and its data
-    card; the paths.
+    card; the paths. Raises UserError where a file of these names is there already.
 
     Only the AI half is meant to be handed on: the human half's rows keep their sources' licences.
     """
@@ -326,12 +334,16 @@ def export(folder, half: str = "ai") -> list[Path]:
         raise UserError(
             "export writes Parquet with pyarrow, which is not installed. Run `pip install pyarrow`."
         )
-    folder, paths = Path(folder), []
-    for subset in ("full", "matched"):
+    folder = Path(folder)
+    tables = {folder / f"{half}-{subset}.parquet": subset for subset in ("full", "matched")}
+    card = folder / "README.md"
+    refuse_over([*tables, card])
+    for path, subset in tables.items():
         frame = load_hexainst(half, subset)
         for column in ("checker", "tags"):
             frame[column] = [json.dumps(value, ensure_ascii=False) for value in frame[column]]
-        paths.append(folder / f"{half}-{subset}.parquet")
-        with atomic(paths[-1]) as draft:
+        with atomic(path) as draft:
             frame.to_parquet(draft, index=False)
-    return [*paths, Path(shutil.copyfile(HEXAINST / "CARD.md", folder / "README.md"))]
+    with atomic(card) as draft:
+        shutil.copyfile(HEXAINST / "CARD.md", draft)
+    return [*tables, card]

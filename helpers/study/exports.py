@@ -14,6 +14,7 @@ import torch
 from ..analysis.nulls import chance_jaccard
 from ..analysis.similarity import jaccard
 from ..capture.gguf_files import BAD, one_line
+from ..hexainst.schema import refuse_over
 from ..paths import checked, short
 from ..record import (
     DamagedFile,
@@ -78,10 +79,7 @@ def export(sets: Sets, kind: str, folder) -> list[Path]:
         raise UserError(f"format {kind!r} is unknown, expected one of {', '.join(KINDS)}.")
     stem = Path(folder) / checked(sets.pair, "pair")
     files, write = KINDS[kind](sets, stem)
-    if there := [short(path) for path in files if path.exists()]:
-        raise UserError(
-            f"{', '.join(there)} stands there already and is kept. Name another folder, or move it."
-        )
+    refuse_over(files)
     write()
     return files
 
@@ -176,10 +174,32 @@ def members_table(sets: Sets) -> pd.DataFrame:
 
 
 def read_masks(path) -> Sets:
-    """What `export(sets, "safetensors", ...)` wrote. Raises DamagedFile where it is not whole."""
+    """What `export(sets, "safetensors", ...)` wrote. Raises DamagedFile where it is not whole, or
+    holds something else.
+    """
     members, record = read_tensors(path)
+    if not _are_sets(members, record):
+        raise DamagedFile(
+            f"{short(path)} holds no sets: expected a bool mask per unit, and in "
+            f"{Path(path).with_suffix('.json').name} their pair, categories and layers. Name a "
+            "file that `export --format safetensors` wrote."
+        )
     layers = {unit: tuple(numbers) for unit, numbers in record["layers"].items()}
     return Sets(record["pair"], tuple(record["categories"]), members, layers, record)
+
+
+def _are_sets(members, record) -> bool:
+    pair, names, layers = (record.get(key) for key in ("pair", "categories", "layers"))
+    if not (isinstance(pair, str) and _all(str, names) and isinstance(layers, dict)):
+        return False
+    if layers.keys() != members.keys() or not all(_all(int, some) for some in layers.values()):
+        return False
+    shapes = {unit: (len(names), len(numbers)) for unit, numbers in layers.items()}
+    return all(m.dtype == bool and m.shape[:2] == shapes[unit] for unit, m in members.items())
+
+
+def _all(kind, values) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
 
 
 def read_lsn(path, shape: tuple[int, int]) -> np.ndarray:
