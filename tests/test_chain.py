@@ -620,7 +620,8 @@ def test_the_page_says_what_a_run_took_of_a_tiny_and_a_real_model():
     said = report.cost(tiny, {"profile": "big", "wall_seconds": 1800, "peak_rss_mb": 4096})
     assert "took 10 minutes on two cores" in said
     assert "held 1.5 GB" in said
-    assert "`PROFILE=big`, a real model, it took 30 minutes and 4.0 GB" in said
+    assert "With `PROFILE=big`, a real model, on both halves" in said
+    assert "it took 30 minutes and 4.0 GB" in said
 
 
 def test_what_the_whole_chain_took_outlives_a_run_of_some_notebooks(tmp_path, monkeypatch):

@@ -67,7 +67,8 @@ def test_a_quantised_gguf_loads_as_transformers_reads_it_and_says_so(tmp_path, c
         model, tokenizer = load_model(str(file))
         assert torch.equal(model(IDS).logits, direct(IDS).logits)
     assert not torch.equal(model(IDS).logits, tiny_gguf.model()(IDS).logits)
-    note = "8-bit weights (Q8_0) dequantised: a model of their own"
+    note = gguf_files.note_of("Q8_0")
+    assert note.startswith("8-bit weights (Q8_0) dequantised: a model of their own")
     assert model.source["note"] == note
     assert capsys.readouterr().err.count(note) == 1
     own = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
@@ -242,3 +243,11 @@ def test_a_cache_that_cannot_be_written_is_one_line(file, cache):
 def test_a_gguf_has_no_revision(file):
     with pytest.raises(UserError, match="has no revision 'main'"):
         load_model(str(file), revision="main")
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("MXFP4", 4), ("NVFP4", 4), ("IQ2_XXS", 2), ("TQ1_0", 1), ("Q6_K", 6)]
+)
+def test_every_kind_of_packed_weights_is_said_to_be_packed(kind, bits):
+    found = gguf_files.quantised(["F32", kind, "BF16", "I8"])
+    assert gguf_files.note_of(found).startswith(f"{bits}-bit weights ({kind}) dequantised")

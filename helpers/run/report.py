@@ -54,7 +54,8 @@ def cost(tiny: dict, real: dict) -> str:
     return (
         f"`make reproduce` took {minutes:.0f} minutes on two cores without a GPU, the environment "
         f"set up before; its largest process held {memory:.1f} GB. With `PROFILE={real['profile']}`"
-        f", a real model, it took {longer:.0f} minutes and {more:.1f} GB."
+        ", a real model, on both halves of its data (`make hexainst-human` first; without it the "
+        f"machine-written half alone is read), it took {longer:.0f} minutes and {more:.1f} GB."
     )
 
 

@@ -43,6 +43,7 @@ from ..analysis.wordings import (
     wording_overlap,
     wording_units,
 )
+from ..bars import bar
 from ..hexainst.corpus import predict_category, texts, tokens, wordings
 from ..record import NotTestable
 from . import equal_length
@@ -168,17 +169,21 @@ def measured(overlaps: dict, measure, halves=None) -> Found:
     row with a note that says why.
     """
     rows, numbers = [], {pair: {} for pair in overlaps}
-    for pair, overlap in overlaps.items():
-        for unit in overlap.study.units:
-            for half in halves or overlap.halves:
-                found = attempt(partial(measure, overlap, unit, half))
-                found = {"": found} if "note" in found else found
-                for what, values in found.items():
-                    where = [unit, half] + [what] * (what not in ("", "tuned"))
-                    key = ".".join(["overlap", *where])
-                    numbers[pair] |= {f"{key}.{k}": v for k, v in values.items() if k != "note"}
-                    place = {"pair": pair, "unit": unit, "half": half, "what": what, "note": ""}
-                    rows.append(place | values)
+    todo = [
+        (pair, unit, half)
+        for pair, overlap in overlaps.items()
+        for unit in overlap.study.units
+        for half in halves or overlap.halves
+    ]
+    for pair, unit, half in bar(todo, measure.__name__.replace("_", " "), delay=5):
+        found = attempt(partial(measure, overlaps[pair], unit, half))
+        found = {"": found} if "note" in found else found
+        for what, values in found.items():
+            where = [unit, half] + [what] * (what not in ("", "tuned"))
+            key = ".".join(["overlap", *where])
+            numbers[pair] |= {f"{key}.{k}": v for k, v in values.items() if k != "note"}
+            place = {"pair": pair, "unit": unit, "half": half, "what": what, "note": ""}
+            rows.append(place | values)
     return Found(pd.DataFrame(rows), numbers)
 
 
@@ -745,7 +750,7 @@ def over_epsilon(overlaps: dict) -> pd.DataFrame:
     """
     rows = []
     for pair, overlap in overlaps.items():
-        for epsilon in overlap.profile.epsilons:
+        for epsilon in bar(overlap.profile.epsilons, f"{pair} epsilon", delay=5):
             found = attempt(partial(_at_epsilon, overlap, epsilon))
             null = found.pop("null", np.nan)
             for rule in equal_length.RULES:
@@ -775,7 +780,7 @@ def over_tau(overlaps: dict, shuffles: int = 20) -> pd.DataFrame:
     for pair, overlap in overlaps.items():
         layers = overlap.study.counts().unit("neurons").shape[1]
         shuffled, y = _shuffled(overlap, shuffles), codes(overlap.labels)
-        for epsilon in overlap.profile.epsilons:
+        for epsilon in bar(overlap.profile.epsilons, f"{pair} epsilon", delay=5):
             sets = overlap.sets("tuned", "neurons", epsilon)
             for tau in overlap.profile.taus:
                 size = int(consensus(sets, overlap.labels, tau).any(0).sum())
