@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import unicodedata
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,8 @@ PACKAGES = (
 # version's drafts had eight letters of chance instead of the word
 LEFT = re.compile(r"\.(?P<name>.+(?P<end>\.\w+))\.(lock|(draft|[a-z0-9_]{8})(?P=end))")
 
+HOLLOW = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
+
 
 class NotTestable(UserError):
     """The data at hand cannot answer: too few instructions, nothing that varies, an empty set, one
@@ -46,6 +49,16 @@ class RecordMismatch(UserError):
 
 class DamagedFile(UserError):
     """A file on disk is missing, truncated or not what its name says."""
+
+
+def visible(given: str) -> bool:
+    """Whether a text shows anything: a letter, number, mark or symbol, not only spaces and
+    characters without a shape.
+
+    >>> visible("7"), visible("\\u200b \\ufeff")
+    (True, False)
+    """
+    return any(unicodedata.category(c)[0] in "LNPS" and c not in HOLLOW for c in given)
 
 
 @contextmanager

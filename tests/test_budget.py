@@ -139,7 +139,7 @@ def test_padding_is_told_from_text():
 
 
 def test_writers_side_by_side_leave_whole_lines(ledger):
-    model, ids = zoo.build("llama"), torch.ones(40, 30, dtype=torch.long)
+    model, ids = zoo.build("llama", vocab_size=300), torch.ones(40, 30, dtype=torch.long)
 
     def write(n):
         with budget.reading(model, ids + n, ids, "losses"):

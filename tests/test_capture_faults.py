@@ -11,7 +11,7 @@ import zoo
 from peft import LoraConfig, get_peft_model
 from test_counter import IDS, counting, differing, oracle, run
 from test_interventions import IDS as READ
-from test_interventions import SEEN, expert_mask, logits, neuron_mask
+from test_interventions import SEEN, expert_mask, hooks, logits, neuron_mask
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
@@ -21,11 +21,14 @@ from transformers import PreTrainedTokenizerFast, XLMRobertaTokenizer
 from helpers.capture.count import count, count_encoded, count_groups
 from helpers.capture.counter import count_masked, count_positive, ready_sites
 from helpers.capture.interventions import ablate, editable, neuron_weights, transplant
-from helpers.capture.losses import GroupLoss, token_losses
+from helpers.capture.losses import GroupLoss, sequence_losses, token_losses
 from helpers.capture.selfcheck import left_padding_is_neutral, self_check
 from helpers.capture.sites import UnreadableModel, find_sites
 from helpers.capture.tokens import Encoded, encode, encode_groups, token_batches
 from helpers.record import UserError
+from helpers.study.answers import continuations
+from helpers.study.evaluate import nll, plain_text_nll
+from helpers.study.scores import contribution, reference_activations
 
 # ---- an MLP that no site reads
 
@@ -404,6 +407,11 @@ def test_what_is_no_list_of_texts_is_refused(texts):
         (["ok"], {"responses": ["a\udc00"]}, "response 0 holds half"),
         (["ok"], {"responses": ["a", "b"]}, "1 texts and 2 responses"),
         (["ok"], {"responses": [[1.5]]}, "list of token ids"),
+        (["ok"], {"responses": [[2**70]]}, r"response 0 is '\[1180\d+\]': .* list"),
+        (["ok"], {"responses": [[True, False]]}, "list of token ids"),
+        (["ok"], {"responses": [np.array([True])]}, "list of token ids"),
+        (["ok", "a"], {"responses": [[5], [101]]}, "text 1 has the token id 101, .* 101 embedd"),
+        (["ok", "\u200b \ufeff"], {}, r"text 1 is '\\u200b"),
         (["<bos><eos>"], {}, "no counted token"),
         (["ok"], {"template": None}, "must hold"),
         (["ok"], {"batch_tokens": 0}, "batch_tokens is 0"),
@@ -415,6 +423,35 @@ def test_what_is_no_list_of_texts_is_refused(texts):
 def test_texts_and_sizes_that_cannot_be_counted_are_refused(texts, options, told):
     with pytest.raises(UserError, match=told):
         count(zoo.build("llama"), with_bos(), texts, **options)
+
+
+def test_ids_without_an_embedding_are_refused_by_whatever_reads_them():
+    model, tokenizer = zoo.build("llama"), longer(zoo.tokenizer())
+    for use in (
+        lambda: count(model, tokenizer, ["ok", "a<new>"]),
+        lambda: plain_text_nll(model, tokenizer, ["ok", "a<new>"]),
+        lambda: reference_activations(model, tokenizer, ["ok", "a<new>"]),
+    ):
+        with pytest.raises(UserError, match="text 1 has the token id 101, .* 101 embeddings"):
+            use()
+    strange = [Encoded((5, 6, 101), (True,) * 3)] * 2
+    batch = next(token_batches(strange, 20))
+    for use in (
+        lambda: count_encoded(model, strange),
+        lambda: sequence_losses(model, batch),
+        lambda: nll(model, strange),
+        lambda: contribution(model, strange),
+        lambda: continuations(model, strange, max_new_tokens=2),
+    ):
+        with pytest.raises(UserError, match="token id 101.* 101 embeddings"):
+            use()
+    assert not hooks(model)
+
+
+def longer(tokenizer):
+    """The zoo's tokenizer with as many words as its models have embeddings, and `<new>` behind."""
+    tokenizer.add_tokens([f"<{n}>" for n in range(len(tokenizer), zoo.WORDS)] + ["<new>"])
+    return tokenizer
 
 
 def with_bos():

@@ -22,6 +22,7 @@ from helpers.config import defaults
 from helpers.paths import DATA, ROOT
 from helpers.record import NotTestable, UserError
 from helpers.study import own, planted, quick
+from helpers.study.evaluate import plain_text_nll
 from tests import zoo
 
 TOPICS = pd.read_csv(DATA / "own" / "topics.csv")
@@ -252,6 +253,7 @@ GOOD = ["ada has a cat .", "boris has a dog .", "2 plus 3 is 5 .", "4 plus 3 is 
         ([], "empty"),
         ([*GOOD, ""], "text 4 is ''"),
         ([*GOOD, "  "], "text 4 is '  '"),
+        ([*GOOD, "\u200b"], r"text 4 is '\\u200b'"),
         ([*GOOD, None], "text 4 is None"),
         ([*GOOD, float("nan")], "text 4 is nan"),
         ([*GOOD, 7], "text 4 is 7"),
@@ -311,6 +313,28 @@ def test_a_text_under_two_labels_is_refused_by_name(tiny):
     texts = [*GOOD, GOOD[0], "a fox sleeps ."]
     with pytest.raises(UserError, match=re.escape(f"text 4 ({GOOD[0]!r}) has the label 'b'")):
         helpers.ablation_table(*tiny, texts, ["a", "a", "b", "b", "b", "b"])
+
+
+def test_a_text_that_has_no_loss_is_named_before_anything_is_counted(monkeypatch):
+    monkeypatch.setattr(own, "count_encoded", None)
+    pair, texts = (zoo.build("llama"), zoo.tokenizer()), [*GOOD, "a"]
+    with pytest.raises(UserError, match="text 4 has no token whose loss could be counted"):
+        helpers.ablation_table(*pair, texts, list("aabbb"), template="{instruction}")
+    with pytest.raises(UserError, match="text 4 has no token whose loss"):
+        plain_text_nll(*pair, texts)
+
+
+def test_words_added_to_a_tokenizer_are_named_before_anything_is_counted(monkeypatch):
+    monkeypatch.setattr(own, "count_encoded", None)
+    references = ["one", "two", "three <new>", "four"]
+    for add, told in (
+        (lambda words: words.add_special_tokens({"eos_token": "<end>"}), "text [0-3] has the"),
+        (lambda words: words.add_tokens(["<new>"]), "text 2 has the"),
+    ):
+        model, tokenizer = helpers.load_model("data/models/tiny-dense/tuned")
+        add(tokenizer)
+        with pytest.raises(UserError, match=rf"{told} token id \d+, .* embeddings\. Use"):
+            helpers.ablation_table(model, tokenizer, GOOD, list("aabb"), references)
 
 
 def test_a_label_of_copies_is_refused(tiny):

@@ -20,9 +20,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..paths import short
-from ..record import DamagedFile
+from ..record import DamagedFile, UserError
 
 LEDGER = "SPARCOM_TOKENS"  # the environment variable
+OWN_WORDS = "Use the tokenizer that belongs to the model, no words added, or resize its embeddings."
 _names: WeakKeyDictionary = WeakKeyDictionary()  # model -> what the ledger calls it
 _altered: WeakKeyDictionary = WeakKeyDictionary()  # model -> digests of what is done to it now
 _apart: WeakKeyDictionary = WeakKeyDictionary()  # model -> what else is done to each sequence
@@ -92,7 +93,10 @@ def reading(model, ids, mask, purpose: str, begun=None):
     ledger, once it has ended well. Yields a list for the numbers of tokens generated behind each
     sequence, [B]; it may stay empty. begun: what the sequences go on from (see beginnings); their
     digests are of it and them, their lengths without it.
+
+    Raises UserError, before the pass, for an id that the model has no embedding of.
     """
+    _refuse_unknown(model, ids)
     path, new, start = os.environ.get(LEDGER), [], time.perf_counter()
     yield new
     if not path:
@@ -115,6 +119,15 @@ def reading(model, ids, mask, purpose: str, begun=None):
     }
     with open(path, "ab", buffering=0) as ledger:
         ledger.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+
+def _refuse_unknown(model, ids) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if strange := ids[(ids < 0) | (ids >= rows)].tolist():
+        raise UserError(
+            f"{type(model).__name__} cannot read the token id {strange[0]}, which lies outside "
+            f"its {rows} embeddings. {OWN_WORDS}"
+        )
 
 
 def lines_of(path) -> list[dict]:

@@ -12,7 +12,7 @@ from ..record import UserError
 from .counter import Counter, longest, watching
 from .counts import Counts
 from .selfcheck import self_check
-from .tokens import check_tokenizer, encode, list_of, token_batches
+from .tokens import check_tokenizer, encode, list_of, refuse_unknown, token_batches
 
 _checked: WeakSet = WeakSet()
 
@@ -55,6 +55,7 @@ def count(
     texts = list_of(texts, "texts")
     encoded = encode(tokenizer, texts, template=template, responses=responses)
     refuse_long(model, encoded)
+    refuse_unknown(model, encoded)
     return count_encoded(model, encoded, batch_tokens)
 
 

@@ -24,6 +24,18 @@ AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random 
 _heads: WeakKeyDictionary = WeakKeyDictionary()  # model -> (scale, cap), proven once
 
 
+def refuse_silent(encoded, names=None) -> None:
+    """Raise UserError for the first sequence without a token whose loss could be counted (a first
+    token has nothing before it); its place, or which of `names` it is.
+    """
+    for name, one in zip(range(len(encoded)) if names is None else names, encoded, strict=True):
+        if not any(one.counted[1:]):
+            raise UserError(
+                f"text {name} has no token whose loss could be counted: no reference, or a single "
+                "token without BOS. Remove the row, or read it in a template with words before it."
+            )
+
+
 def sequence_losses(model, batch, purpose: str = "losses", begun=None) -> torch.Tensor:
     """Mean negative log-likelihood of each row's counted tokens, nats per token, float64 [B], of
     one pass over a batch; keeps the autograd graph. begun: the beginning that the batch goes on

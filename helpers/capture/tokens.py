@@ -128,8 +128,8 @@ def encode_groups(
 
 def chat_template(tokenizer) -> str:
     """The model's chat format as a template: what it expects around one instruction, up to where
-    its answer begins. A template that asks for the date gets TODAY. Raises UserError for a tokenizer
-    without one, for one that cannot be rendered, or that changes the text.
+    its answer begins. A template that asks for the date gets TODAY. Raises UserError for a
+    tokenizer without one, for one that cannot be rendered, or that changes the text.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -229,8 +229,8 @@ def refuse_unknown(model, encoded, names=None) -> None:
     """Raise UserError for the first sequence with a token that the model has no embedding of; its
     place, or which of `names` it is.
     """
-    rows, names = model.get_input_embeddings().num_embeddings, names or range(len(encoded))
-    for name, one in zip(names, encoded, strict=True):
+    rows = model.get_input_embeddings().num_embeddings
+    for name, one in zip(range(len(encoded)) if names is None else names, encoded, strict=True):
         if max(one.ids, default=0) >= rows:
             raise UserError(
                 f"text {name} has the token id {max(one.ids)}, and {type(model).__name__} has "

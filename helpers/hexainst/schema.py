@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import unicodedata
 import warnings
 from collections import Counter
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..paths import CLONE, COMMAND, HEXAINST, resolve, short
-from ..record import UserError, atomic
+from ..record import UserError, atomic, visible
 from . import checkers
 from .corpus import matched, text, tokens
 
@@ -62,17 +61,6 @@ WRONG = ("", "I do not know.", "qwx -987654321")
 
 
 LINE, DIGITS = 1_000_000, 40  # the most bytes of a row, the most digits of a whole number in it
-HOLLOW = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
-
-
-def visible(given: str) -> bool:
-    """Whether a text shows anything: a letter, number, mark or symbol, not only spaces and
-    characters without a shape.
-
-    >>> visible("7"), visible("\\u200b \\ufeff")
-    (True, False)
-    """
-    return any(unicodedata.category(c)[0] in "LNPS" and c not in HOLLOW for c in given)
 
 
 def row_faults(row, run_code: bool | str = False) -> list[str]:

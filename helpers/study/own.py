@@ -11,7 +11,8 @@ import pandas as pd
 from ..analysis.effects import critical, specific_by_category
 from ..analysis.stats import SMALLEST, adjust
 from ..capture.count import count_encoded, refuse_long
-from ..capture.tokens import check_tokenizer, texts_of
+from ..capture.losses import refuse_silent
+from ..capture.tokens import check_tokenizer, refuse_unknown, texts_of
 from ..config import defaults, refuse_other
 from ..record import UserError
 from .ablation import draws_of, measure, pooled
@@ -57,8 +58,11 @@ class Own(Study):
         rows = _halved(rows, y, names, profile)
         study = cls(profile, profile.pairs[0], rows, {"tuned": (model, tokenizer)})
         study.names = tuple(names)
-        for positions in ("reference", "prompt"):
-            refuse_long(model, study.encoded(positions), study.rows["id"])
+        for positions in ("prompt", "reference"):
+            encoded = study.encoded(positions)
+            refuse_long(model, encoded, rows["id"])
+            refuse_unknown(model, encoded, rows["id"])
+        refuse_silent(encoded, rows["id"])
         return study
 
     @property

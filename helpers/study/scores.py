@@ -28,7 +28,7 @@ from ..capture.budget import reading
 from ..capture.interventions import Reference, columns, editable
 from ..capture.losses import sequence_losses
 from ..capture.sites import find_sites, input_device
-from ..capture.tokens import Encoded, encode, token_batches
+from ..capture.tokens import Encoded, encode, refuse_unknown, token_batches
 from ..config import SCORES
 from ..record import UserError
 from .reading import same_beginning
@@ -227,6 +227,8 @@ def reference_activations(
     expert, of those routed to it). An expert that no reference token reaches has mean 0. Kept on
     the CPU as float32. (Ours.)
     """
+    encoded = encode(tokenizer, texts)
+    refuse_unknown(model, encoded)
     sites, random = _readable(model), torch.Generator().manual_seed(seed)
     keys = [
         (site.name, e)
@@ -254,7 +256,7 @@ def reference_activations(
             bank[key] = tickets[best], rows
 
     with torch.no_grad(), _watch(sites, add):
-        for batch in _batches(encode(tokenizer, list(texts)), batch_tokens, "reference texts"):
+        for batch in _batches(encoded, batch_tokens, "reference texts"):
             mask = batch.count_mask.to(input_device(model))
             _read(model, batch)
 
