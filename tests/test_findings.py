@@ -55,6 +55,7 @@ def test_of_several_categories_a_cell_says_how_many_hold_and_how_they_spread():
 
 def test_each_answer_takes_its_numbers_from_their_own_keys(tmp_path):
     numbers, at = {"membership.neurons.1": 1234, "membership.neurons.2": 7}, "ablation.equal"
+    numbers["answers.tuned.cut"] = 0.625
     tests = [
         ("excess-smallest", "neurons", "all", None, 2.0, True),
         ("excess-smallest", "neurons", "A", None, 9.0, True),
@@ -83,7 +84,8 @@ def test_each_answer_takes_its_numbers_from_their_own_keys(tmp_path):
     table = findings.answers([tmp_path])
     assert table.startswith("|  | `one` |\n")
     assert [said for _, said in cells(table)] == [
-        "**in 1 of 2 categories**; passes 0.11 to 1.11, ranked first 0.22 to 1.22",
+        "**in 1 of 2 categories**; passes 0.11 to 1.11 (62% of the answers cut), ranked first 0.22 "
+        "to 1.22",
         "**yes**: 2.000 [1.500, 2.500]",
         "**no**: neurons 0.60 [0.50, 0.70], words 0.70 [0.60, 0.80]",
         "1,234: 18%, dealt 5%; 7 in all",
@@ -129,7 +131,8 @@ def test_each_change_by_tuning_takes_its_effect_from_its_own_test(tmp_path):
     ]
     places = [(*name, tuning) for name in named for tuning in ("full", "continued", "alone")]
     tests = pd.DataFrame(places, columns=["id", "components", "pair"])
-    tests = tests.assign(half="all", effect=np.arange(len(places), dtype=float), null=0.0)
+    tests = tests.assign(half="all", category=None, null=0.0)
+    tests["effect"] = np.arange(len(places), dtype=float)
     tests = tests.assign(low=tests["effect"] - 0.5, high=tests["effect"] + 0.5, supported=True)
     half = tests.assign(half="ai", effect=-1.0)
     without = tests[(tests["id"] != "tuning-matter") | (tests["pair"] != "continued")]
@@ -137,12 +140,17 @@ def test_each_change_by_tuning_takes_its_effect_from_its_own_test(tmp_path):
     verdicts = pd.DataFrame(named, columns=["id", "components"])
     verdicts["verdict"] = [f"verdict {n}" for n in range(len(named))]
     verdicts.to_csv(tmp_path / "tuning_verdicts.csv")
+    table_of(("alteration-beyond-training", "neurons", "all", None, 1.0, True)).to_csv(
+        tmp_path / "tests.csv"
+    )
 
     def cell(*place):
         value = float(places.index(place))
         return f"{value:.3f} [{value - 0.5:.3f}, {value + 0.5:.3f}]"
 
-    found = {row[0]: row[1:] for row in cells(findings.tunings(tmp_path))}
+    said, _, table = findings.tunings(tmp_path).partition("\n\n")
+    assert said == findings.in_short(tmp_path)
+    found = {row[0]: row[1:] for row in cells(table)}
     assert list(found) == list(findings.CHANGES)
     for said, (ending, component, pair) in findings.CHANGES.items():
         name = f"tuning-{ending}"
@@ -152,3 +160,34 @@ def test_each_change_by_tuning_takes_its_effect_from_its_own_test(tmp_path):
     assert findings.CHANGES["sets moved beyond the noise floor"][0] == "beyond-noise"
     alone = "tuning on MATH alone: its sets moved more than others'"
     assert findings.CHANGES[alone] == ("own-category", "neurons", "alone")
+
+
+def test_in_short_says_which_way_it_went_and_counts_the_categories(tmp_path):
+    def row(name, pair, effect, category=None, supported=True, components="neurons", half="all"):
+        return (name, components, half, category, effect, supported), pair
+
+    def written(beyond, other):
+        rows = [
+            row("tuning-improves", "full", 1.0, "QA", components="likelier"),
+            row("tuning-improves", "full", 1.0, "SUM", components="likelier"),
+            row("tuning-improves", "full", 9.0, "SUM", components="likelier", half="ai"),
+            row("tuning-improves", "continued", 1.0, "QA", components="likelier"),
+            row("tuning-improves", "continued", 1.0, "SUM", False, components="likelier"),
+            row("tuning-beyond-continued", "full", beyond),
+            row("tuning-beyond-continued", "lora", 77.0),
+            row("tuning-beyond-seed", "full", 3.0),
+        ]
+        table = table_of(*(one for one, _ in rows)).assign(pair=[pair for _, pair in rows])
+        table.to_csv(tmp_path / "tuning_tests.csv")
+        one = table_of(("alteration-beyond-training", "neurons", "all", None, other, True))
+        one.to_csv(tmp_path / "tests.csv")
+        return findings.in_short(tmp_path)
+
+    said = written(-2.0, 4.0)
+    assert "likelier in 2 of 2 categories, by the control in 1." in said
+    assert "moved less far than by the control, by 2.000 [1.500, 2.500] (`one`: further" in said
+    assert "further than by the control, by 4.000 [3.500, 4.500])." in said
+    assert said.endswith("do, by 3.000 [2.500, 3.500].")
+    assert "neither further nor less far than by the control: 0.100 [-0.400, 0.600]" in written(
+        0.1, 4.0
+    )

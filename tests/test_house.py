@@ -150,6 +150,8 @@ def test_notebook_is_readable(path):
     for cell in cells:
         for node in ast.walk(ast.parse(cell.source)):
             assert not isinstance(node, (ast.ClassDef, ast.FunctionDef))
+            assert not isinstance(node, ast.AugAssign) or isinstance(node.op, ast.Add)
+            assert not isinstance(node, ast.Lambda) or not node.args.defaults
             assert not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
                 "notebooks"
             )

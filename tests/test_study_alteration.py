@@ -267,15 +267,16 @@ def test_common_gain_beyond_chance(changed):
     study = changed["pair"]
     run = run_of(np.arange(len(study.rows)))
     run.final = alteration.sets(study, "tuned")
-    found = alteration.measured(changed, alteration.common, {"pair": {"full-s0": run}})
+    runs = {"full-s0": run, "pretraining-s0": run}
+    found = alteration.measured(changed, alteration.common, {"pair": runs})
+    assert {what for (what,) in found.table[["what"]].to_numpy()} == {"replay", "training"}
     gains = [
         (a & ~b).any()
         for a, b in zip(
             alteration.sets(study, "tuned"), alteration.sets(study, "base"), strict=True
         )
     ]
-    row = found.table.set_index("half").loc["all"]
-    assert row["what"] == "replay"
+    row = found.table.set_index(["what", "half"]).loc[("replay", "all")]
     assert row["n"] == sum(gains)
     assert row["jaccard"] == pytest.approx(jaccard(3, 3, 3))
     assert row["excess"] == pytest.approx(1 - row["by chance"])

@@ -70,9 +70,11 @@ def _one(numbers, key) -> str:
 def _able(numbers, tests) -> str:
     strict, first = (rf"ability\.tuned\.all\..+\.{name}" for name in ("strict", "first"))
     ends = _matching(numbers, r"ability\.tuned\.all\..+\.gain_ci")
+    cut = numbers["answers.tuned.cut"]
     return (
         f"**in {sum(low > 0 for low, _ in ends)} of {len(ends)} categories**; passes "
-        f"{_spread(numbers, strict)}, ranked first {_spread(numbers, first)}"
+        f"{_spread(numbers, strict)} ({cut:.0%} of the answers cut), ranked first "
+        f"{_spread(numbers, first)}"
     )
 
 
@@ -173,8 +175,8 @@ def compared(folders) -> str:
     tiny = found.pop("tiny")
     kinds = {
         "supported in both": lambda own, other: own == other == "supported",
-        "supported in it, not in `tiny`": lambda own, other: own == "supported" != other,
-        "supported in `tiny`, not in it": lambda own, other: other == "supported" != own,
+        "supported there alone": lambda own, other: own == "supported" != other,
+        "supported in `tiny` alone": lambda own, other: other == "supported" != own,
         "supported in neither (of some categories or parts, or of none)": lambda own, other: (
             "supported" not in (own, other)
         ),
@@ -208,8 +210,6 @@ CHANGES = {  # a question: (claim, components, tuning)
     "references of rows it never saw likelier, nats per token": ("improves", "likelier", "full"),
     "the row's own instruction helps more, nats per token": ("improves", "gain", "full"),
     "sets moved beyond the noise floor": ("beyond-noise", "neurons", "full"),
-    "sets moved further than by the control": ("beyond-continued", "neurons", "full"),
-    "two seeds end more alike than tuning and control": ("beyond-seed", "neurons", "full"),
     "tuning on MATH alone: its sets moved more than others'": (
         "own-category",
         "neurons",
@@ -235,9 +235,53 @@ CHANGES = {  # a question: (claim, components, tuning)
 
 
 def tunings(folder) -> str:
-    """What fine-tuning changed in the real model, a Markdown row per question of CHANGES: the
-    effect, the same of the control where it was asked, and the verdict, from notebook 10's tests.
+    """What fine-tuning changed in the real model: the answer in short, and a Markdown row per
+    question of CHANGES: the effect, the same of the control where it was asked, and the verdict,
+    from notebook 10's tests.
     """
+    return f"{in_short(folder)}\n\n{_changes(folder)}"
+
+
+def in_short(folder) -> str:
+    """Did tuning help, and did it move the sets further than mere training? The real model's
+    answers, and those of the pairs of the profile that the folder is of.
+    """
+    tests, own = (pd.read_csv(Path(folder) / name) for name in (TUNED[0], PUBLISHED[0]))
+    helped = _tests(tests[tests["half"] == "all"], "tuning-improves", "likelier")
+    held = {pair: part["supported"].sum() for pair, part in helped.groupby("pair")}
+    full = tests[tests["pair"] == "full"]
+    [moved], [apart] = (_whole(full, f"tuning-beyond-{what}") for what in ("continued", "seed"))
+    others = _whole(own, "alteration-beyond-training")
+    listed = "; ".join(f"`{row.pair}`: {_further(row)}" for row in others)
+    return (
+        f"References that it never saw became likelier in {held['full']} of "
+        f"{helped['category'].nunique()} categories, by the control in {held['continued']}. The "
+        f"sets moved {_further(moved)} ({listed}). Two seeds of the tuning end more alike than "
+        f"tuning and control do, by {_signed(apart)}."
+    )
+
+
+def _whole(tests, name) -> list:
+    """A claim's tests of neurons on both halves together, one of each pair."""
+    found = _tests(tests, name, "neurons")
+    return list(found[found["half"] == "all"].itertuples())
+
+
+def _further(row) -> str:
+    if row.low <= 0 <= row.high:
+        return f"neither further nor less far than by the control: {_signed(row)}"
+    side = "further" if row.effect > 0 else "less far"
+    return f"{side} than by the control, by {_signed(row)}"
+
+
+def _signed(row) -> str:
+    """An effect and its interval without the sign of the effect."""
+    ends = sorted((row.low, row.high), key=abs) if row.effect < 0 else (row.low, row.high)
+    side = -1 if row.effect < 0 else 1
+    return f"{side * row.effect:.3f} [{side * ends[0]:.3f}, {side * ends[1]:.3f}]"
+
+
+def _changes(folder) -> str:
     tests, verdicts = (pd.read_csv(Path(folder) / name) for name in TUNED)
     verdicts = verdicts.set_index(["id", "components"])["verdict"]
     whole = tests[tests["half"] == "all"]

@@ -460,9 +460,9 @@ def provenance(pairs: dict, runs: dict) -> pd.DataFrame:
 
 def common(study, runs: dict):
     """Do other tunings of the base gain the same neurons? Jaccard of the gained sets minus its
-    expectation by chance, per instruction.
+    expectation by chance, per instruction; beside them the control of mere training, `training`.
     """
-    for name, unit in TUNINGS.items():
+    for name, unit in (TUNINGS | {TRAINED: "training"}).items():
         for half, here in halves(study).items() if name in runs else ():
             yield f"common.{unit}.{half}", attempt(partial(_common, study, runs[name], here))
 

@@ -15,6 +15,15 @@ from ..record import read_json
 WRONG = "I do not know."
 
 
+def compared_with(rows: pd.DataFrame, dataset: str, ai, matched) -> dict[str, pd.DataFrame]:
+    """Data sets whose words are compared: each half of the chain's rows, unless these are HexaInst
+    itself, and the AI half whole and matched in length.
+    """
+    halves = {} if dataset == "hexainst" else dict(list(rows.groupby("half", sort=False)))
+    chain = {f"chain, {half}": part for half, part in halves.items()}
+    return chain | {"AI half, full": ai, "AI half, matched": matched}
+
+
 def lexical(parts: dict[str, pd.DataFrame], seed: int = 0) -> pd.DataFrame:
     """How often a row's category is guessed right from its words alone (`predict_category`, within
     each set of rows): columns set, category ("all", too), n, right, low, high (95 %,

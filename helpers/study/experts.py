@@ -10,7 +10,7 @@ from ..analysis.effects import exchange, slope_of
 from ..analysis.sets import frequency
 from ..record import NotTestable, UserError
 from .evaluate import ablation_matrix
-from .sets import most_own
+from .sets import most_own, pattern_numbers
 
 NEIGHBOURS = 4  # experts of nearest use that say what an expert's use alone would cost
 SINGLE = ("measured on", "category", "layer", "expert", "own", "f", "increase", "expected", "n")
@@ -132,6 +132,21 @@ def of_all(pairs: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
         pd.concat(singly, ignore_index=True) if singly else pd.DataFrame(columns=["pair"]),
         pd.concat(tests, ignore_index=True) if tests else nothing,
     )
+
+
+def summed_up(pairs, sizes, pattern, tests) -> dict[str, dict]:
+    """{pair: {key: number}} for the summary, of tables as `sets.expert_sizes`, `sets.layer_pattern`
+    and `of_all` give them: how many experts carry the tokens, the layer pattern, single experts.
+    """
+    found = {name: {} for name in pairs}
+    for row in sizes[sizes["model"] == "tuned"].itertuples() if len(sizes) else ():
+        found[row.pair] = {
+            "set_sizes.experts_per_layer": row.K,
+            "set_sizes.experts_half_share": row.carry_half,
+        } | pattern_numbers(pattern[pattern["pair"] == row.pair], "experts")
+    for pair, part in tests.groupby("pair"):
+        found[pair] |= numbers_of(part)
+    return found
 
 
 def numbers_of(tests: pd.DataFrame) -> dict:

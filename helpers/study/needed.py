@@ -143,12 +143,16 @@ class Needed:
             self.numbers[f"ablation.{kind}.{name}"] = np.mean(found, axis=0)
 
     def matrix(self, kind: str) -> pd.DataFrame:
-        """Effect minus random control of `by_consensus`, a row per set ablated and category."""
+        """Effect minus random control of `by_consensus`, a row per set ablated and category; n:
+        rows of a category.
+        """
         names = list(self.study.categories)
         beyond = np.subtract(*(self.numbers[f"ablation.{kind}.{n}"] for n in MATRICES))
         grid = pd.MultiIndex.from_product([names, names], names=["ablated", "measured"])
         table = grid.to_frame(index=False).assign(increase=np.ravel(beyond))
-        return table.assign(panel=f"{self.study.name}: {kind}: effect - null")
+        n = len(self.halves) * self.profile.ablation_rows
+        panel = f"{self.study.name}: {CHOSEN[kind]}, n = {n}"
+        return table.assign(panel=panel, n=n)
 
     # ---- equal sizes: from the grid
 
@@ -745,6 +749,11 @@ PARTS = {  # of sets, bool [C, M], massive neurons [M]: their members that ...
     "no massive": lambda sets, massive: sets & ~massive,  # are no massive activations
 }
 GROUPINGS = ("opening", "length", "random")
+CHOSEN = {  # kinds of consensus sets, as titles of panels say them
+    "neurons": "sets by frequency",
+    "contribution": "sets by contribution",
+    "experts": "experts",
+}
 MATRICES = ("matrix", "control_matrix")
 EFFECTS = ("critical", "specificity")
 EQUAL = (
@@ -792,11 +801,10 @@ def dose_tables(found: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def matrices(found: dict) -> pd.DataFrame:
     """Effect minus random control of every pair's consensus sets, as plots.matrices draws them."""
-    kinds = ("neurons", "contribution", "experts")
     return pd.concat(
         one.matrix(kind)
         for one in found.values()
-        for kind in kinds
+        for kind in CHOSEN
         if f"ablation.{kind}.matrix" in one.numbers
     )
 

@@ -331,6 +331,19 @@ def pattern_numbers(pattern: pd.DataFrame, unit: str) -> dict:
 # ---- experts
 
 
+def numbers_of(sizes: pd.DataFrame, pattern: pd.DataFrame, epsilon: float) -> dict[str, dict]:
+    """{pair: {key: number}} for the summary: sizes of the sets at epsilon, the layer pattern."""
+    found = {}
+    for row in sizes[sizes["epsilon"] == epsilon].to_dict("records"):
+        found[row["pair"]] = {
+            "epsilon": epsilon,
+            "set_sizes.neurons": row["realised"],
+            "set_sizes.neurons_nominal": int(row["nominal"]),
+            "tie_mass.neurons": row["tie mass"],
+        } | pattern_numbers(pattern[pattern["pair"] == row["pair"]], "neurons")
+    return found
+
+
 def routing(study, models=("tuned", "twin")) -> pd.DataFrame:
     """Mean routing of each category: columns model, category, layer, expert, f, uniform (K / E),
     own (f minus the mean of the categories: 0 for a router that ignores the category), n (rows).
