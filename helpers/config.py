@@ -220,9 +220,37 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+ODD = re.compile(r"[-+]?0[0-9bx].*|.*[_:].*")  # to YAML 1.1 alone a number: 010 is 8, 1:30 is 90
+
+
+def _number(loader, node):
+    text, kind = node.value, node.tag.rpartition(":")[2]
+    if ODD.fullmatch(text):
+        problem = f"{text[:80]!a} is no plain decimal number; if it is a text, quote it"
+        raise yaml.MarkedYAMLError(None, None, problem, node.start_mark)
+    return getattr(yaml.SafeLoader, f"construct_yaml_{kind}")(loader, node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
 _Loader.add_implicit_resolver(  # 1e-3 is a number, as everywhere but in YAML 1.1
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
 )
+
+
+def read_yaml(text: str, where: str):
+    """The value of a text in plain YAML, as a profile's is read; UserError begins with `where`.
+
+    >>> read_yaml("[0.5, 1e-3]", "-p taus")
+    [0.5, 0.001]
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        said = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+        raise UserError(f"{where} is not valid YAML: {said}") from error
 
 
 def _parsed(path) -> dict:
@@ -232,15 +260,13 @@ def _parsed(path) -> dict:
             data = file.read(LONGEST + 1)
         if len(data) > LONGEST:
             raise UserError(f"{where} is longer than {LONGEST} bytes: no profile. Shorten it.")
-        values = yaml.load(data.decode("utf-8"), _Loader)
+        text = data.decode("utf-8")
     except OSError as error:
         raise UserError(f"{where} cannot be read: {error.strerror}. Make it readable.") from error
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{where}, line {line}: not UTF-8. Save it as UTF-8.") from error
-    except (yaml.YAMLError, ValueError) as error:
-        said = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
-        raise UserError(f"{where} is not valid YAML: {said}") from error
+    values = read_yaml(text, where)
     if not isinstance(values, dict):
         raise UserError(f"{where} holds {_shown(values)}, expected lines `key: value`.")
     return values

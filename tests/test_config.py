@@ -17,10 +17,12 @@ from helpers.hexainst.schema import load_hexainst
 from helpers.paths import MODELS
 from helpers.plots.style import save_figure
 from helpers.record import UserError
+from helpers.run import __main__ as command
 from helpers.run.plan import plan
 from helpers.study.needed import ablations
 
 PAIR = "pairs: [{name: a, base: b, tuned: c}]\n"
+ODD = ("010", "-007", "08.5", "1:30", "1:30.5", "0x1F", "0b11", "1_000", "1_0.5", "010e1")
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_the_papers_families_are_one_word_away():
         (f"{PAIR}controls: 0", "controls is 0, expected a whole number from 1 to"),
         (f"{PAIR}seed: -1", "seed is -1, expected a whole number from 0 to 4294967295"),
         (f"{PAIR}seed: 4294967296", "seed is 4294967296, expected"),
-        (f"{PAIR}seed: 0x{'f' * 9999}", "seed is a number of thousands of digits, expected"),
+        (f"{PAIR}seed: 0x{'f' * 9999}", "no plain decimal number"),
         (f"{PAIR}seed: {'9' * 9999}", "not valid YAML"),
         (f"{PAIR}batch_tokens: many", "batch_tokens is 'many', expected a whole number"),
         (f"{PAIR}batch_tokens: true", "batch_tokens is True, expected a whole number"),
@@ -134,7 +136,11 @@ def test_the_papers_families_are_one_word_away():
         (f"{PAIR}seed: !!int ''", "is an anchor, alias or tag"),
         (f"{PAIR}sizes: {'[' * 20_000}", "too many levels"),
         (f"{PAIR}dataset: {'x' * 70_000}", "longer than 65536 bytes"),
+        (f"{PAIR}dataset: {'é' * 70_000}", "longer than 65536 bytes"),
         (f"{PAIR}1: 2", "unknown key 1"),
+        *((f"{PAIR}rows: {number}", f"'{number}' is no plain decimal number") for number in ODD),
+        (f"{PAIR}rows: 0o17", "rows is '0o17', expected a whole number"),
+        (f"{PAIR}sizes: [0.1, 00.5]", "'00.5' is no plain decimal number"),
         (f"{PAIR}dataset: 2020-99-99", "not valid YAML"),
         ("dataset: [tiny", "not valid YAML"),
         ("a\n---\nb", "not valid YAML"),
@@ -152,6 +158,48 @@ def test_mistakes_are_one_clear_error(profiles, text, says):
     assert "mine.yaml" in str(error.value)
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["0.1", ".1", "+0.1", "1e-1", "1.e-1", "1E-1", ".01e1", "10e-2"])
+def test_a_decimal_number_is_read_as_it_is_meant(profiles, text):
+    profiles(f"{PAIR}dataset: tiny\nepsilon: {text}\n")
+    assert load_profile("mine").epsilon == 0.1
+
+
+def test_in_quotes_anything_is_a_text(profiles):
+    profiles('pairs: [{name: "010", tuned: "1:30"}]\ndataset: "0x1F"\n')
+    found = load_profile("mine")
+    assert (found.pairs[0].name, found.pairs[0].tuned, found.dataset) == ("010", "1:30", "0x1F")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-p", "seed", "2024-99-99"], "-p seed: '2024-99-99' is not valid YAML"),
+        (["-p", "seed", "9" * 5000], "is not valid YAML"),
+        (["-p", "taus", "[" * 2000], "too many levels"),
+        (["-p", "taus", "{" * 2000], "too many levels"),
+        (["-p", "taus", "[&a 1, *a]"], "anchor, alias or tag"),
+        (["-p", "seed", "010"], "'010' is no plain decimal number"),
+        (["-p", "seed", "a\0b"], "is not valid YAML"),
+        (["-p", "seed", "1", "-p", "seed", "2"], "-p seed stands twice, the last as '2'"),
+        (["-p", "seed", "1", "-p", "seed", "1"], "-p seed stands twice"),
+    ],
+)
+def test_a_bad_value_on_the_command_line_is_one_line(arguments, says, capsys, monkeypatch):
+    monkeypatch.setattr("helpers.run.chain.run", lambda *given: pytest.fail("it ran"))
+    assert command.main(["chain", *arguments]) == 1
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
+    assert len(said) < 1000
+
+
+def test_a_value_on_the_command_line_is_read_as_a_profiles():
+    given = [("epsilon", "1e-3"), ("taus", "[0.5, 1.0]"), ("seed", "7"), ("name", "'010'")]
+    found = {"epsilon": 0.001, "taus": [0.5, 1.0], "seed": 7, "name": "010"}
+    assert command.values_of([*given, ("grid", "null")]) == found | {"grid": None}
 
 
 def test_a_missing_data_set_is_said(profiles):

@@ -18,9 +18,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-import yaml
-
-from ..config import Profile, load_profile, refuse_other
+from ..config import Profile, load_profile, read_yaml, refuse_other
 from ..paths import CLONE, COMMAND, NOTEBOOKS, ROOT, results_dir, short
 from ..record import UserError
 from .stopping import Stopped, handled, household, stop
@@ -75,19 +73,18 @@ SEED = option("--seed", type=int, default=0)
 
 
 def values_of(given: list[tuple[str, str]]) -> dict:
-    """`-p NAME VALUE` read as YAML: {name: value}; what a notebook cannot take as a literal is
-    refused.
+    """`-p NAME VALUE` read as a profile's values are: {name: value}; a name that stands twice, and
+    what a notebook cannot take as a literal, are refused.
     """
     values = {}
     for name, text in given:
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"-p {name}: {text!r} is not valid YAML. Quote it.") from error
+        if name in values:
+            raise UserError(f"-p {name} stands twice, the last as {text[:80]!r}. Give it once.")
+        values[name] = read_yaml(text, f"-p {name}: {text[:80]!r}")
         if not isinstance(values[name], (type(None), bool, int, float, str, list)):
             raise UserError(
-                f"-p {name}: {text!r} reads as {type(values[name]).__name__}; expected a number, "
-                "a text, a list, true, false or null."
+                f"-p {name}: {text[:80]!r} reads as {type(values[name]).__name__}; expected a "
+                "number, a text, a list, true, false or null."
             )
     return values
 
