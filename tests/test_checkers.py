@@ -65,6 +65,8 @@ PASS = [
     ("```python\ndef f(x):\n    return x[::-1]\n```", "function_io", {"cases": [[["ab"], "ba"]]}),
 ]
 FAIL = [
+    *(("lambda s: 1.5", "function_io", {"cases": [[["ab"], end]]}) for end in ("ba", None, [1.5])),
+    ("lambda s: True", "function_io", {"cases": [[["ab"], 1.0]]}),
     ("good bad", "label", MOOD),
     ("not good", "label", MOOD),
     ("bad", "label", MOOD),
@@ -124,6 +126,14 @@ def test_right_answers_pass(answer, name, arguments):
 @pytest.mark.parametrize(("answer", "name", "arguments"), FAIL)
 def test_wrong_answers_fail(answer, name, arguments):
     assert score(answer, name, arguments) == 0.0
+
+
+@pytest.mark.parametrize("answer", [float("nan"), None, 7, b"good", ["good"]])
+@pytest.mark.parametrize("name", ["label", "unit_tests"])
+def test_an_answer_that_is_no_text_is_one_clear_error(answer, name):
+    arguments = MOOD if name == "label" else {"tests": ["assert f(1)"]}
+    with pytest.raises(UserError, match="row test: the answer is .*, expected a string"):
+        score(answer, name, arguments)
 
 
 def test_rouge_agrees_with_the_recursive_definition():

@@ -118,6 +118,24 @@ def test_plain_text_nll_equals_the_models_own_loss():
         plain_text_nll(model, TOKENIZER, ["ab", "a"])
 
 
+def test_answers_that_are_none_are_one_clear_error():
+    answers = [row["reference"] for row in ROWS.to_dict("records")]
+    assert task_scores(ROWS, iter(answers)).sum() == 6  # of seven
+    for bad, said in (
+        ([*answers[:-1], float("nan")], "row r6: the answer is nan, expected a string"),
+        (answers[0], "answers: found str"),
+        (answers[:-1], "6 answers to 7 rows"),
+    ):
+        with pytest.raises(UserError, match=said):
+            task_scores(ROWS, bad)
+
+
+@pytest.mark.parametrize("texts", ["add one", {"add one": 1}, [], ["add one", None], 7])
+def test_plain_texts_that_are_no_list_of_texts_are_refused(texts):
+    with pytest.raises(UserError, match="expected a list|text 1 is None|list of texts is empty"):
+        plain_text_nll(build("llama"), TOKENIZER, texts)
+
+
 @pytest.mark.parametrize("family", ZOO)
 def test_generation_in_batches_equals_one_by_one(family):
     model = build(family)

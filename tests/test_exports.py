@@ -295,10 +295,19 @@ def test_a_task_of_labels_is_a_file_that_the_harness_reads(tmp_path):
     lines = [json.loads(line) for line in Path(data).read_text().splitlines()]
     assert [line["choices"][line["answer"]] for line in lines] == list("abab")
     assert lines[0]["prompt"] == "say: is one a or b?\n"
+    labels = {"name": "label", "labels": ["Negative", "*positive*."], "answer": "Positive"}
+    path = harness.label_task(ROWS.assign(checker=[labels] * 4), tmp_path, "spelt")
+    assert {json.loads(line)["answer"] for line in path.with_suffix(".jsonl").open()} == {1}
+    for bad in (labels | {"answer": "neutral"}, {"name": "label", "labels": ["a"]}, "label", None):
+        rows = ROWS.assign(id=list("wxyz"), checker=[labels, labels, bad, labels])
+        with pytest.raises(UserError, match="row y: .*checker"):
+            harness.label_task(rows, tmp_path, "none")
     with pytest.raises(UserError, match="stands there already"):
         harness.label_task(ROWS, tmp_path, "own_task")
     with pytest.raises(UserError, match="nothing to choose from"):
-        harness.label_task(ROWS.assign(checker=[{"name": "exact"}] * 4), tmp_path, "other")
+        harness.label_task(
+            ROWS.assign(checker=[{"name": "exact", "answer": "a"}] * 4), tmp_path, "other"
+        )
     with pytest.raises(UserError, match="cannot name a file"):
         harness.label_task(ROWS, tmp_path, "../up")
 

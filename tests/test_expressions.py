@@ -259,7 +259,14 @@ def test_sameness():
     assert same([1, 2], [1, 2])
     assert not same(True, 1)
     assert not same(1, 2)
-    assert not same("a", 1.0)
+    assert same([0.1 + 0.2, "a"], [0.3, "a"])
+    assert same(True, True)
+    for one, two in ((1.0, True), ([True], [1]), ([1], [1, 2]), ("ab", ["a", "b"])):
+        assert not same(one, two)
+        assert not same(two, one)
+    for other in ("a", "", None, [], [1.5], [[1.5]]):
+        assert not same(1.5, other)
+        assert not same(other, 1.5)
 
 
 PIECES = [*"xy1[](),+-*/%<.:", "9999", "0.5", "'ab'", "**", "//", "==", "in", "not", "and", "or"]

@@ -356,6 +356,18 @@ def test_bad_masks_and_operators_are_refused(mask, operator, told):
     assert hooks(model) == 0
 
 
+@pytest.mark.parametrize("seed", [2**70, 2**32, -1, True, 1.0, "0", None])
+def test_a_seed_that_is_none_is_refused_at_the_start(seed):
+    model = build("llama")
+    given = constants(model)
+    with (
+        pytest.raises(UserError, match=r"seed is .*, expected a whole number from 0 to 4294967295"),
+        ablate(model, neuron_mask(model), "resample", reference=reference(given), seed=seed),
+    ):
+        pass
+    assert hooks(model) == 0
+
+
 def test_weights_that_are_not_plain_floats_are_never_edited_in_silence():
     model = build("llama")
     mask, mlp = neuron_mask(model), model.model.layers[1].mlp

@@ -208,6 +208,20 @@ def test_reference_means_and_draws_are_those_of_a_plain_loop(family):
     assert all(torch.equal(found.draws[n], again.draws[n]) for n in found.draws)
 
 
+@pytest.mark.parametrize("texts", ["add one", {"add one": 1}, [], ["add one", ""], None])
+def test_reference_texts_that_are_no_list_of_texts_are_refused(texts):
+    with pytest.raises(UserError, match="expected a list|text 1 is ''|list of texts is empty"):
+        reference_activations(build("llama"), TOKENIZER, texts)
+
+
+@pytest.mark.parametrize(
+    "given", [{"draws": 0}, {"draws": 2.0}, {"seed": -1}, {"seed": 2**70}, {"batch_tokens": 0}]
+)
+def test_draws_and_seeds_that_are_none_are_refused(given):
+    with pytest.raises(UserError, match=f"{next(iter(given))} is .*, expected a whole number"):
+        reference_activations(build("llama"), TOKENIZER, TEXTS, **given)
+
+
 def planted():
     """A Llama in which two neurons know that "b" follows "a", and two others that "d" follows "c".
 

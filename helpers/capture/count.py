@@ -78,7 +78,7 @@ def count_encoded(model, encoded, batch_tokens: int = 8192, progress=None) -> Co
     """Counts of encoded sequences, in their order; `progress` is a tqdm bar to move instead of one
     of its own. Each batch's counts go to their place at once: memory holds one table of uint16.
     """
-    _refuse_nothing(encoded)
+    refuse_nothing(encoded)
     kept = None
     with count_activations(model) as counter, _bar(len(encoded), progress) as moved:
         for batch in token_batches(encoded, batch_tokens):
@@ -110,7 +110,7 @@ def passes(model, encoded, batch_tokens: int = 8192, observers=(), progress=None
     """Yield (rows, {group's name: Counts}) of each batch of encoded sequences, as `count_groups`
     joins them: for what is summed up before all is read.
     """
-    _refuse_nothing(encoded)
+    refuse_nothing(encoded)
     if not encoded[0].groups:
         raise UserError("there are sequences without position groups; use encode_groups.")
     with count_activations(model) as counter, _bar(len(encoded), progress) as moved:
@@ -123,9 +123,10 @@ def passes(model, encoded, batch_tokens: int = 8192, observers=(), progress=None
             yield batch.rows, dict(zip(batch.names, counts, strict=True))
 
 
-def _refuse_nothing(encoded) -> None:
+def refuse_nothing(encoded) -> None:
+    """Raise UserError where there is no sequence."""
     if not len(encoded):
-        raise UserError("there is nothing to count: the list of texts is empty.")
+        raise UserError("there is nothing to read: the list of texts is empty. Give one or more.")
 
 
 @contextmanager

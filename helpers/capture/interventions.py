@@ -193,6 +193,7 @@ def ablate(
     ...     (model.model.layers[0].mlp.down_proj.weight != 0).any(0).tolist()
     [True, False, False]
     """
+    refuse_seed(seed)
     parts = _asked(model, mask, operator, reference, how, where)
     shared = shared_weights(model)
     hooked, fired, ran = set(), set(), []
@@ -220,6 +221,12 @@ def ablate(
             raise RuntimeError(
                 f"ablate: the model ran, but nothing was edited in {sorted(hooked - fired)}."
             )
+
+
+def refuse_seed(seed) -> None:
+    """Raise UserError for what is no whole number that a profile's `seed` may be."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed!r}, expected a whole number from 0 to {2**32 - 1}.")
 
 
 def _asked(model, mask, operator, reference, how, where) -> list[tuple]:

@@ -464,20 +464,32 @@ def _said(fault):
     return known.get(fault["type"], shown)
 
 
+def refuse_bad(rows) -> None:
+    """Raise UserError for the first of some rows whose checker cannot be called."""
+    for row in rows:
+        if found := faults(row["checker"]):
+            raise UserError(f"row {row.get('id')}: {found[0]}. Correct the row's `checker`.")
+
+
 def check(row, answer: str, run_code: bool | str = False) -> float | None:
     """Score of `answer` under the row's checker: 1.0 or 0.0; None = not scored.
 
     None is given for a checker that executes the answer (EXECUTES) unless `run_code` is set (in
     the profile); a pandas mean skips it, and such rows are scored by the reference's NLL alone.
     run_code: False, True, or UNSAFE, which also runs programs where sandbox.py has no kernel layer.
-    An answer of more than ANSWER characters fails. Raises UserError for a bad checker, and where
-    `run_code` is set on a platform that cannot contain a program.
+    An answer of more than ANSWER characters fails. Raises UserError for a bad checker, an answer
+    that is no text, and where `run_code` is set on a platform that cannot contain a program.
 
     >>> check({"id": "x", "checker": {"name": "numeric", "answer": 7}}, "3 + 4 = 7")
     1.0
     """
-    if found := faults(row["checker"]):
-        raise UserError(f"row {row.get('id')}: {found[0]}. Correct the row's `checker`.")
+    refuse_bad([row])
+    if not isinstance(answer, str):
+        raise UserError(
+            f"row {row.get('id')}: the answer is {reprlib.repr(answer)}, expected a string. Give "
+            "the model's answer; from a CSV file read it with keep_default_na=False, or an empty "
+            "one is nan."
+        )
     name, arguments = _split(row["checker"])
     if name in EXECUTES and not run_code:
         return None

@@ -274,9 +274,12 @@ def call(source: str, args: list):
 
 
 def same(found, expected) -> bool:
-    """Equal, with floats compared to 1e-9 and True never equal to 1."""
-    if isinstance(found, float) or isinstance(expected, float):
-        return isinstance(found, int | float) and math.isclose(
-            found, expected, rel_tol=1e-9, abs_tol=1e-9
-        )
-    return found == expected and isinstance(found, bool) == isinstance(expected, bool)
+    """Equal, with floats compared to 1e-9, in lists too, and True never equal to 1."""
+    if isinstance(found, list) and isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    if isinstance(found, bool) or isinstance(expected, bool):
+        return found is expected
+    kinds = {type(found), type(expected)}
+    if float in kinds and kinds <= {int, float}:
+        return math.isclose(found, expected, rel_tol=1e-9, abs_tol=1e-9)
+    return found == expected

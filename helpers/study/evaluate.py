@@ -9,9 +9,10 @@ import torch
 from ..bars import bar, moved
 from ..capture.beginnings import Split, begin, split
 from ..capture.budget import altered, mark, state
+from ..capture.count import refuse_nothing
 from ..capture.interventions import Places, ablate
 from ..capture.losses import proven_head, refuse_silent, sequence_losses
-from ..capture.tokens import Encoded, encode, refuse_unknown
+from ..capture.tokens import Encoded, encode, list_of, refuse_unknown
 from ..hexainst.checkers import check
 from ..record import UserError
 from .losses import Losses
@@ -66,13 +67,16 @@ def plain_text_nll(model, tokenizer, texts, batch_tokens: int = 8192) -> np.ndar
     """Mean NLL per token of each bare text (no template, no eos), nats, float64 [texts]: is it
     language that broke?
     """
-    return nll(model, encode(tokenizer, list(texts)), batch_tokens)
+    encoded = encode(tokenizer, texts)
+    refuse_nothing(encoded)
+    return nll(model, encoded, batch_tokens)
 
 
 def task_scores(rows, answers, run_code: bool = False) -> np.ndarray:
     """Score in [0, 1] of each answer by its row's checker, float [I]; NaN where that would run
     code and may not.
     """
+    answers = list_of(answers, "answers")
     if len(rows) != len(answers):
         raise UserError(
             f"task_scores: {len(answers)} answers to {len(rows)} rows. Give one answer per row."

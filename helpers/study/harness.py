@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from ..capture.interventions import ablate
+from ..hexainst.checkers import bare, refuse_bad
 from ..hexainst.corpus import text
 from ..paths import checked
 from ..record import UserError, atomic
@@ -82,21 +83,24 @@ def _scores(lm, tasks):
                 yield row | {"n": found["n-samples"][task]["effective"]}
 
 
+def _choices(labels, answer, **_):
+    """The labels, and the place of the one that the answer is in a checker's eyes."""
+    return {"choices": labels, "answer": [*map(bare, labels)].index(bare(answer))}
+
+
 def label_task(rows: pd.DataFrame, folder, name: str, template: str = "{instruction}") -> Path:
     """Make a multiple-choice task of those rows whose checker is `label`: the answer is the
     likeliest of the row's labels. Writes <name>.jsonl and <name>.yaml into a folder; the latter's
     path, for `evaluate` or the harness's own `--tasks`.
 
-    Raises UserError where no row has labels, or a file is there already.
+    Raises UserError where a row has a bad checker, no row has labels, or a file is there already.
     """
     checked(name, "task")
+    every = rows.to_dict("records")
+    refuse_bad(every)
     lines = [
-        {
-            "prompt": template.replace("{instruction}", text(row)),
-            "choices": row["checker"]["labels"],
-            "answer": row["checker"]["labels"].index(row["checker"]["answer"]),
-        }
-        for row in rows.to_dict("records")
+        {"prompt": template.replace("{instruction}", text(row)), **_choices(**row["checker"])}
+        for row in every
         if row["checker"]["name"] == "label"
     ]
     if not lines:

@@ -25,10 +25,11 @@ from ..analysis.sets import (
 from ..bars import bar
 from ..capture.bank import expert_rows, neuron_outputs, normed
 from ..capture.budget import reading
-from ..capture.interventions import Reference, columns, editable
+from ..capture.count import refuse_nothing
+from ..capture.interventions import Reference, columns, editable, refuse_seed
 from ..capture.losses import sequence_losses
 from ..capture.sites import find_sites, input_device
-from ..capture.tokens import Encoded, encode, refuse_unknown, token_batches
+from ..capture.tokens import Encoded, encode, refuse_size, refuse_unknown, token_batches
 from ..config import SCORES
 from ..record import UserError
 from .reading import same_beginning
@@ -225,9 +226,12 @@ def reference_activations(
 
     Streaming: sums in float64, and a uniform sample without replacement of the positions (for an
     expert, of those routed to it). An expert that no reference token reaches has mean 0. Kept on
-    the CPU as float32. (Ours.)
+    the CPU as float32. Raises UserError for what is no list of texts, or an empty one. (Ours.)
     """
+    refuse_size(draws, "draws")
+    refuse_seed(seed)
     encoded = encode(tokenizer, texts)
+    refuse_nothing(encoded)
     refuse_unknown(model, encoded)
     sites, random = _readable(model), torch.Generator().manual_seed(seed)
     keys = [
