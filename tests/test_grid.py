@@ -2,6 +2,7 @@
 cells say.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -35,6 +36,9 @@ PROFILE = {
     "ablation_rows": 5,
     "resamples": 50,
 }
+
+
+RECORD = {"seed": 0, "epsilon": 0.05, "pairs": {}, "sha256": {}}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +149,31 @@ def test_tables_say_what_the_cells_say_and_the_committed_ones_come_back(world, f
         grid.committed({"pair": world(ablation_rows=4)})
     paths[0].write_text("pair\n")
     with pytest.raises(DamagedFile, match="make grid"):
+        grid.committed(studies)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[]", "5", "half", '{"seed": 0}']
+    + [json.dumps(RECORD | change) for change in ({"pairs": []}, {"sha256": 1}, {"seed": "0"})],
+)
+def test_a_record_that_is_none_of_a_grid_is_one_line(world, folder, text):
+    studies = {"pair": world()}
+    grid.GRID.mkdir()
+    (grid.GRID / "planted.json").write_text(text)
+    for read in (grid.committed, lambda some: grid.write_categories(some, {})):
+        with pytest.raises(DamagedFile, match=r"planted\.json is missing, or .* `make grid`"):
+            read(studies)
+
+
+def test_a_table_that_the_record_does_not_name_is_one_line(world, folder):
+    studies = {"pair": world()}
+    grid.GRID.mkdir()
+    for end in grid.TABLES:
+        (grid.GRID / f"planted{end}.csv").write_text("pair\n")
+    record = RECORD | {"pairs": grid.kept(studies)}
+    (grid.GRID / "planted.json").write_text(json.dumps(record))
+    with pytest.raises(DamagedFile, match=r"planted\.csv is missing or not the one"):
         grid.committed(studies)
 
 

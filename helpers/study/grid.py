@@ -8,6 +8,7 @@ pair, score, size and half, and <profile>-matrices.csv, the six-by-six matrices;
 of which models, rows and settings they are.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from ..analysis.effects import critical_by_category, specific_by_category
 from ..analysis.sets import category_means
 from ..hexainst.corpus import wordings
-from ..paths import DATA, results_dir
+from ..paths import DATA, results_dir, short
 from ..record import (
     DamagedFile,
     NotTestable,
@@ -37,6 +38,7 @@ from .scores import SEES_REFERENCE, sets_of, standing
 GRID, TABLES = DATA / "grid", ("", "-matrices", "-categories")
 HEADLINE = ("frequency", "contribution")  # scores that are judged category by category
 KEPT = ("weights", "data", "seed", "template", "dtype", "rows", "draws", "everywhere", "operator")
+RECORD = {"seed": int, "epsilon": float, "pairs": dict, "sha256": dict}  # what is read of it
 
 
 def cells_of(profile, scores=None, sizes=None) -> list[tuple[str, float]]:
@@ -262,6 +264,18 @@ def kept(studies: dict) -> dict:
     return {name: {key: want[key] for key in KEPT} for name, want in made.items()}
 
 
+def _record(name: str) -> dict:
+    path = GRID / f"{name}.json"
+    with suppress(DamagedFile):
+        record = read_json(path)
+        if isinstance(record, dict) and all(type(record.get(k)) is RECORD[k] for k in RECORD):
+            return record
+    raise DamagedFile(
+        f"{short(path)} is missing, or no record of a grid's tables with {', '.join(RECORD)}. "
+        "Run `make grid`, or take it from the repository."
+    )
+
+
 def committed(studies: dict) -> tuple | None:
     """(table, matrices, categories, record) of the grid that the studies' profile names, or
     of its own. None: it has none, or one of another seed or epsilon than this run's.
@@ -274,13 +288,13 @@ def committed(studies: dict) -> tuple | None:
     if profile.grid is None and not (GRID / f"{name}.json").exists():
         return None
     paths = [GRID / f"{name}{end}.csv" for end in TABLES]
-    record = read_json(GRID / f"{name}.json")
+    record = _record(name)
     if (record["seed"], record["epsilon"]) != (profile.seed, profile.epsilon):
         return None
     for pair, want in kept(studies).items():
         verify(record["pairs"].get(pair, {}), want, paths[0])
     for path in paths:
-        if not path.exists() or sha256(path) != record["sha256"][path.name]:
+        if not path.exists() or sha256(path) != record["sha256"].get(path.name):
             raise DamagedFile(
                 f"{path.name} is missing or not the one its record describes. Run `make grid`, or "
                 "take it from the repository."
@@ -317,7 +331,7 @@ def write_categories(studies: dict, found: dict) -> Path:
     models, rows and settings, UserError unless the cells say what the tables say.
     """
     profile = next(iter(studies.values())).profile
-    record = read_json(GRID / f"{profile.name}.json")
+    record = _record(profile.name)
     verify(record["pairs"], kept(studies), GRID / f"{profile.name}.json")
     before = pd.read_csv(GRID / f"{profile.name}.csv").set_index(["pair", "score", "size", "half"])
     again = table_of(found, profile.resamples, profile.seed).set_index(before.index.names)
