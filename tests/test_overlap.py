@@ -351,7 +351,7 @@ def test_one_wording_to_a_category_is_a_note_and_an_empty_figure_not_an_error(
 def test_figures_show_their_tables(sparse):
     left = overlap.measured(sparse, overlap.left_over, ["all"])
     table = overlap.waterfall(sparse, left)
-    bars = [p.get_height() for ax in figures.waterfall(table).axes for p in ax.patches]
+    bars = [p.get_width() for ax in figures.waterfall(table).axes for p in ax.patches]
     assert set(np.round(table["left"], 9)) <= set(np.round(bars, 9))
     six = overlap.six_by_six(sparse)
     images = [ax.images[0].get_array() for ax in figures.excess_matrices(six).axes if ax.images]

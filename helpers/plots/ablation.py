@@ -62,7 +62,8 @@ def league(table: pd.DataFrame) -> Figure:
     for ax, pair, part in drawn:
         for s, (size, shade) in enumerate(zip(sizes, shades, strict=True)):
             line = part[part["size"] == size]
-            y = line["score"].map(scores.index) + 0.62 * (s / max(len(sizes) - 1, 1) - 0.5)
+            shift = 0.62 * (s - (len(sizes) - 1) / 2) / max(len(sizes) - 1, 1)
+            y = line["score"].map(scores.index) + shift
             bars = error_bars(line["critical_low"], line["critical"], line["critical_high"])
             look = {"fmt": "o", "markersize": 4, "color": shade, "linewidth": 1.4}
             ax.errorbar(line["critical"], y, xerr=bars, label=f"{size:.0%}", **look)
@@ -70,7 +71,7 @@ def league(table: pd.DataFrame) -> Figure:
         ax.set(title=title(pair, part), xlabel="own effect - hardest control (95 % CI)")
         ax.set_yticks(range(len(scores)), [f"{s} *" if s in seen else s for s in scores])
         ax.set_ylim(len(scores) - 0.4, -0.6)
-    said = "share ablated.  * has seen references of the choosing half"
+    said = "share ablated." + "  * has seen references of the choosing half" * bool(seen)
     legend_below(fig, drawn, len(sizes) + 1, [entry("null", **NULL)], said)
     return fig
 
@@ -109,11 +110,12 @@ def by_category(table: pd.DataFrame) -> Figure:
 def damage(table: pd.DataFrame) -> Figure:
     """General against specific damage, a point per category's set, both axes symmetric logarithmic.
 
-    Columns pair, score, category, plain, own; `score` "null: random" in grey. A set that hurts
-    plain text more than its own category by 0.05 nats or more is labelled.
+    Columns pair, score, category, plain, own; `score` "null: random" in grey. Where sets hurt
+    plain text more than their own category by 0.05 nats or more, the one furthest right of a score
+    and category is labelled.
     """
     fig, drawn = panels(table, "pair", (5.2, 4.4))
-    categories = [c for c in pd.unique(table["category"])]
+    categories = list(pd.unique(table["category"]))
     shape = markers(categories)
     for ax, pair, part in drawn:
         for row in part.itertuples():
@@ -121,14 +123,18 @@ def damage(table: pd.DataFrame) -> Figure:
             colour = NULL["color"] if null else SCORE_COLOURS[row.score]
             look = {"s": 18, "alpha": 0.45} if null else {"s": 36, "alpha": 0.9, "zorder": 2}
             ax.scatter(row.plain, row.own, marker=shape[row.category], color=colour, **look)
-            if not null and row.plain > row.own + 0.05:
-                at = {"xytext": (4, -2), "textcoords": "offset points", "fontsize": SMALLEST}
-                ax.annotate(row.category, (row.plain, row.own), **at)
+        blunt = part[~part["score"].str.startswith("null") & (part["plain"] > part["own"] + 0.05)]
+        last = blunt.sort_values("plain").drop_duplicates(["score", "category"], keep="last")
+        for row in last.itertuples():  # below, and not beyond the right margin
+            at = {"xytext": (5, -6), "textcoords": "offset points", "fontsize": SMALLEST}
+            ax.annotate(row.category, (row.plain, row.own), ha="right", va="top", **at)
         both = part[["plain", "own"]].to_numpy()
         ends = 1.5 * min(both.min(), -0.01), 1.5 * max(both.max(), 0.01)
         ax.plot(ends, ends, label="as much damage to any text", **NULL)
         ax.set_xscale("symlog", linthresh=0.01)
         ax.set_yscale("symlog", linthresh=0.01)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set(xlim=ends, ylim=ends)
         ax.set(title=title(pair, part), xlabel="general: increase of plain text's loss, nats")
     label_left(drawn, "specific: increase of the\nown category's loss, nats")
@@ -175,8 +181,9 @@ def planted(table: pd.DataFrame) -> Figure:
     Columns decoys, noise, loss, score, recall (study.planted.league's table). Under each column:
     noise, and what the planted neurons are worth, nats.
     """
-    fig, drawn = panels(table, "decoys", (5.4, 3.2), 2)
+    fig, drawn = panels(table, "decoys", (5.4, 3.2), 2, sharey=True)
     for ax, name, part in drawn:
+        last = ax is drawn[-1][0] or ax.get_subplotspec().is_last_col()
         size = [f"{row.noise:g}\n{row.loss:.2f}" for row in part.itertuples()]
         part = part.assign(size=size).sort_values(["noise", "loss"])
         part = part.assign(order=part["score"].map(SCORES.index))
@@ -192,6 +199,7 @@ def planted(table: pd.DataFrame) -> Figure:
             cmap="cividis",
             annot=True,
             fmt=".2f",
+            cbar=last,
             cbar_kws={"label": "recall"},
         )
         chance, draws = part["chance"].iloc[0], part["draws"].iloc[0]

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import SymmetricalLogLocator
 
 from .style import (
     NULL,
@@ -14,6 +15,7 @@ from .style import (
     label_left,
     legend_below,
     panels,
+    title,
     whole_numbers,
 )
 
@@ -27,7 +29,7 @@ def _panels(table, size, **axes):
         return fig, []
     fig, drawn = panels(table, "panel", size, 2 if table["panel"].nunique() > 3 else 3, **axes)
     for ax, name, part in drawn:
-        ax.set_title(f"{name} (n = {part['n'].max()})", fontsize=10)
+        ax.set_title(title(name, part), fontsize=10)
     return fig, drawn
 
 
@@ -113,7 +115,7 @@ def trajectory(table: pd.DataFrame) -> Figure:
     """Ability and component change over a tuning, as shares of the final change; columns panel,
     line, step, value, null (bool: drawn as one), n.
     """
-    fig, drawn = _panels(table, (4.8, 3.8), sharey=True)
+    fig, drawn = _panels(table, (4.4, 3.8), sharey=True)
     names = list(pd.unique(table.loc[~table["null"], "line"])) if drawn else []
     for ax, _, part in drawn:
         for line, values in part.groupby("line", sort=False):
@@ -123,7 +125,8 @@ def trajectory(table: pd.DataFrame) -> Figure:
                 look = {"color": PALETTE[-n % 8], "marker": SHAPES[n % 8], "linewidth": 1.8}
             ax.plot(range(len(values)), values["value"], label=line, markersize=5, **look)
             _steps(ax, values["step"])
-        ax.set_ylim(min(-0.05, 1.05 * part["value"].min()), max(1.05, 1.03 * part["value"].max()))
+    for ax, *_ in drawn[:1]:  # all share its axis
+        ax.set_ylim(min(-0.05, 1.05 * table["value"].min()), max(1.05, 1.03 * table["value"].max()))
     return _finish(fig, drawn, "share of the final change", 3)
 
 
@@ -154,7 +157,8 @@ def _points(ax, at, rows, n, **look) -> None:
 
 def improved(table: pd.DataFrame) -> Figure:
     """What tunings made of each category, above 0 better; columns panel (the measure), category,
-    tuning, value, low, high, n.
+    tuning, value, low, high, n. An axis that reaches beyond 1 (nats, never shares) is logarithmic
+    from 0.1 on, so that no category squashes the others.
     """
     fig, drawn = _panels(table, (4.4, 3.4))
     for ax, _, part in drawn:
@@ -165,7 +169,11 @@ def improved(table: pd.DataFrame) -> Figure:
             at = [names.index(category) + shift for category in rows["category"]]
             _points(ax, at, rows, n, label=tuning, capsize=2, markersize=4)
         ax.axhline(0, label="null: nothing gained", **NULL)
-        ax.set_xticks(range(len(names)), names)
+        ax.set_xticks(range(len(names)), names, fontsize=SMALLEST)
+        if part[["low", "high"]].abs().max(axis=None) > 1:
+            ax.set_yscale("symlog", linthresh=0.1, linscale=0.4)
+            ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=0.1, subs=(1, 3)))
+            ax.yaxis.set_major_formatter("{x:g}")
     return _finish(fig, drawn, "improvement", 6)
 
 

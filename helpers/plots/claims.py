@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .style import NULL, SMALLEST, colours, entry, error_bars, if_any, markers
+from .style import NULL, PAGE, SMALLEST, colours, entry, error_bars, if_any, legend_below, markers
 
 
 @if_any
@@ -16,7 +16,8 @@ def forest(table: pd.DataFrame) -> Figure:
     """
     measures, pairs = list(pd.unique(table["measure"])), list(pd.unique(table["pair"]))
     heights = [table.loc[table["measure"] == m, "claim"].nunique() + 1 for m in measures]
-    size = (9.5, 0.9 + 0.34 * sum(heights))
+    row = max(0.2, 0.1 * len(pairs))
+    size = (PAGE, 0.9 + 0.4 * len(measures) + row * sum(heights))
     fig, grid = plt.subplots(len(measures), 1, figsize=size, height_ratios=heights, squeeze=False)
     for ax, measure in zip(grid.flat, measures, strict=True):
         part = table[table["measure"] == measure]
@@ -26,7 +27,7 @@ def forest(table: pd.DataFrame) -> Figure:
             _interval(ax, row, claims.index(row.claim) + 0.7 * lane, pairs)
         ax.axvline(0, **NULL)
         ax.set(ylim=(len(claims) - 0.45, -0.55), xlabel=f"effect minus null, {measure}")
-        ax.set_yticks(range(len(claims)), claims, fontsize=SMALLEST + 1)
+        ax.set_yticks(range(len(claims)), claims, fontsize=SMALLEST)
         ax.grid(axis="y", color="0.93")
     handles = [
         entry(pair, color=colours(pairs)[pair], marker=markers(pairs)[pair]) for pair in pairs
@@ -40,7 +41,7 @@ def forest(table: pd.DataFrame) -> Figure:
         )
     ]
     handles += [entry("null", **NULL)]
-    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    legend_below(fig, [], len(handles), handles)
     return fig
 
 

@@ -9,6 +9,7 @@ from .style import (
     NULL,
     PALETTE,
     SHAPES,
+    SMALLEST,
     colours,
     entry,
     error_bars,
@@ -48,7 +49,9 @@ def subset_lengths(table: pd.DataFrame) -> Figure:
         ax.axhline(part["tokens"].median(), **NULL)
         most = part.groupby(["subset", "category"]).size().groupby("subset").max()
         boxes = " or ".join(str(n) for n in sorted(set(most), reverse=True))
-        ax.set(xlabel="", title=f"half {half}, n = {boxes} rows a box (dashed: median of both)")
+        said = f"half {half}\nn = {boxes} rows a box (dashed: median of both)"
+        ax.set_title(said, fontsize=10)
+        ax.set_xlabel("")
     label_left(drawn, "tokens per instruction")
     sns.move_legend(drawn[-1][0], "upper left", bbox_to_anchor=(1, 1), frameon=False, title="")
     return fig
@@ -104,7 +107,8 @@ def ability(table: pd.DataFrame) -> Figure:
             look = {"color": models[model], "marker": shapes[half], "linestyle": "", "ms": 5}
             bars = error_bars(own["low"], own["value"], own["high"])
             ax.errorbar(x, own["value"], bars, label=f"{model}, half {half}", **look)
-        ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0)
+        turned = 90 if len(names) > 6 else 0
+        ax.set_xticks(range(len(names)), names, rotation=turned, fontsize=SMALLEST)
         measure = panel.rpartition(": ")[2]
         ax.set(title=title(panel.rpartition(": ")[0], part), ylabel=MEASURED[measure])
     legend_below(fig, drawn, handles=[entry("null: 0, or candidates drawn", **NULL)])

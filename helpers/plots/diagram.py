@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .style import PALETTE, SMALLEST
+from .style import PAGE, PALETTE, SMALLEST
 
 DENSE, SPARSE = "one gated block", "a mixture of experts, K = 2"
 FILL = {"weights": "0.93", "counted": "#CFE5F5", "value": "white", "idle": "white"}
@@ -39,7 +39,8 @@ def parts() -> pd.DataFrame:
 def blocks(table: pd.DataFrame) -> Figure:
     """The drawing of `parts`, a panel each: boxes, and arrows the way a token goes."""
     names = list(pd.unique(table["panel"]))
-    fig, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.4), squeeze=False)
+    size = min(5.2 * len(names), PAGE), 4.4
+    fig, axes = plt.subplots(1, len(names), figsize=size, squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         own = table[table["panel"] == name].set_index("part")
         boxes = {part.Index: _box(ax, part) for part in own.itertuples()}

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from .style import (
     NULL,
+    PAGE,
     PALETTE,
     SMALLEST,
     colours,
@@ -17,18 +18,20 @@ from .style import (
     legend_below,
     markers,
     panels,
+    span,
     whole_numbers,
 )
 
 FEW = 10  # components: a share of fewer says nothing
+TOO_FEW = "0.85"  # grey, which is no colour of the scale
 MODELS = ("tuned", "base", "words", "twins")  # one colour and marker each, in every figure
 
 
 def _title(ax, name, part, *more):
     """A panel's name, and of how many instructions (and wordings) it speaks."""
-    said = [f"n = {int(part['n'].max())}", *more]
+    said = [f"n = {span(part['n'])}", *more]
     if "wordings" in part:
-        said[0] += f" in {int(part['wordings'].max())} wordings"
+        said[0] += f" in {span(part['wordings'])} wordings"
     ax.set_title(f"{name}\n{', '.join(said)}", fontsize=10)
 
 
@@ -37,11 +40,11 @@ def excess_matrices(table: pd.DataFrame) -> Figure:
     """Observed minus null of every two categories; columns panel, unit, category, other category,
     excess, low, high, marked (0 lies outside the interval), n.
 
-    In each cell the value and, below, its interval; bold where marked. One colour scale for all
-    sets, one for all routing profiles.
+    In each cell the value and, below, its interval's two ends; bold where marked. One colour scale
+    for all sets, one for all routing profiles.
     """
-    size = 1.2 + 0.8 * table["category"].nunique()
-    fig, drawn = panels(table, "panel", (size + 0.7, 0.85 * size), 2)
+    cells = 0.46 * table["category"].nunique()
+    fig, drawn = panels(table, "panel", (1.9 + cells, 1.1 + cells), 2)
     kind = np.where(table["unit"] == "experts", "Jensen-Shannon", "Jaccard")
     most = table["excess"].abs().groupby(kind).max()
     for ax, name, part in drawn:
@@ -62,13 +65,13 @@ def excess_matrices(table: pd.DataFrame) -> Figure:
 def _cell(ax, x, y, row, most):
 
     def said(value):
-        return f"{value:+.{2 if most > 0.05 else 3}f}".replace("0.", ".").replace("+", "")
+        return f"{value:z.{2 if most > 0.05 else 3}f}".replace("0.", ".")
 
     dark = abs(row.excess) > 0.65 * most
     look = {"ha": "center", "fontsize": SMALLEST, "color": "white" if dark else "black"}
     weight = "bold" if row.marked else "normal"
-    ax.text(x, y - 0.04, said(row.excess), va="bottom", weight=weight, **look)
-    ax.text(x, y + 0.04, f"{said(row.low)}, {said(row.high)}", va="top", **look)
+    ax.text(x, y - 0.12, said(row.excess), va="bottom", weight=weight, **look)
+    ax.text(x, y - 0.08, f"{said(row.low)}\n{said(row.high)}", va="top", linespacing=1, **look)
 
 
 @if_any
@@ -112,23 +115,22 @@ def waterfall(table: pd.DataFrame) -> Figure:
     """
     steps, models = (list(pd.unique(table[name])) for name in ("step", "model"))
     steps.sort(key=lambda step: step.startswith("words"))  # a panel may lack one
-    fig, drawn = panels(table, "panel", (6.4, 3.5), 2)
+    fig, drawn = panels(table, "panel", (6.4, 3.5), 2, sharey=True)
     last = [n for n, step in enumerate(steps) if step.startswith("words")]
     for ax, name, part in drawn:
         for n, model in enumerate(models):
             line = part[part["model"] == model]
             place = line["step"].map(steps.index) + (n - (len(models) - 1) / 2) * 0.36
             look, bars = _look(model), error_bars(line["low"], line["left"], line["high"])
-            ax.bar(place, line["left"], width=0.34, color=look["color"], alpha=0.3, linewidth=0)
-            ax.errorbar(place, line["left"], bars, linestyle="", label=model, **look)
-        ax.axvspan(last[0] - 0.5, last[-1] + 0.5, color="0.95", zorder=0)
-        ax.axhline(0, label="null: nothing left", **NULL)
-        ax.set_ylim(min(-0.04 * part["high"].max(), ax.get_ylim()[0]), None)
-        ax.set_xlim(-0.6, len(steps) - 0.4)
-        ax.set_xticks(range(len(steps)), [s.replace(", ", ",\n").replace(" ", "\n") for s in steps])
-        ax.tick_params(axis="x", labelsize=SMALLEST)
+            ax.barh(place, line["left"], height=0.34, color=look["color"], alpha=0.3, linewidth=0)
+            ax.errorbar(line["left"], place, xerr=bars, linestyle="", label=model, **look)
+        ax.axhspan(last[0] - 0.5, last[-1] + 0.5, color="0.95", zorder=0)
+        ax.axvline(0, label="null: nothing left", **NULL)
+        ax.set_xlim(min(-0.04 * part["high"].max(), ax.get_xlim()[0]), None)
+        ax.set_ylim(len(steps) - 0.4, -0.6)
+        ax.set_yticks(range(len(steps)), steps)
+        ax.set_xlabel("gap that is left (95 % interval)")
         _title(ax, name, part)
-    label_left(drawn, "gap that is left (95 % interval)")
     grey = {"marker": "s", "color": "0.88", "linestyle": "", "markersize": 10}
     legend_below(fig, drawn, 5, [entry("three estimators of one thing", **grey)])
     return fig
@@ -166,17 +168,20 @@ def layers(table: pd.DataFrame) -> Figure:
 def sensitivity(gaps: pd.DataFrame, shares: pd.DataFrame) -> Figure:
     """Left, a row per pair: the gap over epsilon under both tie rules (columns pair, epsilon, rule,
     gap, null, n). Right: the share of unique components over epsilon and tau minus its null
-    (columns pair, epsilon, tau, value, null, components; those of fewer than FEW are not coloured).
+    (columns pair, epsilon, tau, value, null, components; those of fewer than FEW are grey).
     """
     pairs = list(pd.unique(gaps["pair"]))
-    fig, grid = plt.subplots(len(pairs), 2, figsize=(11.4, 3.7 * len(pairs)), squeeze=False)
+    size = {"figsize": (PAGE, 3.7 * len(pairs)), "width_ratios": (1, 1.5)}
+    fig, grid = plt.subplots(len(pairs), 2, squeeze=False, **size)
     most = (shares["value"] - shares["null"])[shares["components"] >= FEW].abs().max()
     for (left, right), pair in zip(grid, pairs, strict=True):
         _over_epsilon(left, pair, gaps[gaps["pair"] == pair])
         image = _over_tau(right, shares[shares["pair"] == pair], most)
         right.set_title(f"{pair}: unique neurons")
         fig.colorbar(image, ax=right, label="share minus null")
-    legend_below(fig, [(ax,) for ax in grid[:, 0]], 4)
+    look = {"marker": "s", "color": TOO_FEW, "linestyle": "", "markersize": 10}
+    few = entry(f"fewer than {FEW} neurons: not coloured", **look)
+    legend_below(fig, [(ax,) for ax in grid[:, 0]], 4, [few])
     return fig
 
 
@@ -198,9 +203,9 @@ def _over_tau(ax, part, most):
         part.pivot(index="tau", columns="epsilon", values=value)
         for value in ("value", "null", "components")
     )
-    look = {"cmap": "PuOr_r", "vmin": -most, "vmax": most, "aspect": "auto", "origin": "lower"}
-    above = (found - null).where(number >= FEW, 0)
-    image = ax.imshow(above, **look)
+    look = {"cmap": plt.get_cmap("PuOr_r").with_extremes(bad=TOO_FEW), "vmin": -most, "vmax": most}
+    above = (found - null).where(number >= FEW)
+    image = ax.imshow(above, aspect="auto", origin="lower", **look)
     for y, x in np.ndindex(*found.shape):
         dark = abs(above.iat[y, x]) > 0.65 * most
         said = f"{found.iat[y, x]:.2f}\nnull {null.iat[y, x]:.2f}\nof {number.iat[y, x]}"

@@ -4,17 +4,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from ..study.own import noted, refuse_table
-from .style import NULL, PALETTE, SMALLEST, entry, error_bars, heat_map, legend_below
+from .style import NULL, PAGE, PALETTE, SMALLEST, entry, error_bars, heat_map, legend_below
 
 ANNOTATED = 8  # labels or layers up to which a map's cells hold their numbers
 KINDS = {"random": "o", "rate": "s", "magnitude": "D"}
 
 
 def draw_sets(table: pd.DataFrame) -> Figure:
-    """Where each label's neurons stand, of a table of `find_sets`: a row per label, a column per
-    layer, the share of the label's set that lies there.
+    """Where each label's neurons stand, of a table of `find_sets`: a row per label (n neurons), a
+    column per layer, the share of the label's set that lies there. The white line of the scale is
+    the null, as many in every layer.
 
     >>> table = {"label": ["a", "a", "b"], "layer": [0, 1, 1], "neuron": [3, 4, 4]}
     >>> draw_sets(pd.DataFrame(table)).axes[0].get_xlabel()
@@ -25,28 +27,37 @@ def draw_sets(table: pd.DataFrame) -> Figure:
     found = table.groupby("label", sort=False)["layer"].value_counts(normalize=True)
     grid = found.unstack(fill_value=0).loc[pd.unique(table["label"]), layers]
     long = grid.rename_axis(columns="layer").stack().rename("share of the set").reset_index()
-    size = 2.2 + 0.5 * min(len(layers), 24), 1.3 + 0.32 * len(grid)
+    size = min(3.6 + 0.5 * len(layers), PAGE), 1.6 + 0.34 * len(grid)
     fig, ax = plt.subplots(figsize=size)
     few = max(grid.shape) <= ANNOTATED
     look = {"vmin": 0, "cmap": "cividis", "annot": few, "fmt": ".0%"}
     heat_map(ax, long, "label", "layer", "share of the set", **look)
+    number = table["label"].value_counts()
     ax.set(title="where the sets stand", ylabel="")
-    ax.collections[0].colorbar.ax.yaxis.set_major_formatter(
-        plt.matplotlib.ticker.PercentFormatter(1)
-    )
+    said = [f"{label} (n = {number.loc[label]})" for label in grid.index]
+    ax.set_yticks(np.arange(len(said)) + 0.5, said)
+    scale = ax.collections[0].colorbar.ax
+    scale.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    scale.axhline(1 / len(layers), color="white")
+    scale.set_ylabel(f"share of the set\n(white: null, {1 / len(layers):.0%})")
     return fig
 
 
 def draw_ablation(table: pd.DataFrame) -> Figure:
     """What ablations cost, of a table of `ablation_table`. Left, every label's own set: increase of
     its loss (filled where the interval of what is beyond the hardest control lies above 0 and
-    Holm's p below 0.05), that interval around it, and the control sets, grey. Right, every set on
-    every label's texts, random sets of the same layers taken off.
+    Holm's p below 0.05), that interval around it, and the control sets, grey. Right (of many labels
+    below), every set on every label's texts, random sets of the same layers taken off.
     """
     table = noted(table)
     labels = list(pd.unique(table["measured"]))
-    width, height = 3.6 + 0.5 * min(len(labels), 16), 1.9 + 0.36 * len(labels)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(3.9 + width, max(height, 3.2)))
+    longest = max(len(str(name)) for name in labels)
+    turned = longest > 7  # letters: a column is no wider
+    width, height = 3.6 + 0.5 * min(len(labels), 11), max(1.9 + 0.36 * len(labels), 3.2)
+    height += 0.08 * longest * turned
+    beside = len(labels) <= 5  # else the right one below the left
+    size = (min(3.9 + width, PAGE), height) if beside else (width, 2 * height)
+    fig, (left, right) = plt.subplots(*((1, 2) if beside else (2, 1)), figsize=size)
     own = table[table["ablated"] == table["measured"]].reset_index(drop=True)
     for row in own.itertuples():
         _own_effect(left, row)
@@ -56,9 +67,10 @@ def draw_ablation(table: pd.DataFrame) -> Figure:
     left.set(title="own set", xlabel="increase of loss, nats per token")
     beyond = table.assign(beyond=table["increase"] - table["random"])
     most = float(beyond["beyond"].abs().max()) or 1.0
-    look = {"vmin": -most, "vmax": most, "cmap": "PuOr_r", "fmt": ".2f"}
+    look = {"vmin": -most, "vmax": most, "cmap": "PuOr_r", "fmt": "z.2f"}
     look["annot"] = len(labels) <= ANNOTATED
     heat_map(right, beyond, "ablated", "measured", "beyond", **look)
+    right.tick_params(axis="x", rotation=90 * turned)
     right.set(title="increase minus random control", xlabel="measured on", ylabel="set ablated of")
     kinds = [kind for kind in KINDS if kind in own and own[kind].notna().any()]
     handles = [entry("own set, 95 % interval", marker="o", color=PALETTE[0])]

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from .style import (
     NULL,
+    PAGE,
     PALETTE,
     SMALLEST,
     colours,
@@ -32,10 +33,10 @@ def frequencies(table: pd.DataFrame) -> Figure:
             look = NULL if model.startswith("null") else own
             ax.plot(line["p"], line["share"], label=model, drawstyle="steps-mid", **look)
         ax.set_yscale("log")
-        cells = part["n"].iloc[0]
-        ax.set_ylim(bottom=min(0.3 / cells, 0.1))  # a share below one cell cannot be seen
-        title = f"{pair} (n = {cells:,} cells)"
+        title = f"{pair} (n = {part['n'].iloc[0]:,} cells)"
         ax.set(title=title, xlabel="activation frequency p")
+    bottom = min(0.3 / table["n"].max(), 0.1)  # a share below one cell cannot be seen
+    drawn[0][0].set_ylim(bottom=bottom)  # after all panels: it ends the search for the shared top
     label_left(drawn, "share of (instruction, neuron) cells")
     legend_below(fig, drawn)
     return fig
@@ -96,11 +97,11 @@ def routing(table: pd.DataFrame, most: int = 6) -> Figure:
     """
     every, models = list(pd.unique(table["layer"])), list(pd.unique(table["model"]))
     step = max(1, -(-(len(every) - 1) // max(most - 1, 1)))
-    layers, few = every[::step], table["expert"].nunique() <= 16
-    size = (5.2 * len(models), 2.5 * len(layers))
+    layers, few = every[::step], table["expert"].nunique() * len(models) <= 16
+    size = min(5.2 * len(models), PAGE), 2.5 * len(layers)
     fig, grid = plt.subplots(len(layers), len(models), figsize=size, squeeze=False)
     reach = float(table["own"].abs().max())
-    look = {"cmap": "PuOr_r", "vmin": -reach, "vmax": reach, "annot": few, "fmt": ".2f"}
+    look = {"cmap": "PuOr_r", "vmin": -reach, "vmax": reach, "annot": few, "fmt": "z.2f"}
     for row, layer in zip(grid, layers, strict=True):
         for ax, model in zip(row, models, strict=True):
             part = table[(table["layer"] == layer) & (table["model"] == model)]

@@ -17,6 +17,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8
 SHAPES = "osD^vPX*"
 NULL = {"color": "0.45", "linestyle": "--", "linewidth": 1.4}
 SMALLEST = 8  # points: no text of a figure is smaller
+PAGE = 9.4  # inches: a wider figure is shown scaled down, its text with it
 
 sns.set_theme(context="notebook", style="ticks", font_scale=0.9)
 plt.rcParams |= {
@@ -80,16 +81,16 @@ def save_figure(fig: Figure, table: pd.DataFrame, name: str, profile: str) -> No
 
 
 def panels(table: pd.DataFrame, column: str, size, per_row: int = 3, **axes):
-    """A figure with one axes, `size` inches each, for each value of a column.
+    """A figure with one axes, `size` inches each, for each value of a column; on a full page
+    narrower, down to 0.7 of it, before fewer stand in a row.
 
     Returns (figure, [(axes, value, the value's rows)]); unused places are hidden.
     """
     names = list(pd.unique(table[column]))
-    width = min(per_row, len(names))
+    width = min(per_row, max(1, int(PAGE / (0.7 * size[0]))), len(names))
     rows = -(-len(names) // width)
-    fig, grid = plt.subplots(
-        rows, width, figsize=(size[0] * width, size[1] * rows), squeeze=False, **axes
-    )
+    page = min(size[0] * width, PAGE), size[1] * rows
+    fig, grid = plt.subplots(rows, width, figsize=page, squeeze=False, **axes)
     for ax in grid.flat[len(names) :]:
         ax.set_visible(False)
     shown = zip(grid.flat, names, strict=False)
@@ -98,10 +99,13 @@ def panels(table: pd.DataFrame, column: str, size, per_row: int = 3, **axes):
 
 def title(name: str, part: pd.DataFrame) -> str:
     """A panel's title: its name and, where the table has a column `n`, the range of n."""
-    if "n" not in part:
-        return name
-    least, most = int(part["n"].min()), int(part["n"].max())
-    return f"{name} (n = {most})" if least == most else f"{name} (n = {least} to {most})"
+    return f"{name} (n = {span(part['n'])})" if "n" in part else name
+
+
+def span(numbers: pd.Series) -> str:
+    """The range of whole numbers, "120 to 240", or the number that all are."""
+    least, most = int(numbers.min()), int(numbers.max())
+    return f"{most}" if least == most else f"{least} to {most}"
 
 
 def label_left(drawn, label: str) -> None:
@@ -172,7 +176,7 @@ def matrices(
     Panels named in `signed` diverge around a white 0. Panels of one kind, whose names agree up to
     the colon, share one colour scale.
     """
-    fig, drawn = panels(table, "panel", (4.3, 3.7), 3)
+    fig, drawn = panels(table, "panel", (4.3, 3.3), 2)
     kind = table["panel"].str.split(":").str[0]
     reach = table[value].abs().groupby([kind, table["panel"].isin(signed)]).max()
     for ax, name, part in drawn:
@@ -180,7 +184,7 @@ def matrices(
         most = reach[name.split(":")[0], diverges]
         look = {"vmin": -most, "cmap": "PuOr_r"} if diverges else {"vmin": 0, "cmap": "cividis"}
         look |= {"cbar_kws": {"label": unit}}
-        heat_map(ax, part, row, column, value, vmax=most, annot=True, fmt=".2f", **look)
+        heat_map(ax, part, row, column, value, vmax=most, annot=True, fmt="z.2f", **look)
         ax.set_title(name, fontsize=10)
         ax.set_ylabel(row if ax.get_subplotspec().is_first_col() else "")
     return fig
