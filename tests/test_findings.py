@@ -77,6 +77,9 @@ def test_each_answer_takes_its_numbers_from_their_own_keys(tmp_path):
     for n, name in enumerate(("tuned", "words")):
         key = f"nearest.neurons.all.{name}"
         numbers |= {key: 0.6 + n / 10, f"{key}_ci": [0.5 + n / 10, 0.7 + n / 10]}
+    for n, (part, share) in enumerate((("general", 0.7), ("no_massive", 0.98))):
+        key = f"{at.replace('equal', 'parts')}.frequency.{part}"
+        numbers |= {f"{key}.share": share, f"{key}.critical": 8.12 + n}
     numbers |= {"unique.neurons.share": 0.18, "unique.neurons.wordings_null": 0.05}
     write_json(tmp_path / "summary.json", {"pairs": {"one": numbers}})
     other = table_of(("excess-smallest", "neurons", "all", None, 77.0, False)).assign(pair="two")
@@ -91,6 +94,7 @@ def test_each_answer_takes_its_numbers_from_their_own_keys(tmp_path):
         "1,234: 18%, dealt 5%; 7 in all",
         "-",  # the layers were not asked for
         "**in 1 of 2 categories**: 3.00 [2.50, 3.50]; plain text 7.00",
+        "general (70%) 8.12; no massive (98%) 9.12",
         "**in 0 of 2 categories**: 5.00 [4.50, 5.50], p 0.017; each 0.44 to 1.44",
         "**in 2 of 2 categories**: 4.00 [2.50, 3.50]; plain text 8.00",
         "**in 1 of 2 categories**: 6.00 [4.50, 5.50], p 0.027; each 10.44 to 11.44",

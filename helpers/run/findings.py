@@ -115,6 +115,22 @@ def _needed(score):
     return said
 
 
+def _parts(score):
+    """What parts of a score's sets cost alone, beyond random ones, and their share of the set."""
+
+    def said(numbers, tests):
+        key, found = f"ablation.parts.{score}", []
+        for part in ("general", "own", "no_massive"):
+            if f"{key}.{part}.critical" in numbers:
+                cost, share = numbers[f"{key}.{part}.critical"], numbers[f"{key}.{part}.share"]
+                found.append(f"{part.replace('_', ' ')} ({share:.0%}) {cost:.2f}")
+        if not found:
+            raise KeyError(key)
+        return "; ".join(found)
+
+    return said
+
+
 def _specific(score):
     """In how many categories own effect exceeds the others'; the mean, its p, and the spread."""
     key = f"ablation.equal.{score}.all"
@@ -138,6 +154,7 @@ ASKED = {  # a question; what a pair's numbers and tests answer
     "How many neurons are in one category's consensus set alone?": _consensus,
     "Do categories share a layer pattern that training made?": _layers,
     "**2. Are the neurons that fire most often needed** by their category?": _needed("frequency"),
+    "Which part of the set is it, lost alone?": _parts("frequency"),
     "Do they serve it more than the others?": _specific("frequency"),
     "**3. Are the neurons that contribute most needed** by their category?": _needed(
         "contribution"
