@@ -184,6 +184,83 @@ def test_a_killed_tuning_goes_on_bit_for_bit(start, runs, tmp_path, name, step):
     assert record["losses"] == whole["losses"]
 
 
+KILLED_IN_KEEP = """
+import os, signal
+from tests import test_tuning as t
+os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+t.train({!r}, "full", {!r})
+"""
+
+
+def test_a_draft_of_a_killed_tuning_is_removed_by_the_next(start, runs, tmp_path):
+    folder = tmp_path / "full"
+    script = KILLED_IN_KEEP.format(str(start), str(folder))
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == -signal.SIGKILL
+    (draft,) = folder.glob(".0001.*")
+    assert (draft / "model.safetensors").is_file()
+    (folder / ".mine").mkdir()
+    train(start, "full", folder)
+    assert [path.name for path in folder.glob(".*")] == [".mine"]
+    assert read_json(folder / tuning.RUN) == read_json(runs / "full" / tuning.RUN)
+
+
+def test_a_second_tuning_in_one_folder_is_one_line(start, runs, tmp_path):
+    folder = tmp_path / "full"
+    shutil.copytree(runs / "full", folder)
+    with tuning.alone(folder / tuning.RUN):
+        with pytest.raises(UserError, match="another process is writing .*full"):
+            train(start, "full", folder)
+        train(start, "lora", tmp_path / "lora")
+    train(start, "full", folder)
+    assert not list(folder.glob(".*"))
+
+
+WHOLE = {"start": "a", "rows": "b", "template": "c", "recipe": {}, "losses": []}
+STEP = {"checkpoints": {"0001": "0" * 64}}
+ODD = [
+    {},
+    [],
+    5,
+    WHOLE,
+    STEP,
+    WHOLE | {"checkpoints": []},
+    WHOLE | {"checkpoints": {}},
+    WHOLE | {"checkpoints": {"../../1": "0" * 64}},
+    WHOLE | {"checkpoints": {"0001": 5}},
+    WHOLE | STEP | {"recipe": []},
+    WHOLE | STEP | {"losses": None},
+]
+
+
+@pytest.mark.parametrize("record", ODD)
+def test_a_record_that_is_none_of_a_tuning_is_one_line(start, tmp_path, record):
+    folder = tmp_path / "full"
+    folder.mkdir()
+    (folder / tuning.RUN).write_text(json.dumps(record))
+    with pytest.raises(DamagedFile, match=r"run\.json.*Delete it"):
+        tuning.read_runs(tmp_path)
+    with pytest.raises(DamagedFile, match=r"run\.json.*Delete it"):
+        train(start, "full", folder)
+
+
+@pytest.mark.parametrize("key", ["done", "read", "losses", "checkpoints"])
+def test_a_state_that_lacks_something_is_one_line(start, tmp_path, key):
+    interrupted(start, tmp_path / "full")
+    path = (tmp_path / "full" / tuning.STATE).with_suffix(".json")
+    record = read_json(path)
+    for change in ({key: None}, {key: "4"}):
+        path.write_text(json.dumps(record | change))
+        with pytest.raises(DamagedFile, match=rf"state\.json: {key} is .*Delete it"):
+            train(start, "full", tmp_path / "full")
+    del record[key]
+    path.write_text(json.dumps(record))
+    with pytest.raises(DamagedFile, match=f"{key} is 'missing'"):
+        train(start, "full", tmp_path / "full")
+
+
 def interrupted(start, folder, after=2):
     def report(said):
         if f"step {after + 2}:" in said:
@@ -392,13 +469,20 @@ def test_what_is_kept_is_not_measured_again_and_other_tunings_are_refused(start,
 
 
 def test_published_tables_are_those_of_one_plan_whole(measured, tmp_path):
+    """Former tables are gone, a user's own files are not; nor are those beside the tables read."""
     plan, found = measured
-    for name in ("README.md", "changed-older.safetensors", "changed-older.json", "pairs.json"):
+    mine = ("README.md", "notes.csv", "model.safetensors", "package.json", "able-mine.json")
+    former = ("weights-alone.safetensors", "weights-alone.json", "pairs.json")
+    (plan.out / "notes.csv").write_text("others")
+    for name in (*mine, *former):
         (tmp_path / name).write_text("{}")
     tuned.publish(plan, tmp_path)
+    (plan.out / "notes.csv").unlink()
     made = {path.name for path in plan.out.iterdir() if not path.name.startswith(".")}
-    assert {path.name for path in tmp_path.iterdir() if path.suffix in tuned.KEPT} == made
-    assert (tmp_path / "README.md").read_text() == "{}"
+    assert {path.name for path in tmp_path.iterdir()} == {*made, *mine}
+    for name in mine:
+        assert (tmp_path / name).read_text() == "{}"
+        (tmp_path / name).unlink()
     assert all((tmp_path / name).read_bytes() == (plan.out / name).read_bytes() for name in made)
     assert tuning_tables.read_measured(tmp_path).parts.keys() == found.parts.keys()
 
@@ -584,9 +668,17 @@ def test_a_file_of_other_weights_is_refused(start, runs):
     )
 
 
-def test_a_plan_needs_one_model_alone_and_a_gpu_that_is_there():
+def test_a_plan_needs_one_model_alone():
     with pytest.raises(UserError, match="one model alone"):
         tuned.planned("tiny", "cpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="sees no GPU"):
-            tuned.planned("smollm2", "cuda:0")
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "", "cuda", "cuda:0", "cuda:x", "cpu:0", "meta"])
+def test_a_device_that_is_not_there_is_refused_before_anything(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=f"--device is '{device}', .* cpu; torch .* sees no GPU"):
+        tuned.planned("smollm2", device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if device not in ("cuda", "cuda:0"):
+        with pytest.raises(UserError, match="cpu, cuda, cuda:0, cuda:1; torch .* sees 2 GPUs"):
+            tuned.planned("smollm2", device)

@@ -37,12 +37,11 @@ from .ability import likely
 from .counting import Gathered
 from .reading import encode_rows
 from .study import Study, rows_of
-from .tuning import TUNINGS, Recipe, read_runs
+from .tuning import TUNINGS, Recipe, read_runs, refuse_device
 
 TABLES, CACHED = paths.DATA / "tuning", paths.DATA / "cache" / "tuning" / "rows.jsonl"
 WEIGHTS_RESAMPLES = 500  # of the interval that ranks all neurons anew each time
 ROWS, RUNS, DATA_TABLE = "rows.csv", "runs.json", "data.csv"
-KEPT = (".csv", ".json", ".safetensors")  # what tables are made of
 START, CONTROL, MAIN = "start", "continued", "full"
 ABLE = ("own", "other", "none", "gain", "gain_none", "first", "chance")
 MATTERS = {
@@ -83,9 +82,9 @@ def planned(profile: str, device=None, out=None, rehearse: bool = False) -> Plan
     """The plan of a profile by its name. rehearse: few steps and rows, in a folder of its own: its
     numbers mean nothing. On a GPU batches are larger than the profile says.
     """
-    device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch {torch.__version__} sees no GPU. Use cpu.")
+    if device is None:
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    refuse_device(device)
     large = {"batch_tokens": 16384} if device != "cpu" else {}
     small = {"rows": 1, "resamples": 100, "controls": 2, "ablation_rows": 1} if rehearse else {}
     found = load_profile(profile, **large, **small)
@@ -107,17 +106,27 @@ def complete(plan: Plan) -> bool:
     return plan.profile.name == "smollm2" and set(read_runs(plan.folder)) == set(TUNINGS)
 
 
+def files() -> set[str]:
+    """The names of all files that the measured tunings may be kept in."""
+    measured = ("changed", "able", *MATTERS)
+    parts = {f"{what}-{name}" for what in measured for name in (START, *TUNINGS)} | {"pairs"}
+    ends = (".safetensors", ".json")
+    return {ROWS, RUNS, DATA_TABLE} | {part + end for part in parts for end in ends}
+
+
 def publish(plan: Plan, folder=TABLES) -> None:
-    """Put a plan's finished tables into `folder`, in the place of those of other tunings."""
+    """Put a plan's finished tables into `folder`, in the place of those of other tunings; files of
+    other names stay as they are.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made = {path.name: path for path in plan.out.iterdir() if path.suffix in KEPT}
-    for name, path in sorted(made.items()):
+    for name in sorted(files()):
+        made = plan.out / name
+        if not made.is_file():
+            (folder / name).unlink(missing_ok=True)
+            continue
         with atomic(folder / name) as draft:
-            shutil.copyfile(path, draft)
-    for old in folder.iterdir():
-        if old.suffix in KEPT and old.name not in made:
-            old.unlink()
+            shutil.copyfile(made, draft)
 
 
 def gathered(local=None) -> tuple[pd.DataFrame, pd.DataFrame]:

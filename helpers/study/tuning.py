@@ -9,6 +9,7 @@ on from its last state, bit for bit on one kind of processor. All is ours, not t
 
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -26,14 +27,17 @@ from ..capture.checkpoints import fingerprint
 from ..capture.gguf_files import room_for
 from ..capture.loading import load_model, locate
 from ..capture.tokens import Encoded, chat_template, padded
+from ..config import refuse_other
 from ..hexainst.leftover import plain_text, rows_digest
 from ..paths import short
 from ..record import (
     DamagedFile,
     UserError,
-    read_json,
+    computing,
+    read_record,
     read_tensors,
     sha256,
+    sweep,
     verify,
     versions,
     write_json,
@@ -42,6 +46,8 @@ from ..record import (
 from .reading import encode_rows
 
 RUN, STATE = "run.json", "state.safetensors"
+FINISHED = {"start": str, "rows": str, "template": str, "recipe": dict}  # in the record of a run
+GOING = {"done": int, "read": int}  # in the record of a state
 BETAS, CLIP, FLOOR = (0.9, 0.999), 1.0, 0.02  # AdamW's; gradient norm; lowest share of the rate
 
 
@@ -174,17 +180,24 @@ def train(job: Job, tuning: Tuning, folder, every: float = 60.0, report=print) -
     holds a run of other rows, another start, recipe or versions, DamagedFile where a kept
     checkpoint is not the one that was written, UserError for a loss that is not finite.
     """
-    folder, device = Path(folder), torch.device(job.device)
+    folder = Path(folder)
+    with alone(folder / RUN):
+        return _train(job, tuning, folder, every, report)
+
+
+def _train(job, tuning, folder, every, report):
+    device = torch.device(job.device)
     model, tokenizer = load_model(job.start)
     template = job.template or chat_template(tokenizer)
     read = reading(tokenizer, job.rows, tuning, job.recipe, template)
     want = settings(job, tuning, template)
     if (folder / RUN).is_file():
-        record = read_json(folder / RUN)
+        record = read_run(folder / RUN)
         verify(record, want, folder / RUN)
         return _whole(folder, record)
     model = prepared(model, tuning, job.recipe).to(device).train()
-    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    clear_drafts(folder, "[0-9]*")
     room_for(4 * model.num_parameters() * len(job.recipe.checkpoints), folder, "a tuning")
     run = _Run(job, tuning, model, folder, want)
     run.resume()
@@ -205,7 +218,33 @@ def train(job: Job, tuning: Tuning, folder, every: float = 60.0, report=print) -
     write_json(folder / RUN, record)
     for file in (folder / STATE, (folder / STATE).with_suffix(".json")):
         file.unlink(missing_ok=True)
-    return read_json(folder / RUN)
+    return read_run(folder / RUN)
+
+
+@contextmanager
+def alone(path):
+    """Inside, no other process writes the folder of `path`; UserError where one does already."""
+    with computing(path, wait=False) as mine:
+        if not mine:
+            raise UserError(
+                f"another process is writing {short(Path(path).parent)}. Wait for it, or stop it; "
+                "then run again."
+            )
+        yield
+
+
+def clear_drafts(folder, name: str) -> None:
+    """Remove from a folder what killed processes left of the folders `name` (a glob) in it."""
+    for draft in Path(folder).glob(f".{name}.{'?' * 8}"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def refuse_device(device: str) -> None:
+    """UserError unless it is "cpu", or a GPU that torch sees: "cuda", "cuda:1"."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    found = {0: "no GPU", 1: "one GPU"}.get(len(gpus), f"{len(gpus)} GPUs")
+    known = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
+    refuse_other(device, known, "--device", f"; torch {torch.__version__} sees {found}")
 
 
 @contextmanager
@@ -322,8 +361,10 @@ class _Run:
 
     def resume(self):
         """Go on from the state in the folder, if there is one of this very run."""
-        if not (self.folder / STATE).with_suffix(".json").is_file():
+        file = (self.folder / STATE).with_suffix(".json")
+        if not file.is_file():
             return
+        _read(file, GOING)
         arrays, record = read_tensors(self.folder / STATE, self.want)
         self.done, self.read = record["done"], record["read"]
         self.losses, self.kept = record["losses"], record["checkpoints"]
@@ -358,6 +399,23 @@ def _whole(folder: Path, record: dict) -> dict:
     return record
 
 
+def read_run(path) -> dict:
+    """The record of a finished tuning; DamagedFile where the file is none."""
+    return _read(path, FINISHED)
+
+
+def _read(path, kinds) -> dict:
+    record = read_record(path, kinds | {"losses": list, "checkpoints": dict})
+    found = record["checkpoints"]
+    named = all(re.fullmatch(r"\d{4,}", n) and isinstance(found[n], str) for n in found)
+    if not (found and named):
+        raise DamagedFile(
+            f"{short(path)}: checkpoints are {ascii(found)[:80]}, expected a sha256 per step. "
+            "Delete it and run again."
+        )
+    return record
+
+
 def read_runs(folder) -> dict[str, dict]:
     """{tuning's name: record} of the finished tunings below a folder, in the order of TUNINGS.
 
@@ -366,7 +424,7 @@ def read_runs(folder) -> dict[str, dict]:
     """
     folder = Path(folder)
     runs = {
-        name: read_json(folder / name / RUN) for name in TUNINGS if (folder / name / RUN).is_file()
+        name: read_run(folder / name / RUN) for name in TUNINGS if (folder / name / RUN).is_file()
     }
     for key in ("start", "rows", "recipe", "template"):
         if len({str(record[key]) for record in runs.values()}) > 1:
