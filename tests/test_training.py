@@ -11,6 +11,7 @@ from helpers.hexainst.corpus import text
 from helpers.hexainst.schema import CATEGORIES
 from helpers.record import UserError, digest, read_json, sha256
 from helpers.run import __main__ as command
+from helpers.study.tuning import alone
 from helpers.tinyworld import train as training
 from helpers.tinyworld import world
 from helpers.tinyworld.optim import Muon, orthogonal, update
@@ -210,6 +211,52 @@ def test_a_failing_save_keeps_the_old_folder(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "tuned"]
 
 
+@pytest.mark.parametrize("variant", ["base", "tuned"])
+@pytest.mark.parametrize("what", ["folder", "file", "link", "{}", "[]", '{"variant": "other"}'])
+def test_a_folder_that_it_did_not_write_is_kept(variant, what, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "prepare", lambda *given: pytest.fail("it began"))
+    there, elsewhere = tmp_path / "out" / variant, tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    there.parent.mkdir()
+    if what == "file":
+        there.write_text("mine")
+    elif what == "link":
+        there.symlink_to(elsewhere)
+    else:
+        there.mkdir()
+        (there / "mine.txt").write_text("mine")
+    if what.startswith(("{", "[")):
+        (there / training.RECORD).write_text(what)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"out/{variant} stands there already .* --out"):
+        training.train("tiny-dense", 0, MINI, tmp_path / "out", report=quiet)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("seed", [2**70, 2**32, -1])
+def test_a_seed_out_of_range_is_refused_before_anything(seed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.world, "pretraining", lambda **given: pytest.fail("it began"))
+    given = ["train", "--pair", "tiny-dense", "--seed", str(seed), "--out", str(tmp_path / "x")]
+    assert command.main(given) == 1
+    said = f"error: --seed is {seed}, expected a whole number from 0 to 4294967295.\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_second_training_in_one_folder_is_one_line_and_a_draft_is_removed(tmp_path):
+    draft = tmp_path / ".tuned.abcd_123"
+    draft.mkdir()
+    (draft / "model.safetensors").write_text("half")
+    with (
+        alone(tmp_path / "pair"),
+        pytest.raises(UserError, match="another process is writing"),
+    ):
+        training.train("tiny-dense", 0, MINI, tmp_path, report=quiet)
+    assert draft.exists()
+    training.train("tiny-dense", 0, MINI, tmp_path, report=quiet)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "tuned"]
+
+
 def test_each_step_can_be_watched(tmp_path):
     seen = []
     training.train(
@@ -241,17 +288,19 @@ def test_the_stacked_step_is_the_step_of_each_matrix_alone():
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "gpu", "mps"])
 def test_a_device_that_is_not_there_is_one_clear_error(device, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=f"cannot train on '{device}': expected cpu, or cuda"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=f"--device is '{device}', .* cpu; torch .* sees no GPU"):
         training.train("tiny-dense", 0, MINI, tmp_path / "x", report=quiet, device=device)
     assert not (tmp_path / "x").exists()
 
 
 def test_a_record_names_the_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the card of {device}")
     assert training.processor("cuda:0") == {"device": "the card of cuda:0"}
     assert training.processor("cpu") == {}
+    with pytest.raises(UserError, match="'cuda:1', expected one of cpu, cuda, cuda:0; .* one GPU"):
+        training.processor("cuda:1")
 
 
 def test_an_unknown_pair_is_one_clear_error(capsys):

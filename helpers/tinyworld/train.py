@@ -14,11 +14,11 @@ ours. Needs about 1 GB of memory and 10 to 20 minutes of one core per pair.
 
 import copy
 import os
-import re
 import shutil
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -35,12 +35,24 @@ from ..config import Profile
 from ..hexainst.checkers import check
 from ..hexainst.corpus import text
 from ..hexainst.schema import CATEGORIES
-from ..record import UserError, atomic, digest, read_json, sha256, versions, write_json
+from ..record import (
+    DamagedFile,
+    UserError,
+    atomic,
+    digest,
+    read_json,
+    read_record,
+    sha256,
+    versions,
+    write_json,
+)
 from ..study.answers import continuations
+from ..study.tuning import alone, clear_drafts, refuse_device
 from . import world
 from .optim import optimisers, update
 from .recipe import BEFORE, RECIPES, Recipe, build_tokenizer, configuration
 
+VARIANTS, LAST_SEED = ("base", "tuned"), 2**32 - 1
 RECORD, CARD = "training_record.json", paths.MODELS / "README.md"
 MARKS = ("<!-- table: begin -->", "<!-- table: end -->")
 # each device's fastest way through the experts, and how many prompts it answers at once
@@ -217,20 +229,16 @@ def processor(device: str) -> dict:
     """{} for "cpu", {"device": the GPU's name} for "cuda" or "cuda:1": a record's part. Raises
     UserError for another device, or without a GPU.
     """
-    if device == "cpu":
-        return {}
-    if not re.fullmatch(r"cuda(:\d)?", device) or not torch.cuda.is_available():
-        raise UserError(
-            f"cannot train on {device!r}: expected cpu, or cuda where torch {torch.__version__} "
-            "sees a GPU."
-        )
-    return {"device": torch.cuda.get_device_name(device)}
+    refuse_device(device)
+    return {} if device == "cpu" else {"device": torch.cuda.get_device_name(device)}
 
 
 def prepare(pair: str, seed: int, recipe: Recipe, device: str = "cpu"):
     """(model with random weights, tokenizer, tuning rows, packed pre-training rows, base's record,
     tuned's record).
     """
+    if not 0 <= seed <= LAST_SEED:
+        raise UserError(f"--seed is {seed}, expected a whole number from 0 to {LAST_SEED}.")
     where = processor(device)
     documents, rows = (
         world.pretraining(documents=recipe.documents),
@@ -284,12 +292,22 @@ def train(
     """Train base and tuned of one pair into `out` (default data/models/<pair>[-s<seed>]); returns
     both records.
 
-    `recipe` is RECIPES[pair] by default; `then` is handed to `tune`. Raises UserError
-    for an unknown pair, or a device that is not there.
+    `recipe` is RECIPES[pair] by default; `then` is handed to `tune`. Raises UserError for an
+    unknown pair, a seed out of range, a device that is not there, and folders in `out` that it
+    would replace and did not write.
     """
     recipe = recipe or RECIPES.get(pair, Recipe())
     out = Path(out or paths.MODELS / (f"{pair}-s{seed}" if seed else pair))
-    model, tokenizer, rows, packed, base, tuned = prepare(pair, seed, recipe, device)
+    _refuse_others(out)
+    prepared = prepare(pair, seed, recipe, device)
+    with alone(out / "pair"):
+        for variant in VARIANTS:
+            clear_drafts(out, variant)
+        return _train(prepared, seed, recipe, out, then, report, device)
+
+
+def _train(prepared, seed, recipe, out, then, report, device):
+    model, tokenizer, rows, packed, base, tuned = prepared
     began, done = time.time(), out / "base" / RECORD
     if done.is_file() and base.items() <= read_json(done).items():
         base = read_json(done)
@@ -304,6 +322,25 @@ def train(
         "base": base,
         "tuned": save(out / "tuned", model, tokenizer, tuned, recipe.evaluate_rows),
     }
+
+
+def _refuse_others(out: Path) -> None:
+    """UserError where `base` or `tuned` in a folder is none that was trained here."""
+    for variant in VARIANTS:
+        folder = out / variant
+        if os.path.lexists(folder) and not _is_own(folder, variant):
+            raise UserError(
+                f"{paths.short(folder)} stands there already and is kept: it holds no {RECORD} of "
+                f"a {variant} model. Name another folder with --out, or move it."
+            )
+
+
+def _is_own(folder: Path, variant: str) -> bool:
+    with suppress(DamagedFile):
+        kinds = {"variant": str, "pair": str, "recipe": dict, "sha256": str}
+        record = read_record(folder / RECORD, kinds)
+        return record["variant"] == variant and not folder.is_symlink()
+    return False
 
 
 def card_table(folder=paths.MODELS) -> str:
