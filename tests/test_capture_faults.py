@@ -306,6 +306,61 @@ def test_zero_acts_on_what_runs_not_on_a_weight_that_does_not(change):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+def computed(model):
+    parametrizations.weight_norm(model.model.layers[1].mlp.gate_proj)
+    return model
+
+
+def computed_by_a_hook(model):
+    weight_norm(model.model.layers[1].mlp.gate_proj)
+    return model
+
+
+def up_adapted(model):
+    return adapted(model, "up_proj").get_base_model()
+
+
+def up_wrapped(model):
+    up = model.model.layers[1].mlp.up_proj
+    own = up.forward
+    up.forward = lambda x: own(x) * 2
+    return model
+
+
+class Doubled(nn.Linear):
+    """A linear layer that gives twice what its weight does."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def up_of_another_kind(model):
+    model.model.layers[1].mlp.up_proj = Doubled(zoo.D, zoo.N, bias=False)
+    return model.eval()
+
+
+def up_packed(model):
+    mlp = model.model.layers[1].mlp
+    some = nn.Sequential(mlp.up_proj)
+    packed = torch.ao.quantization.quantize_dynamic(some, {nn.Linear}, dtype=torch.qint8)
+    mlp.up_proj = packed[0]
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [computed, computed_by_a_hook, up_adapted, up_wrapped, up_of_another_kind, up_packed],
+)
+def test_neurons_whose_rows_are_not_what_runs_are_not_moved(change):
+    plain, changed = zoo.build("llama", seed=1), change(zoo.build("llama"))
+    mask, before = neuron_mask(plain), logits(changed)
+    for host, donor in ((changed, plain), (plain, changed)):
+        with pytest.raises(UserError, match="computed or wrapped"), transplant(host, donor, mask):
+            pass
+    assert torch.equal(logits(changed), before)
+    assert torch.equal(logits(plain), logits(zoo.build("llama", seed=1)))
+
+
 def test_zero_leaves_what_a_norm_before_the_down_projection_makes_of_the_others():
     model = zoo.build("bitnet")
     mask = {"dense": np.zeros((3, zoo.N), bool)}

@@ -17,8 +17,9 @@ from test_counter import differing
 from helpers import record
 from helpers.capture.count import count, count_activations, count_encoded, flips
 from helpers.capture.counter import watching
-from helpers.capture.interventions import ablate
+from helpers.capture.interventions import ablate, transplant
 from helpers.capture.loading import load_model
+from helpers.capture.sites import find_sites
 from helpers.capture.tokens import encode
 from helpers.config import Pair, Profile
 from helpers.hexainst import corpus
@@ -516,6 +517,34 @@ def test_nothing_of_an_ablated_model_is_kept(setting, tmp_path):
                 ask()
     assert not list(tmp_path.glob("test/pair/tuned/answers/*"))
     assert study.answers() == intact
+
+
+def test_nothing_of_a_transplanted_or_hooked_model_is_kept(setting, tmp_path):
+    study = Study(*setting, named())
+    model, family = study.model()[0], study.counts().family("neurons")
+    mask = {family: np.ones_like(study.counts().neurons[family][0], bool)}
+    donor = zoo.build(model.config.model_type, seed=1)
+    site = find_sites(model)[0]
+    for opened in (
+        lambda: transplant(model, donor, mask),
+        lambda: site.down.register_forward_hook(lambda module, args, out: out * 0),
+        lambda: site.module.register_forward_pre_hook(lambda module, args: (args[0] * 0,)),
+    ):
+        with opened():
+            for ask in (study.answers, lambda: study.counts("tuned", "generated")):
+                with pytest.raises(UserError, match="an intervention is open"):
+                    ask()
+    assert not list(tmp_path.glob("test/pair/tuned/answers/*"))
+    with transplant(model, donor, {}):  # no neuron is another's
+        assert study.answers() == study.generate()
+
+
+def test_what_transformers_hangs_on_a_model_is_no_intervention(setting):
+    study = Study(*setting, named())
+    model = study.model()[0]
+    model(torch.arange(3, 9)[None], output_hidden_states=True)  # installs hooks that stay
+    assert any(part._forward_hooks for part in model.modules())
+    assert len(study.answers()) == len(ROWS)
 
 
 def test_a_model_is_loaded_once_and_let_go(setting, monkeypatch):

@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from ..record import UserError
 from . import bank
 from .beginnings import whole
-from .budget import altered, altered_apart, mark
-from .sites import find_sites
+from .budget import altered, altered_apart, mark, state
+from .sites import MIXER_NAME, find_sites
 
 NEURON_OPERATORS, EXPERT_OPERATORS = ("zero", "mean", "resample"), ("reroute", "drop")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -130,22 +130,26 @@ def editable(site) -> bool:
     Not so: offloaded (meta), quantised or sharded weights, a weight that is computed (parametrised,
     weight_norm), a layer inside another one (LoRA) or with another forward.
     """
-    owner, name = (site.module, "down_proj") if site.family == "expert" else (site.down, "weight")
-    weight = owner._parameters.get(name)
-    plain = site.family == "expert" or _plain(owner)
-    wrapped = "forward" in vars(owner) and not hasattr(
-        owner, "_hf_hook"
-    )  # accelerate's own is known
-    if weight is None or not plain or wrapped:
-        return False
-    kind = type(weight.data) is torch.Tensor and not weight.is_meta
-    return kind and weight.dtype in FLOATS
+    return _runs(site.module, "down_proj") if site.family == "expert" else _plain(site.down)
 
 
 def _plain(linear) -> bool:
     """A linear layer of torch or of transformers (Falcon has its own) that holds nothing else."""
     known = type(linear) is nn.Linear or type(linear).__module__.startswith("transformers.")
-    return known and set(linear._parameters) <= {"weight", "bias"} and not linear._modules
+    alone = set(linear._parameters) <= {"weight", "bias"} and not linear._modules
+    return known and alone and _runs(linear, "weight")
+
+
+def _runs(owner, name) -> bool:
+    """Whether a module has such a weight, plain floats in memory, and its own forward."""
+    weight = owner._parameters.get(name)
+    wrapped = "forward" in vars(owner) and not hasattr(
+        owner, "_hf_hook"
+    )  # accelerate's own is known
+    if weight is None or wrapped:
+        return False
+    kind = type(weight.data) is torch.Tensor and not weight.is_meta
+    return kind and weight.dtype in FLOATS
 
 
 def shared_weights(model) -> set[int]:
@@ -193,8 +197,7 @@ def ablate(
     ...     (model.model.layers[0].mlp.down_proj.weight != 0).any(0).tolist()
     [True, False, False]
     """
-    refuse_seed(seed)
-    parts = _asked(model, mask, operator, reference, how, where)
+    parts = _asked(model, mask, operator, reference, seed, how, where)
     shared = shared_weights(model)
     hooked, fired, ran = set(), set(), []
     with ExitStack() as stack:
@@ -223,14 +226,28 @@ def ablate(
             )
 
 
+def intact(model) -> bool:
+    """Whether nothing is done to a model: no intervention is open, and no module has a hook but
+    such as transformers and torch hang there (to hand out hidden states, to compute a weight).
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = [h for m in model.modules() for kind in kinds for h in getattr(m, kind).values()]
+    return not state(model) and all(_known(hook) for hook in hooks)
+
+
+def _known(hook) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(("transformers.", "torch."))
+
+
 def refuse_seed(seed) -> None:
     """Raise UserError for what is no whole number that a profile's `seed` may be."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 2**32:
         raise UserError(f"seed is {seed!r}, expected a whole number from 0 to {2**32 - 1}.")
 
 
-def _asked(model, mask, operator, reference, how, where) -> list[tuple]:
+def _asked(model, mask, operator, reference, seed, how, where) -> list[tuple]:
     """`parts_of` a mask, or of a list of them; refused where they are not to be ablated so."""
+    refuse_seed(seed)
     several = isinstance(mask, list)
     masks = [_mask(one) for one in (mask if several else [mask])]
     for one in masks:
@@ -388,7 +405,8 @@ def neuron_weights(site) -> dict[str, torch.Tensor]:
     Raises UserError for a layout that is not known, or weights that do not lie in memory as plain
     floats.
     """
-    if not editable(site):
+    projections = _projections(site)
+    if not editable(site) or not all(map(_plain, projections.values())):
         raise UserError(
             f"{site.name}: its weights are offloaded, quantised or sharded, computed or wrapped, "
             "and cannot be read neuron by neuron. Load the model whole, in plain floats, adapters "
@@ -396,7 +414,7 @@ def neuron_weights(site) -> dict[str, torch.Tensor]:
         )
     if site.family == "expert":
         return {"down": columns(site)} | bank.neuron_rows(site.module)
-    found = {"down": columns(site)} | _mlp_rows(site)
+    found = {"down": columns(site)} | _mlp_rows(site, projections)
     if "gate" not in found:
         raise UserError(
             f"{site.name}: no projection of {site.width} or {2 * site.width} rows that feeds its "
@@ -405,13 +423,24 @@ def neuron_weights(site) -> dict[str, torch.Tensor]:
     return found
 
 
-def _mlp_rows(site) -> dict[str, torch.Tensor]:
+def _projections(site) -> dict[str, nn.Module]:
+    """What an MLP reads by, of whatever kind: its children that hold a matrix, but for `down` and,
+    where the layer itself is the MLP, its attention.
+    """
+    kids = {} if site.family == "expert" else dict(site.module.named_children())
+    return {name: kid for name, kid in kids.items() if kid is not site.down and _reads(name, kid)}
+
+
+def _reads(name, module) -> bool:
+    matrix = any(p.dim() > 1 for p in module.parameters()) and not MIXER_NAME.search(name)
+    return matrix or hasattr(module, "out_features")
+
+
+def _mlp_rows(site, projections) -> dict[str, torch.Tensor]:
     found = {}
-    for name, child in site.module.named_children():
-        if child is site.down or not isinstance(child, (nn.Linear, Conv1D)):
-            continue
+    for name, child in projections.items():
         weight = child.weight.data
-        rows = weight if isinstance(child, nn.Linear) else weight.T  # [N or 2N, D]
+        rows = weight.T if isinstance(child, Conv1D) else weight  # [N or 2N, D]
         bias = {} if child.bias is None else {".bias": child.bias.data[:, None]}
         for end, part in {"": rows, **bias}.items():
             if len(part) == 2 * site.width:
@@ -460,8 +489,9 @@ def transplant(model, donor, mask):
     """
     sites, sources = find_sites(model), {site.name: site for site in find_sites(donor)}
     shared = shared_weights(model)
+    parts = parts_of(sites, mask)
     with ExitStack() as stack:
-        for site, part in parts_of(sites, mask):
+        for site, part in parts:
             if site.name not in sources:
                 raise UserError(
                     f"transplant: the donor has no {site.name}; expected a model of the same "
@@ -482,6 +512,6 @@ def transplant(model, donor, mask):
                 at = part.to(view.device)
                 stack.callback(view.__setitem__, at, view[at])  # view[at] is a copy
                 view[at] = given[name][part.to(given[name].device)].to(view)
-        if sources:
+        if parts:
             stack.enter_context(altered(model, "transplant", mask))
         yield

@@ -8,9 +8,9 @@ import torch
 
 from ..bars import bar, moved
 from ..capture.beginnings import Split, begin, split
-from ..capture.budget import altered, mark, state
+from ..capture.budget import altered, mark
 from ..capture.count import refuse_nothing
-from ..capture.interventions import Places, ablate
+from ..capture.interventions import Places, ablate, intact
 from ..capture.losses import proven_head, refuse_silent, sequence_losses
 from ..capture.tokens import Encoded, encode, list_of, refuse_unknown
 from ..hexainst.checkers import check
@@ -204,9 +204,9 @@ def _kept(study, variant, keys, compute) -> list[np.ndarray]:
     """Losses under each key: `study.lost`; all computed, and none kept, while the model is altered
     or a hook of someone's is on it.
     """
-    model = study.model(variant)[0]
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-    return Losses()(keys, compute) if state(model) or hooked else study.lost(keys, compute, variant)
+    if intact(study.model(variant)[0]):
+        return study.lost(keys, compute, variant)
+    return Losses()(keys, compute)
 
 
 def _digest(study, read: Split) -> str:

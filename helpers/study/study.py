@@ -17,6 +17,7 @@ from ..capture.budget import named
 from ..capture.checkpoints import fingerprint, locate
 from ..capture.count import flips, passes
 from ..capture.counts import Counts, Shards
+from ..capture.interventions import intact
 from ..capture.loading import load_model, load_tokenizer, random_twin
 from ..capture.tokens import Encoded, chat_template
 from ..config import Pair, Profile
@@ -215,13 +216,14 @@ class Study:
     def reader(self, variant: str = "tuned"):
         """As `model`, to make what is kept on disk: let go when another one is needed for that.
 
-        Raises UserError while an ablation of it is open.
+        Raises UserError while an intervention on it is open, or a hook of someone's is on it.
         """
         loaded = self._at_hand(variant)
-        if loaded[0]._forward_hooks:
+        if not intact(loaded[0]):
             raise UserError(
-                f"{self.name} {variant}: an intervention is open, and what is kept on disk is the "
-                "intact model's. Ask for it before, or use `generate` for an ablated one's answers."
+                f"{self.name} {variant}: an intervention is open (or a hook is on the model), and "
+                "what is kept on disk is the intact model's. Ask for it before, or use `generate` "
+                "for an ablated one's answers."
             )
         return loaded
 
