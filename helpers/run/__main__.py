@@ -322,12 +322,20 @@ def run_trajectory(options) -> int:
 @command(
     "tune",
     option("--profile", help="a profile of one model (default: smollm2)", default="smollm2"),
-    option("--tunings", nargs="+", type=one_of("study.tuning:TUNINGS"), help="default: all"),
+    option(
+        "--tunings",
+        nargs="+",
+        type=one_of("study.tuning:TUNINGS"),
+        help="only tune these, to share the work; nothing is measured (default: all, and measure)",
+    ),
     option("--gather", action="store_true", help="only make the rows to tune on, and count them"),
     option("--local", help="folder that holds copies of the source files (for work offline)"),
     option("--device", help="cpu, or cuda:0 (default: a GPU where there is one)"),
     option(
-        "--out", type=Path, help="folder of the tables, left there alone (default: data/tuning)"
+        "--out",
+        type=Path,
+        help="folder of the tables (default: beside the tunings; those of smollm2, all five "
+        "finished, also go to data/tuning)",
     ),
     option("--rehearse", action="store_true", help="few steps, few rows: does all of it run?"),
 )
@@ -347,6 +355,13 @@ def run_tune(options) -> int:
         job = tuning.Job(plan.start, rows, plan.recipe, device=plan.device)
         for name in options.tunings or tuning.TUNINGS:
             tuning.train(job, tuning.TUNINGS[name], plan.folder / name)
+        if options.tunings:
+            finished = tuning.read_runs(plan.folder)
+            print(
+                f"{len(finished)} of {len(tuning.TUNINGS)} tunings are finished. Run without "
+                "--tunings to measure them all."
+            )
+            return 0
         tuned.Tunings(plan, tuning.read_runs(plan.folder)).measure()
         if not (options.out or options.rehearse) and tuned.complete(plan):
             tuned.publish(plan)

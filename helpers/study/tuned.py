@@ -142,10 +142,16 @@ def rows_to_tune_on(plan: Plan, local=None) -> pd.DataFrame:
     """
     rows = read_rows(CACHED) if CACHED.is_file() else gathered(local)[0]
     refuse_overlap(rows, load_hexainst(dataset="hexainst"))
+    refuse_overlap(rows, plan.rows)
     tokenizer = load_tokenizer(plan.start)
     encoded = encode_rows(tokenizer, rows, chat_template(tokenizer), "reference")
     write_table(plan.out / DATA_TABLE, counted(rows, encoded))
     return rows
+
+
+def digest_of(runs: dict) -> str:
+    """What tells one set of tunings from another: the digests of all their checkpoints."""
+    return digest({name: run["checkpoints"] for name, run in runs.items()})
 
 
 class Tunings:
@@ -203,8 +209,6 @@ class Tunings:
 
     def measure(self) -> None:
         """Every part, in the order of their worth; what is kept already is not measured again."""
-        write_table(self.plan.out / ROWS, rows_table(self.plan.rows))
-        write_json(self.plan.out / RUNS, self.runs)
         first = [name for name in (MAIN, CONTROL) if name in self.runs]
         for name in first + [name for name in self.runs if name not in first]:
             self._part(f"changed-{name}", partial(self._changed, name))
@@ -216,6 +220,8 @@ class Tunings:
             self._part(f"weights-{name}", partial(self._found, name, "weights"))
         for what in ("transplant", "matter"):
             self._part(f"{what}-{MAIN}", partial(self._found, MAIN, what))
+        write_table(self.plan.out / ROWS, rows_table(self.plan.rows))
+        write_json(self.plan.out / RUNS, self.runs)
 
     def want(self) -> dict:
         """What decides every part besides the tuning: profile, rows, the tunings' checkpoints."""
@@ -223,11 +229,12 @@ class Tunings:
         said = plan.rows[["id", "instruction", "input", "reference", "fold"]].to_dict("records")
         return {
             "rows": digest(said),
-            "tunings": digest({name: run["checkpoints"] for name, run in self.runs.items()}),
+            "tunings": digest_of(self.runs),
             "epsilon": profile.epsilon,
             "tau": profile.tau,
             "resamples": profile.resamples,
             "controls": profile.controls,
+            "seed": profile.seed,
             "measured": Study(profile, profile.pairs[0], plan.rows).measured_rows(),
             "read": [plan.curve_rows, plan.able_rows, plan.weight_rows],
         }

@@ -13,10 +13,11 @@ import pandas as pd
 
 from ..analysis.alteration import shares
 from ..analysis.stats import SMALLEST, adjust, attempt, bootstrap, paired_effect, plus_one
-from ..record import NotTestable, read_json, read_tensors, verify
+from ..paths import short
+from ..record import NotTestable, RecordMismatch, read_json, read_tensors, verify
 from . import alteration
 from .ledger import LEVEL
-from .tuned import CONTROL, MAIN, MATTERS, ROWS, RUNS, START
+from .tuned import CONTROL, MAIN, MATTERS, ROWS, RUNS, START, digest_of
 from .tuning import TUNINGS
 
 SECOND, ALONE = "again", "alone"
@@ -66,6 +67,11 @@ def read_measured(folder, resamples: int = 2000, seed: int = 0) -> Measured:
         parts[path.stem] = arrays, record
     runs = read_json(folder / RUNS)
     runs = {name: runs[name] for name in TUNINGS if name in runs}
+    if first and first["tunings"] != digest_of(runs):
+        raise RecordMismatch(
+            f"{short(folder / RUNS)} names other tunings than those that were measured beside it. "
+            "Put the file back that came with the tables, or measure again."
+        )
     return Measured(rows, runs, parts, {"resamples": resamples, "seed": seed})
 
 
