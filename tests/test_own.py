@@ -169,6 +169,67 @@ def test_a_table_says_the_same_when_it_is_read_back(tiny, tmp_path):
     assert not any("not testable" in text for text in said)
 
 
+BINARY = TOPICS[TOPICS["label"] != "places"].reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def ablated(tiny):
+    """(name of sums, name of pets) -> the table of these two labels."""
+    found = helpers.ablation_table(*tiny, BINARY["text"], BINARY["label"], **FEW)
+
+    def of(sums, pets):
+        new = {"sums": sums, "pets": pets}
+        return found.assign(**{c: found[c].map(new) for c in ("ablated", "measured")})
+
+    return of
+
+
+def words_of(figure):
+    """Of each axes the labels of its rows and the numbers in its cells."""
+    return [
+        ([t.get_text() for t in ax.get_yticklabels()], [t.get_text() for t in ax.texts])
+        for ax in figure.axes
+    ]
+
+
+def test_labels_that_are_true_or_false_are_drawn_as_names_are(tiny, ablated):
+    counts, names = helpers.count(*tiny, BINARY["text"]), BINARY["label"]
+    by_name, by_truth = (
+        helpers.draw_sets(helpers.find_sets(counts, labels))
+        for labels in (names.map({"sums": "True", "pets": "False"}), names == "sums")
+    )
+    assert words_of(by_truth) == words_of(by_name)
+    assert len(words_of(by_truth)[0][0]) == 2
+    drawn = [helpers.draw_ablation(ablated(*pair)) for pair in (("True", "False"), (True, False))]
+    assert words_of(drawn[0]) == words_of(drawn[1])
+    assert len(words_of(drawn[1])[1][1]) == 4
+    asked = helpers.ablation_table(*tiny, BINARY["text"], names == "sums", **FEW)
+    assert asked["measured"].dtype == bool
+    assert words_of(helpers.draw_ablation(asked)) == words_of(drawn[1])
+    assert own.sentences(asked) == own.sentences(ablated(True, False))
+
+
+@pytest.mark.parametrize("label", ["None", "NA", "null"])
+def test_a_label_that_a_csv_file_loses_is_said(tiny, ablated, label, tmp_path):
+    file = tmp_path / "t.csv"
+    made = ablated(label, "pets")
+    sets = helpers.find_sets(
+        helpers.count(*tiny, BINARY["text"]), BINARY["label"].replace("sums", label)
+    )
+    for table, uses in (
+        (made, (own.sentences, helpers.draw_ablation)),
+        (sets, (helpers.draw_sets,)),
+    ):
+        table.to_csv(file, index=False)
+        for use in uses:
+            with pytest.raises(UserError, match="rows have no .*keep_default_na=False"):
+                use(pd.read_csv(file))
+            use(pd.read_csv(file, keep_default_na=False, na_values=[""]))
+    made.to_csv(file, index=False)
+    again = pd.read_csv(file, keep_default_na=False, na_values=[""])
+    assert own.sentences(again) == own.sentences(made)
+
+
 @pytest.mark.parametrize("table", [None, "sets.csv", [], pd.DataFrame(), TOPICS])
 @pytest.mark.parametrize("draw", [helpers.draw_sets, helpers.draw_ablation, own.sentences])
 def test_what_is_no_table_of_ours_is_refused(draw, table):

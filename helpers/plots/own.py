@@ -25,7 +25,7 @@ def draw_sets(table: pd.DataFrame) -> Figure:
     refuse_table(table, ("label", "layer", "neuron"), "find_sets")
     layers = np.sort(table["layer"].unique())
     found = table.groupby("label", sort=False)["layer"].value_counts(normalize=True)
-    grid = found.unstack(fill_value=0).loc[pd.unique(table["label"]), layers]
+    grid = found.unstack(fill_value=0).reindex(index=pd.unique(table["label"]), columns=layers)
     long = grid.rename_axis(columns="layer").stack().rename("share of the set").reset_index()
     size = min(3.6 + 0.5 * len(layers), PAGE), 1.6 + 0.34 * len(grid)
     fig, ax = plt.subplots(figsize=size)

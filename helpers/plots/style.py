@@ -161,7 +161,8 @@ def heat_map(ax, table, row: str, column: str, value: str, **look) -> None:
     `look` goes to seaborn.heatmap: cmap, vmin, vmax, annot, fmt.
     """
     rows, across = pd.unique(table[row]), pd.unique(table[column])
-    grid = table.pivot(index=row, columns=column, values=value).loc[rows, across].astype(float)
+    grid = table.pivot(index=row, columns=column, values=value)
+    grid = grid.reindex(index=rows, columns=across).astype(float)  # .loc takes booleans for a mask
     square = len(rows) == len(across)
     sns.heatmap(grid, ax=ax, linewidths=0.4, annot_kws={"size": SMALLEST}, square=square, **look)
     ax.tick_params(axis="y", rotation=0)

@@ -264,11 +264,20 @@ def noted(table) -> pd.DataFrame:
 
 
 def refuse_table(table, columns, maker: str) -> None:
-    """UserError unless a table has a row, and the columns, of what `maker` gives."""
+    """UserError unless a table has a row, and the columns, of what `maker` gives, and every row its
+    label.
+    """
     missing = [name for name in columns if name not in getattr(table, "columns", ())]
     if missing or not len(table):
         found = f"{type(table).__name__} without {missing[0]!r}" if missing else "no row"
         raise UserError(f"found {found}, expected the table that {maker}(...) gives.")
+    for name in [one for one in ("label", "ablated", "measured") if one in columns]:
+        if nameless := int(table[name].isna().sum()):
+            raise UserError(
+                f"{nameless} rows have no {name!r}, expected each label as {maker}(...) gave it. A "
+                "label such as None or NA is lost on the way back from a CSV file, but for "
+                'read_csv(file, keep_default_na=False, na_values=[""]).'
+            )
 
 
 def _said_specific(row) -> str:
