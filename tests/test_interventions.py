@@ -442,6 +442,7 @@ def test_resample_takes_whole_positions_of_the_reference_and_is_repeatable():
     assert (h == h[..., :1]).all()
     assert set(h[..., 0].unique().tolist()) == {0.0, 1.0, 2.0, 3.0}
     assert torch.equal(run(0), run(0))
+    assert torch.equal(run(np.int64(7)), run(7))
     assert not torch.equal(run(0), run(1))
 
 

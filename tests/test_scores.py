@@ -218,6 +218,7 @@ def test_reference_texts_that_are_no_list_of_texts_are_refused(texts):
     "given", [{"draws": 0}, {"draws": 2.0}, {"seed": -1}, {"seed": 2**70}, {"batch_tokens": 0}]
 )
 def test_draws_and_seeds_that_are_none_are_refused(given):
+    reference_activations(build("llama"), TOKENIZER, TEXTS, draws=np.int64(2), seed=np.int64(3))
     with pytest.raises(UserError, match=f"{next(iter(given))} is .*, expected a whole number"):
         reference_activations(build("llama"), TOKENIZER, TEXTS, **given)
 

@@ -326,7 +326,7 @@ def _replacement(site, operator, reference, seed):
     """
     if operator == "zero":
         return lambda h, ids: h.new_zeros(())
-    at = () if operator == "mean" else (torch.Generator("cpu").manual_seed(seed),)
+    at = () if operator == "mean" else (torch.Generator("cpu").manual_seed(int(seed)),)
     values, filled = (
         (reference.draws if at else reference.mean)[site.name],
         reference.filled[site.name],

@@ -233,7 +233,7 @@ def reference_activations(
     encoded = encode(tokenizer, texts)
     refuse_nothing(encoded)
     refuse_unknown(model, encoded)
-    sites, random = _readable(model), torch.Generator().manual_seed(seed)
+    sites, random = _readable(model), torch.Generator().manual_seed(int(seed))
     keys = [
         (site.name, e)
         for site in sites
