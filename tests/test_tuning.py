@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,8 @@ from helpers import plots
 from helpers.config import Pair, Profile
 from helpers.hexainst import leftover
 from helpers.paths import ROOT
-from helpers.record import DamagedFile, RecordMismatch, UserError, read_json
+from helpers.record import DamagedFile, RecordMismatch, UserError, read_json, write_json
+from helpers.run import __main__ as command
 from helpers.study import evaluate, ledger, planted, tuned, tuning, tuning_tables
 from tests import zoo
 
@@ -378,6 +381,21 @@ def test_rows_come_back_from_disk_and_damage_is_one_line(tmp_path):
         leftover.gather_rows(planted.rows(2))
 
 
+ROW = rows_to_tune_on(1).to_dict("records")[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "\n", "5\n", "[" * 100_000, "{}\n", "9" * 5000, json.dumps(ROW) + "\n5\n", "\xff"]
+    + [json.dumps({k: v for k, v in ROW.items() if k != key}) for key in ("id", "input", "tags")]
+    + [json.dumps(ROW | change) for change in ({"tags": {}}, {"tags": 1}, {"reference": None})],
+)
+def test_what_are_no_rows_to_tune_on_is_one_line(tmp_path, text):
+    (tmp_path / "rows.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DamagedFile, match=r"rows\.jsonl holds no rows .* --gather"):
+        leftover.read_rows(tmp_path / "rows.jsonl")
+
+
 # ---- what is measured
 
 
@@ -682,3 +700,46 @@ def test_a_device_that_is_not_there_is_refused_before_anything(device, monkeypat
     if device not in ("cuda", "cuda:0"):
         with pytest.raises(UserError, match="cpu, cuda, cuda:0, cuda:1; torch .* sees 2 GPUs"):
             tuned.planned("smollm2", device)
+
+
+def test_tables_beside_other_runs_are_refused(measured, tmp_path):
+    """Whose tables these are is in runs.json: another one beside them is not believed."""
+    plan, _ = measured
+    for file in plan.out.iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
+    runs = read_json(tmp_path / tuned.RUNS)
+    runs["full"]["checkpoints"] = runs["again"]["checkpoints"]
+    write_json(tmp_path / tuned.RUNS, runs)
+    with pytest.raises(RecordMismatch, match="names other tunings"):
+        tuning_tables.read_measured(tmp_path)
+
+
+def test_what_was_drawn_by_another_seed_is_not_taken_for_this_one(measured):
+    plan, _ = measured
+    other = plan._replace(profile=replace(plan.profile, seed=1))
+    runs = tuning.read_runs(plan.folder)
+    assert tuned.Tunings(plan, runs).want() != tuned.Tunings(other, runs).want()
+
+
+def test_some_tunings_alone_are_tuned_and_not_measured(monkeypatch, capsys):
+    tuned_now = []
+    plan = SimpleNamespace(start="s", recipe=RECIPE, device="cpu", folder=Path("f"))
+    monkeypatch.setattr(tuned, "planned", lambda *_: plan)
+    monkeypatch.setattr(tuned, "rows_to_tune_on", lambda *_: None)
+    monkeypatch.setattr(tuning, "train", lambda job, one, folder: tuned_now.append(one.name))
+    monkeypatch.setattr(tuning, "read_runs", lambda _: {"lora": {}})
+    monkeypatch.setattr(tuned, "Tunings", None)  # nothing is measured
+    assert command.main(["tune", "--tunings", "lora", "alone"]) == 0
+    assert tuned_now == ["lora", "alone"]
+    assert "1 of 5 tunings are finished. Run without --tunings" in capsys.readouterr().out
+
+
+def test_a_row_that_is_measured_is_not_taught(monkeypatch, tmp_path):
+    """Whatever data set the profile measures, not HexaInst alone."""
+    rows = planted.rows(2).assign(source=None)
+    plan = SimpleNamespace(rows=rows)
+    monkeypatch.setattr(tuned, "CACHED", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(tuned, "gathered", lambda _: (rows, None))
+    monkeypatch.setattr(tuned, "load_hexainst", lambda **_: planted.rows(1).iloc[:0])
+    with pytest.raises(UserError, match="to tune on stands in HexaInst, or nearly so"):
+        tuned.rows_to_tune_on(plan)

@@ -16,9 +16,10 @@ from ..record import DamagedFile, UserError, atomic, digest
 from .corpus import shingles, text, texts, tokens
 from .human import candidates, choose, gather, name_of, read_plan, sources_of, upstream
 from .rules import draft
-from .schema import CATEGORIES
+from .schema import CATEGORIES, SCHEMA, read_row
 
 MOST = 600  # rows of a category, shared among its sources as in the human half
+READ = ("id", "category", "source", "instruction", "input", "reference", "tags")  # of a row
 
 
 def gather_rows(
@@ -161,15 +162,26 @@ def save_rows(path, rows: pd.DataFrame) -> None:
 
 
 def read_rows(path) -> pd.DataFrame:
-    """Rows that `save_rows` wrote. Raises DamagedFile where they are missing or no JSON lines."""
+    """Rows that `save_rows` wrote. Raises DamagedFile where they are missing or something else."""
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
-        return pd.DataFrame([json.loads(line) for line in lines])
+        rows = [_row(line) for line in Path(path).read_bytes().splitlines()]
+        if not rows:
+            raise ValueError("it is empty")
+        return pd.DataFrame(rows)
     except (OSError, ValueError) as error:
         raise DamagedFile(
             f"{short(path)} holds no rows to tune on ({str(error)[:100]}). Gather them with "
             "`python -m helpers.run tune --gather`."
         ) from error
+
+
+def _row(line):
+    row = read_row(line)
+    if not (isinstance(row, dict) and all(isinstance(row.get(key), SCHEMA[key]) for key in READ)):
+        raise ValueError(f"found {ascii(row)[:40]}, expected {', '.join(READ)}")
+    if not isinstance(row["tags"].get("instruction"), str):
+        raise ValueError("a row without tags.instruction")
+    return row
 
 
 def rows_digest(rows: pd.DataFrame) -> str:
