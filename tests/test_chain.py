@@ -683,3 +683,15 @@ def test_a_summary_that_is_no_record_ends_a_chain_in_one_line(tmp_path, out):
     (out / "summary.json").write_text("[]")
     with pytest.raises(UserError, match="summary.json is no summary. Delete it"):
         run(book(tmp_path / "a.ipynb"))
+
+
+def test_what_ran_in_another_order_comes_back_in_the_order_given(tmp_path, out, monkeypatch):
+    """`refresh` puts each executed notebook in its own place, whichever started first."""
+    paths = [book(tmp_path / f"{name}.ipynb", f"print('{name} ran')") for name in "abc"]
+    found = run(*paths, together=["c", "b"])
+    assert [path.stem for path in found] == ["a", "b", "c"]
+    monkeypatch.setattr(report, "publish", lambda _: None)
+    monkeypatch.setattr(report, "write_pages", lambda: None)
+    chain.refresh(paths, ["c", "b"])
+    for path in paths:
+        assert f"{path.stem} ran" in outputs(path)

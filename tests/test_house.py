@@ -155,6 +155,9 @@ def test_notebook_is_readable(path):
             assert not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
                 "notebooks"
             )
+    source = "".join(cell.source for cell in cells)
+    assert set(re.findall(r'write_part\(profile, "(\w+)"', source)) <= {path.stem}
+    assert {name[:2] for name in re.findall(DRAWN, source)} <= {path.stem[:2]}
     first = nbformat.read(path, as_version=4).cells[0].source
     assert first.startswith("# ")
     assert "\n> " in first

@@ -222,7 +222,7 @@ def _changed(file: Path) -> int:
 
 def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> list[Path]:
     """Execute the notebooks in order, profile.jobs of a group at a time, add what they cost to
-    summary.json, say where to look; the executed files.
+    summary.json, say where to look; the executed files, in the order of `paths`.
     """
     _refuse_few_rows(profile, paths)
     chain, start = Chain(profile, groups(paths, together), parameters), time.perf_counter()
@@ -231,7 +231,7 @@ def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> l
         if chain.failures:
             raise chain.failures[0]
         chain.close(time.perf_counter() - start)
-    return [book.target for book in chain.all]
+    return [chain.books[path].target for path in paths]
 
 
 def _refuse_few_rows(profile: Profile, paths: list[Path]) -> None:
