@@ -223,13 +223,13 @@ def low_rank(model):
     return adapted(model).get_base_model()
 
 
-def normed(model):
-    parametrizations.weight_norm(model.model.layers[1].mlp.down_proj)
+def normed(model, name="down_proj"):
+    parametrizations.weight_norm(getattr(model.model.layers[1].mlp, name))
     return model
 
 
-def normed_by_a_hook(model):
-    weight_norm(model.model.layers[1].mlp.down_proj)
+def normed_by_a_hook(model, name="down_proj"):
+    weight_norm(getattr(model.model.layers[1].mlp, name))
     return model
 
 
@@ -307,13 +307,11 @@ def test_zero_acts_on_what_runs_not_on_a_weight_that_does_not(change):
 
 
 def computed(model):
-    parametrizations.weight_norm(model.model.layers[1].mlp.gate_proj)
-    return model
+    return normed(model, "gate_proj")
 
 
 def computed_by_a_hook(model):
-    weight_norm(model.model.layers[1].mlp.gate_proj)
-    return model
+    return normed_by_a_hook(model, "gate_proj")
 
 
 def up_adapted(model):

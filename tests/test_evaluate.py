@@ -136,6 +136,13 @@ def test_plain_texts_that_are_no_list_of_texts_are_refused(texts):
         plain_text_nll(build("llama"), TOKENIZER, texts)
 
 
+def test_a_text_longer_than_the_model_reads_has_no_loss():
+    model = build("llama")
+    long = " add" * (model.config.max_position_embeddings + 1)
+    with pytest.raises(UserError, match="1 of 2 texts are longer than the .*: text 1 has"):
+        plain_text_nll(model, TOKENIZER, ["add one", long])
+
+
 @pytest.mark.parametrize("family", ZOO)
 def test_generation_in_batches_equals_one_by_one(family):
     model = build(family)

@@ -304,6 +304,9 @@ def test_a_task_of_labels_is_a_file_that_the_harness_reads(tmp_path):
             harness.label_task(rows, tmp_path, "none")
     with pytest.raises(UserError, match="stands there already"):
         harness.label_task(ROWS, tmp_path, "own_task")
+    for template in ("say it", "{instruction} {instruction}"):
+        with pytest.raises(UserError, match=r"expected \{instruction\} in it, once"):
+            harness.label_task(ROWS, tmp_path, "bare", template)
     with pytest.raises(UserError, match="nothing to choose from"):
         harness.label_task(
             ROWS.assign(checker=[{"name": "exact", "answer": "a"}] * 4), tmp_path, "other"

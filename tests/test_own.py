@@ -340,6 +340,7 @@ def test_bad_texts_are_one_clear_error(tiny, texts, said):
         (pd.Series(["a", "a", "b", pd.NA], dtype=object), "label 3 is <NA>"),
         (["a", "a", "b", ""], "label 3 is ''"),
         (["a", "a", "b", " "], "label 3 is ' '"),
+        (["a", "a", "b", "\u200b"], "label 3 is "),
         (np.array(3), "labels: found ndarray"),
         (torch.tensor(3), "labels: found int"),
         (["a", "a", ["b"], ["b"]], r"label 2 is \['b'\]"),

@@ -82,22 +82,15 @@ def review_table() -> str:
     """
     tallies = read_json(HEXAINST / "review.json")
     points = list(tallies[0]["by_point"])
-    rows = [
-        ["reading", "category", "rows read", "changed", "of these replaced", *points],
-        ["---"] * (5 + len(points)),
-    ]
-    rows += [
-        [
-            *map(t.get, ("reading", "category", "read", "changed", "replaced")),
-            *t["by_point"].values(),
-        ]
-        for t in tallies
-    ]
+    rows = [["reading", "category", "rows read", "changed", "of these replaced", *points]]
+    for t in tallies:
+        said = map(t.get, ("reading", "category", "read", "changed", "replaced"))
+        rows.append([*map(str, said), *map(str, t["by_point"].values())])
     drawn, faulty = (
         sum(len(t["sample"][key]) for t in tallies if "sample" in t) for key in ("drawn", "faulty")
     )
     low, high = proportion_confint(faulty, drawn, method="wilson")
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + (
+    return findings.rows_of(rows) + (
         f"\n\nOf {drawn} rows drawn at random for the second reading, {faulty} had a fault: "
         f"{faulty / drawn:.1%} (95 % interval {low:.1%} to {high:.1%}); by category "
         + ", ".join(

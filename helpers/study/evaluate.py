@@ -9,7 +9,7 @@ import torch
 from ..bars import bar, moved
 from ..capture.beginnings import Split, begin, split
 from ..capture.budget import altered, mark
-from ..capture.count import refuse_nothing
+from ..capture.count import refuse_long, refuse_nothing
 from ..capture.interventions import Places, ablate, intact
 from ..capture.losses import proven_head, refuse_silent, sequence_losses
 from ..capture.tokens import Encoded, encode, list_of, refuse_unknown
@@ -50,6 +50,7 @@ def nll(model, encoded, batch_tokens: int = 8192) -> np.ndarray:
     Sequences of like length share a batch, padded on the right; a beginning that all of them share
     is read once. Raises UserError for a sequence that has no loss, or that the model cannot read.
     """
+    refuse_long(model, encoded)
     refuse_unknown(model, encoded)
     refuse_silent(encoded)
     return _nll(model, split(model, encoded, batch_tokens))

@@ -12,6 +12,7 @@ import yaml
 from ..capture.interventions import ablate
 from ..hexainst.checkers import bare, refuse_bad
 from ..hexainst.corpus import text
+from ..hexainst.schema import refuse_over
 from ..paths import checked
 from ..record import UserError, atomic
 
@@ -93,9 +94,12 @@ def label_task(rows: pd.DataFrame, folder, name: str, template: str = "{instruct
     likeliest of the row's labels. Writes <name>.jsonl and <name>.yaml into a folder; the latter's
     path, for `evaluate` or the harness's own `--tasks`.
 
-    Raises UserError where a row has a bad checker, no row has labels, or a file is there already.
+    Raises UserError where the template does not hold {instruction} once, a row has a bad checker,
+    no row has labels, or a file is there already.
     """
     checked(name, "task")
+    if template.count("{instruction}") != 1:
+        raise UserError(f"template is {template!r}: expected {{instruction}} in it, once.")
     every = rows.to_dict("records")
     refuse_bad(every)
     lines = [
@@ -106,8 +110,7 @@ def label_task(rows: pd.DataFrame, folder, name: str, template: str = "{instruct
     if not lines:
         raise UserError("no row's checker is `label`: there is nothing to choose from. Take CLS.")
     data, path = (Path(folder).resolve() / f"{name}.{end}" for end in ("jsonl", "yaml"))
-    if there := [str(file) for file in (data, path) if file.exists()]:
-        raise UserError(f"{', '.join(there)} stands there already and is kept. Choose another.")
+    refuse_over([data, path])
     task = {
         "task": name,
         "dataset_path": "json",

@@ -407,7 +407,7 @@ class Needed:
         parts, shares = {}, []
         for half in self.halves:
             sets = self.sets("frequency", half)
-            own = sets & (sets.sum(0) <= len(sets) / 2)
+            own = PARTS["own"](sets, None)
             shares.append(own.sum(1) / sets.sum(1))
             masks = {c: m for c, m in self.study.masks(own).items() if _members(m)}
             parts[half] = self._against_some(masks, half)

@@ -19,7 +19,7 @@ from ..capture.count import count as count_texts
 from ..capture.counts import Counts
 from ..capture.tokens import chat_template, list_of
 from ..config import defaults, refuse_other
-from ..record import NotTestable, UserError
+from ..record import NotTestable, UserError, visible
 
 SCORES = ("frequency", "lape", "contrast")  # those that counts alone can give
 MOST = 50  # labels
@@ -164,7 +164,7 @@ def labels_of(labels, texts: int) -> tuple[np.ndarray, list]:
             "texts."
         )
     for row, label in enumerate(labels):
-        if not pd.api.types.is_scalar(label) or pd.isna(label) or not str(label).strip():
+        if not pd.api.types.is_scalar(label) or pd.isna(label) or not visible(str(label)):
             raise UserError(
                 f"label {row} is {label!r}: expected a name or a number, one for each text. Label "
                 "the text, or leave it out."

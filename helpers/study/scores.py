@@ -25,7 +25,7 @@ from ..analysis.sets import (
 from ..bars import bar
 from ..capture.bank import expert_rows, neuron_outputs, normed
 from ..capture.budget import reading
-from ..capture.count import refuse_nothing
+from ..capture.count import refuse_long, refuse_nothing
 from ..capture.interventions import Reference, columns, editable, refuse_seed
 from ..capture.losses import sequence_losses
 from ..capture.sites import find_sites, input_device
@@ -232,6 +232,7 @@ def reference_activations(
     refuse_seed(seed)
     encoded = encode(tokenizer, texts)
     refuse_nothing(encoded)
+    refuse_long(model, encoded)
     refuse_unknown(model, encoded)
     sites, random = _readable(model), torch.Generator().manual_seed(int(seed))
     keys = [
