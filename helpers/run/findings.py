@@ -154,7 +154,7 @@ ASKED = {  # a question; what a pair's numbers and tests answer
     "How many neurons are in one category's consensus set alone?": _consensus,
     "Do categories share a layer pattern that training made?": _layers,
     "**2. Are the neurons that fire most often needed** by their category?": _needed("frequency"),
-    "Which part of the set is it, lost alone?": _parts("frequency"),
+    "Which part of the set is it, lost alone? (beyond random sets)": _parts("frequency"),
     "Do they serve it more than the others?": _specific("frequency"),
     "**3. Are the neurons that contribute most needed** by their category?": _needed(
         "contribution"
