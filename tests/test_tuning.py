@@ -57,7 +57,7 @@ def train(start, name, folder, **changes):
 
 @pytest.fixture(scope="module")
 def runs(start, tmp_path_factory):
-    """All five tunings."""
+    """All tunings."""
     folder = tmp_path_factory.mktemp("tunings")
     for name in tuning.TUNINGS:
         train(start, name, folder / name)
@@ -105,6 +105,46 @@ def test_plain_text_never_holds_a_question_with_its_answer():
     assert documents[0] == "text 0"  # an instruction of ours is no human word
     assert documents[1] == rows["instruction"][1] + "\ntext 1"
     assert documents[len(rows) :] == rows["reference"].to_list()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("words", ["abcdef", "aab", "aabbcc", "aaabcd", "aaabbbccc", "ab"])
+def test_dealt_answers_are_the_same_answers_none_at_its_own_place(words, seed):
+    references = list(np.random.default_rng(seed).permutation(list(words)))
+    if words == "aab":
+        with pytest.raises(UserError, match="2 of 3 references .* same words"):
+            tuning.dealt(references, seed)
+        return
+    found = tuning.dealt(references, seed)
+    assert sorted(found) == sorted(references)
+    assert all(one != other for one, other in zip(found, references, strict=True))
+    assert found == tuning.dealt(references, seed)
+
+
+def test_answers_are_dealt_from_all_rows_and_not_by_their_place():
+    """Of 60 different answers, half go to each half of the rows; another seed deals others."""
+    references = [str(number) for number in range(60)]
+    first, second = (np.array(tuning.dealt(references, seed), int) for seed in (0, 1))
+    assert 8 < (first[:30] >= 30).sum() < 22
+    assert (first != second).mean() > 0.8
+    assert len(set(first - np.arange(60))) > 20
+
+
+def test_a_dealt_tuning_reads_the_prompts_of_the_full_one_and_teaches_other_answers(start):
+    rows = rows_to_tune_on().assign(category="MATH")
+    rows["reference"] = [f"{row} " * (1 + n % 3) for n, row in enumerate(rows["id"])]
+    read = {
+        name: tuning.reading(zoo.tokenizer(), rows, tuning.TUNINGS[name], RECIPE, planted.TEMPLATE)
+        for name in ("full", "dealt")
+    }
+
+    def parts(one):
+        return [[t for t, c in zip(one.ids, one.counted, strict=True) if c == k] for k in (0, 1)]
+
+    full, dealt = ([parts(one) for one in read[name]] for name in ("full", "dealt"))
+    assert [prompt for prompt, _ in full] == [prompt for prompt, _ in dealt]
+    assert sorted(answer for _, answer in full) == sorted(answer for _, answer in dealt)
+    assert [answer for _, answer in full] != [answer for _, answer in dealt]
 
 
 def test_the_loss_is_that_of_a_loop_over_tokens(start):
@@ -411,7 +451,7 @@ def plan_of(start, folder, out, per_half=6):
 
 @pytest.fixture(scope="module")
 def measured(start, runs, tmp_path_factory):
-    """All five tunings measured: (plan, what was kept)."""
+    """All tunings measured: (plan, what was kept)."""
     plan = plan_of(start, runs, tmp_path_factory.mktemp("tables"))
     tuned.Tunings(plan, tuning.read_runs(runs), lambda said: None).measure()
     return plan, tuning_tables.read_measured(plan.out, 200)
@@ -561,17 +601,92 @@ def test_every_declared_claim_is_asked_and_its_numbers_are_means_of_rows(measure
     assert numbers["alone"]["tuning.neurons.all.own"] == pytest.approx(own, abs=1e-6)
 
 
+def test_beside_a_control_a_tunings_components_are_compared_row_by_row(measured):
+    """By hand: the rows that both measured, one minus the other; a control has no control."""
+    _, found = measured
+    table = tuning_tables.matters_more(found, "full")
+    for part, (what, rows) in tuning_tables.CARRIED.items():
+        for control in tuned.CONTROLS:
+            mine, theirs = (
+                dict(zip(arrays[rows].tolist(), arrays[what].tolist(), strict=True))
+                for arrays in (found.part(f"{part}-{name}")[0] for name in ("full", control))
+            )
+            both = [mine[row] - theirs[row] for row in mine if row in theirs]
+            asked = table[(table["what"] == what) & (table["control"] == control)]
+            row = asked.set_index("half").loc["all"]
+            assert row["n"] == len(both) > 0
+            assert row["value"] == pytest.approx(np.mean(both), abs=1e-6)
+            assert row["key"] == f"tuning.{part}.{control}.all.{what}"
+    assert set(tuning_tables.matters_more(found, "alone")["control"]) == {"continued"}
+    for control in tuned.CONTROLS:
+        assert tuning_tables.matters_more(found, control).empty
+        assert tuning_tables.needs_pairing(found, control).empty
+    assert tuning_tables.needs_pairing(found, "alone").empty
+
+
+def test_what_is_kept_row_by_row_has_the_means_of_its_table(measured):
+    _, found = measured
+    for name in found.runs:
+        for part, whats in (("matter", ("gained", "kept", "lost")), ("transplant", ("forward",))):
+            arrays, record = found.part(f"{part}-{name}")
+            stated = {(row["what"], row["half"]): row for row in record[part]}
+            for what in whats:
+                rows = arrays["rows" if part == "transplant" else f"{what}_rows"]
+                half = found.rows["half"].to_numpy()[rows]
+                for one in ("A", "B"):
+                    if not (half == one).any():
+                        continue
+                    value = stated[what, one]["effect" if part == "transplant" else "critical"]
+                    assert value == pytest.approx(arrays[what][half == one].mean(), abs=1e-5)
+
+
+def test_dealt_answers_are_a_control_of_their_own(measured):
+    plan, found = measured
+    beyond = tuning_tables.beyond(found, "full").set_index(["what", "half", "category"])["value"]
+    alike = {name: found.part(f"changed-{name}")[0]["similarity"] for name in found.runs}
+    pairs = found.part("pairs")[0]
+    gap = (alike["dealt"] - alike["full"]).mean()
+    assert beyond["beyond_dealt", "all", ""] == pytest.approx(gap, abs=1e-6)
+    gap = (pairs["full~again"] - pairs["full~dealt"]).mean()
+    assert beyond["pairing", "all", ""] == pytest.approx(gap, abs=1e-6)
+    assert tuning_tables.beyond(found, "dealt").empty
+    able = {name: found.part(f"able-{name}")[0] for name in ("dealt", "full")}
+    here = plan.rows["category"].to_numpy()[able["full"]["rows"]] == "CODE"
+    better = tuning_tables.needs_pairing(found, "full").set_index(["measure", "half", "category"])
+    fell = (able["dealt"]["own"] - able["full"]["own"])[here].mean()
+    assert better.loc[("likelier", "all", "CODE"), "value"] == pytest.approx(fell, abs=1e-6)
+
+
+def test_where_a_tuning_changed_more_is_its_change_minus_the_controls_cell_by_cell(measured):
+    _, found = measured
+    table = tuning_tables.where(found)
+    category = found.rows["category"].to_numpy()
+    for row in table.to_dict("records"):
+        control = row["panel"].removeprefix("beyond ")
+        one, other = (found.part(f"changed-{name}")[0]["layers"] for name in ("full", control))
+        change = (one - other)[category == row["category"], row["layer"]].astype(float)
+        assert row["value"] == pytest.approx(change.mean(), abs=1e-3)
+    assert set(table["panel"]) == {f"beyond {name}" for name in tuned.CONTROLS}
+    assert len(table) == 2 * 2 * len(set(category))
+    layers = found.part("changed-full")[1]["layers"]
+    change = found.part("changed-full")[0]["layers"].astype(float).mean(0)
+    assert change == pytest.approx([row["excess"] for row in layers], abs=1e-3)
+    for row, layer in zip(found.part("changed-full")[1]["fates"], layers, strict=True):
+        assert row["kept"] + row["gained"] + row["lost"] == pytest.approx(1)
+        assert row["floor"] == pytest.approx(layer["floor"])
+
+
 def test_the_page_has_its_tables_and_sentences(measured):
     _, found = measured
     table = tuning_tables.resemblance(found)
     assert np.allclose(table, table.T)
     assert tuning_tables.budgets(found, DATA)["tokens"].between(360, 400).all()
     made = tuning_tables.trajectories(found)
-    assert set(made["panel"]) <= set(found.runs) - {"continued"}
+    assert set(made["panel"]) <= set(found.runs) - set(tuned.CONTROLS)
     assert np.isfinite(made["value"]).all()
     asked = tuning_tables.asked(found)
     said = tuning_tables.sentences(tuning_tables.numbers(found, asked), asked["improved"])
-    assert sum(line.startswith("full: they moved") for line in said) == 1
+    assert sum(line.startswith("full: they moved") for line in said) == len(tuned.CONTROLS)
     assert tuning_tables.ends(found)[0].startswith("Most like full")
 
 
@@ -643,7 +758,7 @@ def test_how_often_a_tunings_rows_were_read(measured):
 def test_differences_along_the_steps_and_layers_are_those_of_the_parts(measured):
     _, found = measured
     table = tuning_tables.apart(found)
-    assert list(pd.unique(table["line"])) == ["full", "again", "lora", "alone"]
+    assert list(pd.unique(table["line"])) == ["full", "dealt", "again", "lora", "alone"]
     control = found.part("changed-continued")[0]["near"].mean(1)
     for name, rows in table.groupby("line"):
         own = found.part(f"changed-{name}")[0]
@@ -731,7 +846,8 @@ def test_some_tunings_alone_are_tuned_and_not_measured(monkeypatch, capsys):
     monkeypatch.setattr(tuned, "Tunings", None)  # nothing is measured
     assert command.main(["tune", "--tunings", "lora", "alone"]) == 0
     assert tuned_now == ["lora", "alone"]
-    assert "1 of 5 tunings are finished. Run without --tunings" in capsys.readouterr().out
+    finished = f"1 of {len(tuning.TUNINGS)} tunings are finished. Run without --tunings"
+    assert finished in capsys.readouterr().out
 
 
 def test_a_row_that_is_measured_is_not_taught(monkeypatch, tmp_path):

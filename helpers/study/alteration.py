@@ -262,6 +262,17 @@ def categories(pairs: dict) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
+def layer_fates(study) -> pd.DataFrame:
+    """Of the neurons in either set, layer by layer, the shares kept, gained and lost across the
+    halves of tokens, and kept within one model (floor), means over rows: layer, kept, gained, lost,
+    floor, n.
+    """
+    found = similarities(study, "neurons")
+    shares_of = {fate: values.mean(0) for fate, values in of_union(found.fates).items()}
+    table = pd.DataFrame(shares_of | {"floor": found.layers[0].mean(0), "n": len(study.rows)})
+    return table.rename_axis("layer").reset_index()
+
+
 def _category(study, alike, fates, drift, here):
     effect = _effect(study, alike.floor[here], fates["kept"][here])
     change = _effect(study, drift[here])
@@ -553,7 +564,7 @@ def _pooled(study):
 
 
 def _matter(study):
-    """{(fate, half): DataFrame of category, size, difference, a line per measured row}."""
+    """{(fate, half): DataFrame of row, category, size, difference, a line per measured row}."""
     found = {}
     for half in study.halves:
         rng, other = np.random.default_rng(study.profile.seed), study.other(half)
@@ -563,12 +574,13 @@ def _matter(study):
             for model in MODELS
         )
         for fate, members in changes(one, two).items():
-            lines = [pd.DataFrame(columns=["category", "size", "difference"])]
+            lines = [pd.DataFrame(columns=["row", "category", "size", "difference"])]
             for category, own in zip(study.categories, members, strict=True):
                 if own.any():
-                    values = _ablated(here.category(category), own, rng)
+                    rows = here.category(category)
+                    values = _ablated(rows, own, rng)
                     line = {"category": category, "size": int(own.sum()), "difference": values}
-                    lines.append(pd.DataFrame(line))
+                    lines.append(pd.DataFrame(line | {"row": rows.places}))
             found[fate, half] = pd.concat(lines[1:] or lines, ignore_index=True)
     return found
 
@@ -598,6 +610,22 @@ def _critical(study, values):
     }
 
 
+def matter_of_rows(study) -> dict[str, np.ndarray]:
+    """What the means of `matter` are of, halves one after the other: {fate: own effect minus the
+    controls' mean, float32 [n], and fate_rows: places of these rows, int32 [n]}; empty where
+    nothing could be ablated.
+    """
+    parts = attempt(lambda: study.once("matter", lambda: _matter(study)))
+    if "note" in parts:
+        return {}
+    found = {}
+    for fate in ("gained", "kept", "lost"):
+        table = pd.concat([parts[fate, half] for half in study.halves])
+        found[fate] = table["difference"].to_numpy(np.float32)
+        found[f"{fate}_rows"] = table["row"].to_numpy(np.int32)
+    return found
+
+
 def picture(found: Found, value: str = "critical") -> pd.DataFrame:
     """A finding's rows that have a value, for a figure: panel (the pair), its interval as low and
     high.
@@ -623,6 +651,23 @@ def transplanted(study):
             of = [found[way, part][TENTH] for part in parts]
             values = np.concatenate([sign * (random - own) for own, random in of], axis=1)
             yield f"transplant.{way}.{half}", attempt(partial(_put, study, values))
+
+
+def transplants_of_rows(study) -> dict[str, np.ndarray]:
+    """What the means of `transplanted` are of, halves one after the other: {way: by how much the
+    most moved tenth beat the random ones' mean, float32 [n], and rows: their places, int32 [n]};
+    empty where nothing could be exchanged.
+    """
+    parts = attempt(lambda: study.once("transplants", lambda: _transplants(study)))
+    if "note" in parts:
+        return {}
+    found = {}
+    for way, sign in (("forward", 1), ("reverse", -1)):
+        tenths = [parts[way, half][TENTH] for half in study.halves]
+        values = [sign * (random.mean(0) - own) for own, random in tenths]
+        found[way] = np.concatenate(values).astype(np.float32)
+    places = [study.half(half).measured().places for half in study.halves]
+    return found | {"rows": np.concatenate(places).astype(np.int32)}
 
 
 def _put(study, values):

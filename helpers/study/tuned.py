@@ -42,13 +42,15 @@ from .tuning import TUNINGS, Recipe, read_runs, refuse_device
 TABLES, CACHED = paths.DATA / "tuning", paths.DATA / "cache" / "tuning" / "rows.jsonl"
 WEIGHTS_RESAMPLES = 500  # of the interval that ranks all neurons anew each time
 ROWS, RUNS, DATA_TABLE = "rows.csv", "runs.json", "data.csv"
-START, CONTROL, MAIN = "start", "continued", "full"
+START, MAIN = "start", "full"
+CONTROL, DEALT = CONTROLS = ("continued", "dealt")
 ABLE = ("own", "other", "none", "gain", "gain_none", "first", "chance")
 MATTERS = {
-    "matter": alteration.matter,
-    "transplant": alteration.transplanted,
     "weights": alteration.weights,
+    "transplant": alteration.transplanted,
+    "matter": alteration.matter,
 }
+OF_ROWS = {"matter": alteration.matter_of_rows, "transplant": alteration.transplants_of_rows}
 
 
 class Plan(NamedTuple):
@@ -209,19 +211,29 @@ class Tunings:
 
     def measure(self) -> None:
         """Every part, in the order of their worth; what is kept already is not measured again."""
-        first = [name for name in (MAIN, CONTROL) if name in self.runs]
-        for name in first + [name for name in self.runs if name not in first]:
-            self._part(f"changed-{name}", partial(self._changed, name))
-        self._part(f"able-{START}", partial(self._able, START))
-        for name in self.runs:
-            self._part(f"able-{name}", partial(self._able, name))
-        self._part("pairs", self._pairs)
-        for name in first:
-            self._part(f"weights-{name}", partial(self._found, name, "weights"))
-        for what in ("transplant", "matter"):
-            self._part(f"{what}-{MAIN}", partial(self._found, MAIN, what))
+        for name in self.parts():
+            self.part(name)
         write_table(self.plan.out / ROWS, rows_table(self.plan.rows))
         write_json(self.plan.out / RUNS, self.runs)
+
+    def parts(self) -> list[str]:
+        """The names of all parts, in that order."""
+        names = sorted(self.runs, key=lambda name: name not in (MAIN, *CONTROLS))
+        found = [f"changed-{name}" for name in names]
+        found += [f"able-{name}" for name in (START, *names)] + ["pairs"]
+        return found + [f"{what}-{name}" for what in MATTERS for name in names]
+
+    def part(self, part: str) -> None:
+        """Measure one part, by its name in `parts`, unless it is kept."""
+        what, _, name = part.partition("-")
+        kinds = {"changed": self._changed, "able": self._able}
+        if what in MATTERS:
+            compute = partial(self._found, name, what)
+        else:
+            compute = self._pairs if what == "pairs" else partial(kinds[what], name)
+        began = time.monotonic()
+        cached(self.plan.out / f"{part}.safetensors", self.want(), compute)
+        self.report(f"{part}: {time.monotonic() - began:.1f} s")
 
     def want(self) -> dict:
         """What decides every part besides the tuning: profile, rows, the tunings' checkpoints."""
@@ -239,23 +251,21 @@ class Tunings:
             "read": [plan.curve_rows, plan.able_rows, plan.weight_rows],
         }
 
-    def _part(self, name, compute):
-        began = time.monotonic()
-        cached(self.plan.out / f"{name}.safetensors", self.want(), compute)
-        self.report(f"{name}: {time.monotonic() - began:.1f} s")
-
     def _changed(self, name):
-        """Per row, start against end and beside the floor; along the checkpoints; and the tables
-        that `alteration` makes of a Study.
+        """Per row, start against end and beside the floor, of each layer by how much less of the
+        union is kept than within one model [I, L]; along the checkpoints; and the tables that
+        `alteration` makes of a Study.
         """
         study = self.study(name)
         found = alteration.similarities(study, "neurons")
         arrays = {"similarity": found.similarity, "floor": found.floor, "across": found.across}
         arrays = {key: value.astype(np.float32) for key, value in arrays.items()}
+        arrays["layers"] = (found.layers[0] - found.layers[1]).astype(np.float16)
         tables = {
             "churned": alteration.measured({name: study}, alteration.churned).table,
             "layers": alteration.layers({name: study}),
             "categories": alteration.categories({name: study}),
+            "fates": alteration.layer_fates(study),
         }
         record = {key: table.to_dict("records") for key, table in tables.items()}
         return arrays | self._curves(name, study), plain(record)
@@ -324,8 +334,10 @@ class Tunings:
         return found, {}
 
     def _found(self, name, what):
-        """One measure of `alteration` on a tuning's Study, its table as the part's record."""
-        study, record = self.study(name), {}
+        """One measure of `alteration` on a tuning's Study, its table as the part's record; what its
+        means are of, row by row.
+        """
+        study, record, arrays = self.study(name), {}, {}
         if what == "weights":
             study = study.take(self.plan.first(self.plan.weight_rows))
             most = min(WEIGHTS_RESAMPLES, self.plan.profile.resamples)
@@ -336,7 +348,9 @@ class Tunings:
             record["bins"] = alteration.weight_bins({name: study}, found).to_dict("records")
         if what == "transplant":
             record["curve"] = alteration.transplant_curve({name: study}).to_dict("records")
-        return {}, plain(record)
+        if what in OF_ROWS:
+            arrays = OF_ROWS[what](study)
+        return arrays, plain(record)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Tunings of a pretrained model under one budget of tokens: instructions, low-rank, another seed,
-one category, and plain text as the control of mere training; resumable, checkpoints dense at first.
+one category, and two controls, plain text (mere training) and answers dealt to other instructions;
+resumable, checkpoints dense at first.
 
     python -m helpers.run tune                             (make tune)
 
@@ -23,6 +24,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
+from ..analysis.sets import codes
 from ..capture.checkpoints import fingerprint
 from ..capture.gguf_files import room_for
 from ..capture.loading import load_model, locate
@@ -53,8 +55,9 @@ BETAS, CLIP, FLOOR = (0.9, 0.999), 1.0, 0.02  # AdamW's; gradient norm; lowest s
 
 @dataclass(frozen=True)
 class Tuning:
-    """What one tuning reads, and how. reads: "instructions", loss on the references alone, or
-    "text", the same human words without any instruction, loss on every token.
+    """What one tuning reads, and how. reads: "instructions", loss on the references alone; "dealt",
+    the same with each reference beside an instruction that it does not answer; or "text", the same
+    human words without any instruction, loss on every token.
     """
 
     name: str
@@ -69,6 +72,7 @@ TUNINGS = {
     for tuning in (
         Tuning("full"),
         Tuning("continued", reads="text"),
+        Tuning("dealt", reads="dealt"),
         Tuning("again", seed=1),
         Tuning("lora", low_rank=True),
         Tuning("alone", category="MATH"),
@@ -120,7 +124,9 @@ def reading(tokenizer, rows, tuning: Tuning, recipe: Recipe, template: str) -> l
         rows = rows[rows["category"] == tuning.category]
     if rows.empty:
         raise UserError(f"tuning {tuning.name}: no row of {tuning.category or 'any category'}.")
-    if tuning.reads == "instructions":
+    if tuning.reads == "dealt":
+        rows = rows.assign(reference=dealt(rows["reference"], tuning.seed))
+    if tuning.reads != "text":
         return encode_rows(tokenizer, rows, template, "reference")
     documents = plain_text(rows)
     order = np.random.default_rng(tuning.seed).permutation(len(documents))
@@ -134,6 +140,28 @@ def reading(tokenizer, rows, tuning: Tuning, recipe: Recipe, template: str) -> l
     if not pieces:
         raise UserError(f"tuning {tuning.name}: {len(stream)} tokens of text fill no piece.")
     return [Encoded(piece, (False, *[True] * (size - 1))) for piece in pieces]
+
+
+def dealt(references, seed: int) -> list[str]:
+    """The references in another order, so that none stands where one of the same words stood: each
+    once, drawn by the seed from all of them.
+
+    The same words stand side by side, in an order that is drawn; each then takes the place of what
+    stands as many places further on as the commonest words are many. Raises UserError where more
+    than half of the references are the same words: no order is such then.
+    """
+    references, rng = list(references), np.random.default_rng(seed)
+    words = codes(references)
+    most = int(np.bincount(words).max())
+    if 2 * most > len(references):
+        raise UserError(
+            f"{most} of {len(references)} references to tune on are the same words, so they cannot "
+            "be dealt to other instructions. Add rows with other references."
+        )
+    drawn = rng.permutation(len(references))
+    order = drawn[np.argsort(rng.permutation(words.max() + 1)[words[drawn]], kind="stable")]
+    found = dict(zip(order.tolist(), np.roll(order, most).tolist(), strict=True))
+    return [references[found[place]] for place in range(len(references))]
 
 
 def schedule(sizes, tokens: int, steps: int, seed: int) -> list[list[int]]:

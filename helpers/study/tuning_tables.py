@@ -17,11 +17,12 @@ from ..paths import short
 from ..record import NotTestable, RecordMismatch, read_json, read_tensors, verify
 from . import alteration
 from .ledger import LEVEL
-from .tuned import CONTROL, MAIN, MATTERS, ROWS, RUNS, START, digest_of
+from .tuned import CONTROL, CONTROLS, DEALT, MAIN, MATTERS, ROWS, RUNS, START, digest_of
 from .tuning import TUNINGS
 
 SECOND, ALONE = "again", "alone"
 MEASURES = {"likelier": ("own", -1), "gain": ("gain", 1), "ranked": ("first", 1)}  # and its sign
+CARRIED = {"matter": ("gained", "gained_rows"), "transplant": ("forward", "rows")}  # row by row
 
 
 class Measured(NamedTuple):
@@ -76,10 +77,11 @@ def read_measured(folder, resamples: int = 2000, seed: int = 0) -> Measured:
 
 
 def asked(found: Measured) -> dict[str, pd.DataFrame]:
-    """The three tables that claims are asked of, all tunings one below the other: `improved`,
-    `beyond`, `led`.
+    """The tables that claims are asked of, all tunings one below the other: `improved`,
+    `needs_pairing`, `beyond`, `led`, `matters_more`.
     """
-    return {table.__name__: every(found, table) for table in (improved, beyond, led)}
+    tables = (improved, needs_pairing, beyond, led, matters_more)
+    return {table.__name__: every(found, table) for table in tables}
 
 
 def numbers(found: Measured, tables: dict) -> dict[str, dict]:
@@ -141,7 +143,7 @@ def improved(found: Measured, name: str, against: str = START) -> pd.DataFrame:
     (before, _), (after, _) = found.part(f"able-{against}"), found.part(f"able-{name}")
     if not before or not after or name == against:
         return pd.DataFrame(columns=["tuning", "key", "note"])
-    key = "improved" if against == START else "better"
+    key = "improved" if against == START else f"better_than_{against}"
     places, out = before["rows"], []
     category = found.rows["category"].to_numpy()[places]
     for measure, (column, sign) in MEASURES.items():
@@ -169,6 +171,22 @@ def better(found: Measured, name: str) -> pd.DataFrame:
     return improved(found, name, CONTROL)
 
 
+def controls_of(name: str) -> tuple[str, ...]:
+    """The controls that a tuning is held against: none of a control, and no dealt answers of all
+    categories beside a tuning on one.
+    """
+    if name in CONTROLS:
+        return ()
+    return (CONTROL,) if TUNINGS[name].category else CONTROLS
+
+
+def needs_pairing(found: Measured, name: str) -> pd.DataFrame:
+    """`improved` against the tuning on dealt answers instead of the start: what is left needs each
+    answer beside the instruction that it answers.
+    """
+    return improved(found, name, DEALT if DEALT in controls_of(name) else name)
+
+
 def holm(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """The table with `holm`, p adjusted within each group of `by`."""
     table = table.assign(holm=np.nan)
@@ -178,20 +196,25 @@ def holm(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def beyond(found: Measured, name: str) -> pd.DataFrame:
-    """A tuning against continued language modelling, and against another seed: tuning, what, half,
-    category ("" for all), tuned, control, value, ci, p, n, note, key.
+    """A tuning against its controls, and against another seed: tuning, what, half, category ("" for
+    all), tuned, control, value, ci, p, n, note, key.
 
-    beyond: similarity of start and continued model minus that of start and tuned one; beyond_seed:
-    of the two seeds' ends minus that of the tuning's and the continued end; excess: Jaccard with
-    the main tuning's gained neurons, chance taken off, minus the continued model's; own: see `own`.
+    beyond: similarity of start and continued model minus that of start and tuned one, beyond_dealt:
+    of start and dealt model minus it; beyond_seed: of the two seeds' ends minus that of the
+    tuning's and the continued end, pairing: minus that of the tuning's and the dealt end; excess:
+    Jaccard with the main tuning's gained neurons, chance taken off, minus the continued model's;
+    own: see `own`.
     """
     pairs, out = found.part("pairs")[0], []
     alike = _between(pairs, found)
-    if name not in (CONTROL, START) and alike(START, name) is not None:
-        out += _compared(found, name, "beyond", alike(START, CONTROL), alike(START, name), True)
-    if name == MAIN and alike(MAIN, SECOND) is not None:
-        out += _compared(found, name, "beyond_seed", alike(MAIN, SECOND), alike(MAIN, CONTROL))
-    if f"gain~{name}" in pairs and name not in (CONTROL, ALONE):
+    apart_from = dict(zip(CONTROLS, ("beyond", "beyond_dealt"), strict=True))
+    for control in controls_of(name):
+        each, away = control == CONTROL, (alike(START, control), alike(START, name))
+        out += _compared(found, name, apart_from[control], *away, each)
+    if name == MAIN:
+        for what, control in (("beyond_seed", CONTROL), ("pairing", DEALT)):
+            out += _compared(found, name, what, alike(MAIN, SECOND), alike(MAIN, control))
+    if f"gain~{name}" in pairs and name not in (*CONTROLS, ALONE):
         both = (pairs.get(f"gain~{one}") for one in (name, CONTROL))
         out += _compared(found, name, "excess", *both, unit=f"common.{name}")
     if name == ALONE and alike(START, ALONE) is not None:
@@ -273,7 +296,7 @@ def led(found: Measured, name: str) -> pd.DataFrame:
     the loss beyond its interval: there are no shares of nothing.
     """
     arrays, out = found.part(f"changed-{name}")[0], []
-    if not arrays or name == CONTROL:
+    if not arrays or name in CONTROLS:
         return pd.DataFrame(columns=["tuning", "key", "note"])
     places = arrays["curve_rows"]
     for half, here in found.halves(places).items():
@@ -291,6 +314,38 @@ def led(found: Measured, name: str) -> pd.DataFrame:
         place = {"tuning": name, "what": "smaller_lead", "half": half}
         out.append(_row(f"tuning.neurons.{half}.smaller_lead", compute, **place))
     return pd.DataFrame(out)
+
+
+def matters_more(found: Measured, name: str) -> pd.DataFrame:
+    """What a tuning's components carry, minus what a control's carry of the control, on the rows
+    measured in both: tuning, what, control, half, value, ci, p, n, note, key.
+
+    gained: the cost of losing the neurons that moved in, beyond random ones, each in its own model;
+    forward: what the most moved tenth takes off the start's loss, beyond random tenths.
+    """
+    out = []
+    for part, (what, rows) in CARRIED.items():
+        mine = found.part(f"{part}-{name}")[0]
+        for control in controls_of(name):
+            theirs = found.part(f"{part}-{control}")[0]
+            if mine and theirs:
+                both = np.intersect1d(mine[rows], theirs[rows], return_indices=True)
+                out += _carried(found, (name, part, what, control), (mine, theirs), both)
+    return pd.DataFrame(out) if out else pd.DataFrame(columns=["tuning", "key", "note"])
+
+
+def _carried(found, where, arrays, both):
+    name, part, what, control = where
+    places, *of = both
+    pair = [values[what][at].astype(float) for values, at in zip(arrays, of, strict=True)]
+    for half, here in found.halves(places).items():
+        place = {"tuning": name, "what": what, "control": control, "half": half}
+        some = [values[here] for values in pair]
+        yield _row(
+            f"tuning.{part}.{control}.{half}.{what}",
+            lambda s=some, h=here: (found.effect(*s, places[h]), int(h.sum())),
+            **place,
+        )
 
 
 # ---- what the page shows
@@ -314,7 +369,7 @@ def budgets(found: Measured, data: pd.DataFrame) -> pd.DataFrame:
         tenth, how = max(1, len(losses) // 10), run["tuning"]
         row = {"tuning": name, "reads": how["reads"], "category": how["category"] or "all"}
         row |= {"low rank": how["low_rank"], "seed": how["seed"], "steps": len(losses)}
-        whole = held.get(how["category"], held.sum()) if how["reads"] == "instructions" else np.nan
+        whole = held.get(how["category"], held.sum()) if how["reads"] != "text" else np.nan
         row |= {"tokens": run["losses"][-1][1], "times": run["losses"][-1][1] / whole}
         row |= {"first": np.mean(losses[:tenth])}
         rows.append(row | {"last": np.mean(losses[-tenth:])})
@@ -398,6 +453,31 @@ def by_layer(found: Measured) -> pd.DataFrame:
     return table[["panel", "line", "layer", "value", "low", "high", "beyond", "n"]]
 
 
+def where(found: Measured, name: str = MAIN) -> pd.DataFrame:
+    """Where a tuning changed more than its controls did, by layer and category: panel (the
+    control), category, layer, value (change beyond the noise floor minus the control's), low, high,
+    beyond (told from 0, Benjamini-Hochberg over all cells of a panel), n.
+    """
+    out, category = [], found.rows["category"].to_numpy()
+    mine = found.part(f"changed-{name}")[0]
+    for control in controls_of(name):
+        theirs = found.part(f"changed-{control}")[0]
+        if not (mine and theirs):
+            continue
+        cells = []
+        for one in pd.unique(category):
+            at = np.flatnonzero(category == one)
+            pair = (values["layers"][at].astype(float) for values in (mine, theirs))
+            change = found.effect(*pair, at)
+            rows = {"panel": f"beyond {control}", "category": one}
+            rows |= {"layer": range(len(change.difference)), "value": change.difference}
+            rows |= {"low": change.low, "high": change.high, "p": change.p, "n": len(at)}
+            cells.append(pd.DataFrame(rows))
+        cells = pd.concat(cells, ignore_index=True)
+        out.append(cells.assign(beyond=adjust(cells["p"].to_numpy(), "bh") < LEVEL))
+    return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
+
+
 def trajectories(found: Measured) -> pd.DataFrame:
     """Shares of the final change along each tuning: panel, line, step, value, null, n; the null is
     the loss of the same references under continued language modelling, in units of what the tuning
@@ -405,7 +485,7 @@ def trajectories(found: Measured) -> pd.DataFrame:
     is left out.
     """
     control, out = found.part(f"changed-{CONTROL}")[0], []
-    for name in [name for name in found.runs if name != CONTROL]:
+    for name in [name for name in found.runs if name not in CONTROLS]:
         arrays = found.part(f"changed-{name}")[0]
         if arrays and not _told(found, arrays["loss"], arrays["curve_rows"]):
             continue
@@ -454,6 +534,18 @@ SAID = (  # a number, its p, what it says above 0, and below
         "two seeds of it end less alike than it and continued language modelling, by",
     ),
     (
+        "tuning.neurons.all.beyond_dealt",
+        "p_beyond_dealt",
+        "they moved further than under dealt answers, by",
+        "they moved less far than under dealt answers, by",
+    ),
+    (
+        "tuning.neurons.all.pairing",
+        "p_pairing",
+        "two seeds of it end more alike than it and the tuning on dealt answers, by",
+        "two seeds of it end less alike than it and the tuning on dealt answers, by",
+    ),
+    (
         "tuning.neurons.all.own",
         "p_own",
         "its own category's sets moved more than the others', by",
@@ -476,6 +568,19 @@ SAID = (  # a number, its p, what it says above 0, and below
         "p",
         "losing what it gained costs more than losing random neurons, in nats by",
         "losing what it gained costs less than losing random neurons, in nats by",
+    ),
+    *(
+        (
+            f"tuning.{part}.{control}.all.{what}",
+            f"p_{what}",
+            f"{said} more than in the control {control}, in nats by",
+            f"{said} less than in the control {control}, in nats by",
+        )
+        for part, what, said in (
+            ("transplant", "forward", "the most moved tenth carries"),
+            ("matter", "gained", "losing what it gained costs"),
+        )
+        for control in CONTROLS
     ),
 )
 
