@@ -12,6 +12,7 @@ from .style import (
     SHAPES,
     SMALLEST,
     error_bars,
+    heat_map,
     label_left,
     legend_below,
     panels,
@@ -89,6 +90,27 @@ def differences(table: pd.DataFrame, x: str, label: str, null: str, names) -> Fi
             ax.plot(at, rows["value"], label=line, **look)
         ax.axhline(0, label=f"null: {null}", **NULL)
     return _finish(fig, drawn, label, 6)
+
+
+def where(table: pd.DataFrame) -> Figure:
+    """Change beyond a control's, category by layer, around a white 0; columns panel, category,
+    layer, value, beyond (told from 0: dotted), n. All panels share one scale.
+    """
+    fig, drawn = _panels(table, (4.6, 2.7))
+    for ax, _, part in drawn:
+        most = table["value"].abs().max()
+        look = {"vmin": -most, "vmax": most, "cmap": "PuOr_r"}
+        heat_map(ax, part, "category", "layer", "value", **look, cbar_kws={"shrink": 0.8})
+        names, depths = (list(pd.unique(part[key])) for key in ("category", "layer"))
+        told = part[part["beyond"]]
+        at = [
+            [found.index(one) + 0.5 for one in told[key]]
+            for key, found in (("layer", depths), ("category", names))
+        ]
+        ax.scatter(*at, s=4, color="black", label="told from 0 (Benjamini-Hochberg)")
+        ax.set_xticks([n + 0.5 for n in range(0, len(depths), 5)], depths[::5])
+        ax.set(xlabel="layer", ylabel="")
+    return _finish(fig, drawn, "")
 
 
 def training(table: pd.DataFrame) -> Figure:
