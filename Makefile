@@ -91,7 +91,7 @@ trajectory: $(READY) ## tune the tiny bases again with checkpoints kept and meas
 grid: $(READY) ## the whole grid of ablations, three dense seeds and the sparse pair; writes data/grid (half an hour of one core, resumes)
 	$(PY) -m helpers.run grid --profile tiny-full
 
-tune: $(READY) ## tune SmolLM2 five ways, measure each on HexaInst; writes data/tuning (hours of two cores; resumes)
+tune: $(READY) ## tune SmolLM2 six ways, measure each on HexaInst; writes data/tuning (hours of two cores; resumes)
 	$(PY) -m helpers.run tune
 
 bench: $(READY) ## cost of capture as ratios in one run; writes data/results/bench.json

@@ -133,7 +133,9 @@ def test_each_change_by_tuning_takes_its_effect_from_its_own_test(tmp_path):
         for row in claims.to_dict("records")
         for component in row["components"].split()
     ]
-    places = [(*name, tuning) for name in named for tuning in ("full", "continued", "alone")]
+    places = [
+        (*name, tuning) for name in named for tuning in ("full", "continued", "dealt", "alone")
+    ]
     tests = pd.DataFrame(places, columns=["id", "components", "pair"])
     tests = tests.assign(half="all", category=None, null=0.0)
     tests["effect"] = np.arange(len(places), dtype=float)
@@ -158,9 +160,10 @@ def test_each_change_by_tuning_takes_its_effect_from_its_own_test(tmp_path):
     assert list(found) == list(findings.CHANGES)
     for said, (ending, component, pair) in findings.CHANGES.items():
         name = f"tuning-{ending}"
-        control = "-" if ending == "matter" else cell(name, component, "continued")
+        mere = "-" if ending == "matter" else cell(name, component, "continued")
         verdict = f"`{name}` ({component}): verdict {named.index((name, component))}"
-        assert found[said] == [cell(name, component, pair), control, verdict]
+        dealt = cell(name, component, "dealt")
+        assert found[said] == [cell(name, component, pair), mere, dealt, verdict]
     assert findings.CHANGES["sets moved beyond the noise floor"][0] == "beyond-noise"
     alone = "tuning on MATH alone: its sets moved more than others'"
     assert findings.CHANGES[alone] == ("own-category", "neurons", "alone")
@@ -177,9 +180,12 @@ def test_in_short_says_which_way_it_went_and_counts_the_categories(tmp_path):
             row("tuning-improves", "full", 9.0, "SUM", components="likelier", half="ai"),
             row("tuning-improves", "continued", 1.0, "QA", components="likelier"),
             row("tuning-improves", "continued", 1.0, "SUM", False, components="likelier"),
+            row("tuning-improves", "dealt", 1.0, "QA", False, components="likelier"),
             row("tuning-beyond-continued", "full", beyond),
             row("tuning-beyond-continued", "lora", 77.0),
+            row("tuning-beyond-dealt", "full", 5.0),
             row("tuning-beyond-seed", "full", 3.0),
+            row("tuning-pairing", "full", 6.0),
         ]
         table = table_of(*(one for one, _ in rows)).assign(pair=[pair for _, pair in rows])
         table.to_csv(tmp_path / "tuning_tests.csv")
@@ -188,10 +194,12 @@ def test_in_short_says_which_way_it_went_and_counts_the_categories(tmp_path):
         return findings.in_short(tmp_path)
 
     said = written(-2.0, 4.0)
-    assert "likelier in 2 of 2 categories, by the control in 1." in said
-    assert "moved less far than by the control, by 2.000 [1.500, 2.500] (`one`: further" in said
-    assert "further than by the control, by 4.000 [3.500, 4.500])." in said
-    assert said.endswith("do, by 3.000 [2.500, 3.500].")
-    assert "neither further nor less far than by the control: 0.100 [-0.400, 0.600]" in written(
+    assert "likelier in 2 of 2 categories, by mere training in 1, by dealt answers in 0." in said
+    assert "moved less far than by mere training, by 2.000 [1.500, 2.500] (`one`: further" in said
+    assert "further than by mere training, by 4.000 [3.500, 4.500])," in said
+    assert "and further than by dealt answers, by 5.000 [4.500, 5.500]." in said
+    assert "tuning and mere training do, by 3.000 [2.500, 3.500]," in said
+    assert said.endswith("tuning and dealt answers do, by 6.000 [5.500, 6.500].")
+    assert "neither further nor less far than by mere training: 0.100 [-0.400, 0.600]" in written(
         0.1, 4.0
     )

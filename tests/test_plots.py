@@ -183,8 +183,8 @@ def sensitivity(table):
     return plots.overlap.sensitivity(table[gap], table[~gap].astype({"components": int}))
 
 
-def differences(table, x):
-    return figures.differences(table, x, "y", "none", list(pd.unique(table["line"])))
+def differences(table):
+    return figures.differences(table, "y", "none", list(pd.unique(table["line"])))
 
 
 def matrices(table):
@@ -226,11 +226,11 @@ DRAWN = {
     "09_ablation": draw_ablation,
     "09_sets": draw_sets,
     "10_improved": figures.improved,
-    "10_layers": partial(differences, x="layer"),
     "10_matter": figures.matter,
-    "10_training": partial(differences, x="step"),
+    "10_training": differences,
     "10_trajectory": figures.trajectory,
     "10_transplant": figures.transplant,
+    "10_where": figures.where,
 }
 
 

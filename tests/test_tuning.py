@@ -663,11 +663,14 @@ def test_where_a_tuning_changed_more_is_its_change_minus_the_controls_cell_by_ce
     category = found.rows["category"].to_numpy()
     for row in table.to_dict("records"):
         control = row["panel"].removeprefix("beyond ")
-        one, other = (found.part(f"changed-{name}")[0]["layers"] for name in ("full", control))
-        change = (one - other)[category == row["category"], row["layer"]].astype(float)
-        assert row["value"] == pytest.approx(change.mean(), abs=1e-3)
-    assert set(table["panel"]) == {f"beyond {name}" for name in tuned.CONTROLS}
-    assert len(table) == 2 * 2 * len(set(category))
+        here = category == row["category"], row["layer"]
+        change = found.part("changed-full")[0]["layers"][here].astype(float)
+        if control != "noise":
+            change = change - found.part(f"changed-{control}")[0]["layers"][here].astype(float)
+        assert row["value"] == pytest.approx(change.mean(), abs=1e-6)
+        assert row["low"] <= row["value"] <= row["high"]
+    assert set(table["panel"]) == {f"beyond {name}" for name in ("noise", *tuned.CONTROLS)}
+    assert len(table) == 3 * 2 * len(set(category))
     layers = found.part("changed-full")[1]["layers"]
     change = found.part("changed-full")[0]["layers"].astype(float).mean(0)
     assert change == pytest.approx([row["excess"] for row in layers], abs=1e-3)
@@ -698,17 +701,30 @@ def test_a_single_tuning_and_none_have_their_tables(measured):
         assert list(numbers) == names
 
 
-def test_differences_are_drawn_at_their_own_layer_and_step():
+def test_differences_are_drawn_at_their_own_step():
     table = pd.DataFrame({"panel": "p", "line": list("aaabb"), "n": 3, "value": range(5)})
-    table = table.assign(low=table["value"] - 1, high=table["value"] + 1)
-    for x, values, places in (
-        ("step", [0, 10, 100, 0, 100], ([0, 1, 2], [0, 2])),
-        ("layer", [1, 2, 3, 1, 3], ([1, 2, 3], [1, 3])),
-    ):
-        fig = plots.alteration.differences(table.assign(**{x: values}), x, "y", "none", ["a", "b"])
-        drawn = [line.get_xdata().tolist() for line in fig.axes[0].lines[:2]]
-        assert tuple(drawn) == places
-    assert fig.axes[0].get_xlabel() == "layer"
+    table = table.assign(low=table["value"] - 1, high=table["value"] + 1, step=[0, 10, 100, 0, 100])
+    fig = plots.alteration.differences(table, "y", "none", ["a", "b"])
+    drawn = [line.get_xdata().tolist() for line in fig.axes[0].lines[:2]]
+    assert drawn == [[0, 1, 2], [0, 2]]
+
+
+def test_where_a_tuning_changed_is_dotted_in_the_cells_that_are_told(measured):
+    """Every dot stands in the middle of a told cell, its colour is that cell's value."""
+    cells = pd.DataFrame([(c, n) for c in "AB" for n in range(7)], columns=["category", "layer"])
+    told = [(0, 2), (5, 0), (6, 1)]
+    cells = cells.assign(panel="beyond x", n=3, value=np.arange(14) - 5.0)
+    places = zip(cells["layer"], cells["category"] == "B", strict=True)
+    cells["beyond"] = [place in told[:1] + told[2:] or place == told[1] for place in places]
+    cells.loc[cells["beyond"].to_numpy().nonzero()[0], "value"] = 9.0
+    ax = plots.alteration.where(cells).axes[0]
+    dots = ax.collections[-1].get_offsets()
+    expected = [
+        (r.layer + 0.5, (r.category == "B") + 0.5) for r in cells[cells["beyond"]].itertuples()
+    ]
+    assert sorted(map(tuple, dots.tolist())) == sorted(expected)
+    grid = ax.collections[0].get_array().reshape(2, 7)
+    assert grid.tolist() == cells["value"].to_numpy().reshape(2, 7).tolist()
 
 
 def test_a_sentence_says_the_side_that_the_number_is_on():
@@ -755,7 +771,7 @@ def test_how_often_a_tunings_rows_were_read(measured):
     assert np.isnan(times["continued"])
 
 
-def test_differences_along_the_steps_and_layers_are_those_of_the_parts(measured):
+def test_differences_along_the_steps_are_those_of_the_parts(measured):
     _, found = measured
     table = tuning_tables.apart(found)
     assert list(pd.unique(table["line"])) == ["full", "dealt", "again", "lora", "alone"]
@@ -764,16 +780,6 @@ def test_differences_along_the_steps_and_layers_are_those_of_the_parts(measured)
         own = found.part(f"changed-{name}")[0]
         assert rows["value"].to_numpy() == pytest.approx(control - own["near"].mean(1), abs=1e-6)
         assert rows["step"].tolist() == own["steps"].tolist()
-    layers = tuning_tables.by_layer(found)
-    whole = pd.concat(
-        pd.DataFrame(found.part(f"changed-{name}")[1]["layers"]) for name in found.runs
-    )
-    assert layers["value"].tolist() == pytest.approx(
-        (whole["floor"] - whole["similarity"]).tolist()
-    )
-    assert (layers["low"] <= layers["value"]).all()
-    assert (layers["value"] <= layers["high"]).all()
-    assert set(layers["line"]) == set(found.runs)
 
 
 def test_a_tuning_that_left_the_loss_as_it_was_has_no_shares_of_its_change(measured):

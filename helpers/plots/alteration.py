@@ -69,21 +69,16 @@ def layers(table: pd.DataFrame) -> Figure:
     return _finish(fig, drawn, "similarity of components")
 
 
-def differences(table: pd.DataFrame, x: str, label: str, null: str, names) -> Figure:
-    """Effects minus their null, which is drawn at 0, along x ("layer" or "step"); columns panel,
-    line (one of `names`, whose places give the colours), x, value, low, high (drawn as a band), n.
+def differences(table: pd.DataFrame, label: str, null: str, names) -> Figure:
+    """Effects minus their null, which is drawn at 0, along the steps; columns panel, line (one of
+    `names`, whose places give the colours), step, value, low, high (drawn as a band), n.
     """
     fig, drawn = _panels(table, (7.2, 3.6))
     for ax, _, part in drawn:
-        places = sorted(pd.unique(part[x]))
-        if x == "step":
-            _steps(ax, places)
-        else:
-            places = range(max(places) + 1)
-            ax.set_xlabel(x)
-            whole_numbers(ax)
+        places = sorted(pd.unique(part["step"]))
+        _steps(ax, places)
         for line, rows in part.groupby("line", sort=False):
-            n, at = names.index(line), [places.index(place) for place in rows[x]]
+            n, at = names.index(line), [places.index(place) for place in rows["step"]]
             colour = PALETTE[n % 8]
             ax.fill_between(at, rows["low"], rows["high"], color=colour, alpha=0.15, linewidth=0)
             look = {"color": colour, "marker": SHAPES[n % 8], "markersize": 4}
@@ -93,10 +88,10 @@ def differences(table: pd.DataFrame, x: str, label: str, null: str, names) -> Fi
 
 
 def where(table: pd.DataFrame) -> Figure:
-    """Change beyond a control's, category by layer, around a white 0; columns panel, category,
-    layer, value, beyond (told from 0: dotted), n. All panels share one scale.
+    """Change beyond noise or beyond a control's, category by layer, around a white 0; columns
+    panel, category, layer, value, beyond (told from 0: dotted), n. All panels share one scale.
     """
-    fig, drawn = _panels(table, (4.6, 2.7))
+    fig, drawn = _panels(table, (3.1, 2.7))
     for ax, _, part in drawn:
         most = table["value"].abs().max()
         look = {"vmin": -most, "vmax": most, "cmap": "PuOr_r"}
@@ -110,6 +105,8 @@ def where(table: pd.DataFrame) -> Figure:
         ax.scatter(*at, s=4, color="black", label="told from 0 (Benjamini-Hochberg)")
         ax.set_xticks([n + 0.5 for n in range(0, len(depths), 5)], depths[::5])
         ax.set(xlabel="layer", ylabel="")
+        if not ax.get_subplotspec().is_first_col():
+            ax.set_yticks([])
     return _finish(fig, drawn, "")
 
 
@@ -165,7 +162,8 @@ def matter(table: pd.DataFrame) -> Figure:
             said = "both halves" if half == "all" else f"measured on {half}"
             _points(ax, at, rows, n, label=f"{said} (95 % CI)", capsize=3)
         ax.axhline(0, label="null: as many random neurons of the same layers", **NULL)
-        ax.set_xticks(range(len(names)), names)
+        turned = {"rotation": 40, "fontsize": SMALLEST} if len(names) > 3 else {}
+        ax.set_xticks(range(len(names)), names, **turned)
         ax.set_xlim(-0.5, len(names) - 0.5)
     return _finish(fig, drawn, "loss beyond random sets\n(nats per token)", 2)
 

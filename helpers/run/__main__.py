@@ -334,13 +334,13 @@ def run_trajectory(options) -> int:
     option(
         "--out",
         type=Path,
-        help="folder of the tables (default: beside the tunings; those of smollm2, all five "
+        help="folder of the tables (default: beside the tunings; those of smollm2, all six "
         "finished, also go to data/tuning)",
     ),
     option("--rehearse", action="store_true", help="few steps, few rows: does all of it run?"),
 )
 def run_tune(options) -> int:
-    """Tune a pretrained model five ways and measure what that changed; writes data/tuning."""
+    """Tune a pretrained model six ways and measure what that changed; writes data/tuning."""
     from transformers.utils import logging
 
     from ..study import tuned, tuning

@@ -7,6 +7,7 @@ import pandas as pd
 
 from ..record import read_json
 from ..study import ledger
+from ..study.tuned import CONTROL, CONTROLS, DEALT
 
 PUBLISHED = ("tests.csv", "verdicts.csv")
 TUNED = ("tuning_tests.csv", "tuning_verdicts.csv")  # the same of the claims about tunings
@@ -226,6 +227,16 @@ def _listed(keys) -> str:
 CHANGES = {  # a question: (claim, components, tuning)
     "references of rows it never saw likelier, nats per token": ("improves", "likelier", "full"),
     "the row's own instruction helps more, nats per token": ("improves", "gain", "full"),
+    "references likelier than after dealt answers, nats per token": (
+        "needs-pairing",
+        "likelier",
+        "full",
+    ),
+    "right answers ranked first more often than after dealt answers, share": (
+        "needs-pairing",
+        "ranked",
+        "full",
+    ),
     "sets moved beyond the noise floor": ("beyond-noise", "neurons", "full"),
     "tuning on MATH alone: its sets moved more than others'": (
         "own-category",
@@ -253,28 +264,31 @@ CHANGES = {  # a question: (claim, components, tuning)
 
 def tunings(folder) -> str:
     """What fine-tuning changed in the real model: the answer in short, and a Markdown row per
-    question of CHANGES: the effect, the same of the control where it was asked, and the verdict,
+    question of CHANGES: the effect, the same of each control where it was asked, and the verdict,
     from notebook 10's tests.
     """
     return f"{in_short(folder)}\n\n{_changes(folder)}"
 
 
 def in_short(folder) -> str:
-    """Did tuning help, and did it move the sets further than mere training? The real model's
-    answers, and those of the pairs of the profile that the folder is of.
+    """Did tuning help, did it move the sets further than its controls, and elsewhere? The real
+    model's answers, and those of the pairs of the profile that the folder is of.
     """
     tests, own = (pd.read_csv(Path(folder) / name) for name in (TUNED[0], PUBLISHED[0]))
     helped = _tests(tests[tests["half"] == "all"], "tuning-improves", "likelier")
     held = {pair: part["supported"].sum() for pair, part in helped.groupby("pair")}
     full = tests[tests["pair"] == "full"]
-    [moved], [apart] = (_whole(full, f"tuning-beyond-{what}") for what in ("continued", "seed"))
+    asked = ("beyond-continued", "beyond-dealt", "beyond-seed", "pairing")
+    moved, wrong, apart, pairing = (_whole(full, f"tuning-{what}")[0] for what in asked)
     others = _whole(own, "alteration-beyond-training")
     listed = "; ".join(f"`{row.pair}`: {_further(row)}" for row in others)
     return (
         f"References that it never saw became likelier in {held['full']} of "
-        f"{helped['category'].nunique()} categories, by the control in {held['continued']}. The "
-        f"sets moved {_further(moved)} ({listed}). Two seeds of the tuning end more alike than "
-        f"tuning and control do, by {_signed(apart)}."
+        f"{helped['category'].nunique()} categories, by mere training in {held[CONTROL]}, by dealt "
+        f"answers in {held[DEALT]}. The sets moved {_further(moved)} ({listed}), and "
+        f"{_further(wrong, 'dealt answers')}. Two seeds of the tuning end more alike than tuning "
+        f"and mere training do, by {_signed(apart)}, and than tuning and dealt answers do, by "
+        f"{_signed(pairing)}."
     )
 
 
@@ -284,11 +298,11 @@ def _whole(tests, name) -> list:
     return list(found[found["half"] == "all"].itertuples())
 
 
-def _further(row) -> str:
+def _further(row, control: str = "mere training") -> str:
     if row.low <= 0 <= row.high:
-        return f"neither further nor less far than by the control: {_signed(row)}"
+        return f"neither further nor less far than by {control}: {_signed(row)}"
     side = "further" if row.effect > 0 else "less far"
-    return f"{side} than by the control, by {_signed(row)}"
+    return f"{side} than by {control}, by {_signed(row)}"
 
 
 def _signed(row) -> str:
@@ -302,11 +316,12 @@ def _changes(folder) -> str:
     tests, verdicts = (pd.read_csv(Path(folder) / name) for name in TUNED)
     verdicts = verdicts.set_index(["id", "components"])["verdict"]
     whole = tests[tests["half"] == "all"]
-    lines = [["both halves together", "tuning", "control", "claim and verdict"]]
+    heads = ["tuning", "mere training", "dealt answers"]
+    lines = [["both halves together", *heads, "claim and verdict"]]
     for said, (ending, component, pair) in CHANGES.items():
         mine = _tests(whole, f"tuning-{ending}", component)
         effects = [
-            effect_cell(mine[mine["pair"] == tuning], null=False) for tuning in (pair, "continued")
+            effect_cell(mine[mine["pair"] == tuning], null=False) for tuning in (pair, *CONTROLS)
         ]
         verdict = verdicts[f"tuning-{ending}", component]
         lines.append([said, *effects, f"`tuning-{ending}` ({component}): {verdict}"])

@@ -344,8 +344,6 @@ class Tunings:
             study.profile = replace(self.plan.profile, resamples=most)
         found = alteration.measured({name: study}, MATTERS[what])
         record[what] = found.table.to_dict("records")
-        if what == "weights":
-            record["bins"] = alteration.weight_bins({name: study}, found).to_dict("records")
         if what == "transplant":
             record["curve"] = alteration.transplant_curve({name: study}).to_dict("records")
         if what in OF_ROWS:

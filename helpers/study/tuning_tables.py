@@ -377,11 +377,12 @@ def budgets(found: Measured, data: pd.DataFrame) -> pd.DataFrame:
 
 
 def recorded(found: Measured, part: str, table: str, rename: bool = False) -> pd.DataFrame:
-    """A table that was made beside the models, of every tuning that has it: of part "changed" the
-    tables churned, layers and categories; of "matter", "transplant", "weights" theirs.
+    """A table that was made beside the models, of every tuning that has it, with its name in the
+    column `tuning`: of part "changed" the tables churned, layers, categories and fates; of
+    "matter", "transplant", "weights" theirs.
     """
     tables = [
-        pd.DataFrame(found.part(f"{part}-{name}")[1][table])
+        pd.DataFrame(found.part(f"{part}-{name}")[1][table]).assign(tuning=name)
         for name in found.runs
         if table in found.part(f"{part}-{name}")[1]
     ]
@@ -439,43 +440,32 @@ def apart(found: Measured) -> pd.DataFrame:
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
 
-def by_layer(found: Measured) -> pd.DataFrame:
-    """Change beyond the noise floor in each layer, by tuning: panel, line, layer, value (floor
-    minus similarity across), low, high, beyond (Benjamini-Hochberg over layers), n.
-    """
-    table = recorded(found, "changed", "layers")
-    if table.empty:
-        return table
-    table = table.drop(columns=["low", "high"])
-    names = {"excess": "value", "excess_low": "low", "excess_high": "high"}
-    table = table.rename(columns=names)
-    table[["line", "panel"]] = table["panel"].str.split(": ", expand=True)
-    return table[["panel", "line", "layer", "value", "low", "high", "beyond", "n"]]
-
-
 def where(found: Measured, name: str = MAIN) -> pd.DataFrame:
-    """Where a tuning changed more than its controls did, by layer and category: panel (the
-    control), category, layer, value (change beyond the noise floor minus the control's), low, high,
-    beyond (told from 0, Benjamini-Hochberg over all cells of a panel), n.
+    """Where a tuning changed more than noise, and more than its controls did, by layer and
+    category: panel, category, layer, value (change beyond the noise floor, minus the control's),
+    low, high, p, n, beyond (told from 0, Benjamini-Hochberg over all cells of a panel).
     """
-    out, category = [], found.rows["category"].to_numpy()
     mine = found.part(f"changed-{name}")[0]
+    nulls = {"beyond noise": 0.0}
     for control in controls_of(name):
         theirs = found.part(f"changed-{control}")[0]
-        if not (mine and theirs):
-            continue
-        cells = []
-        for one in pd.unique(category):
-            at = np.flatnonzero(category == one)
-            pair = (values["layers"][at].astype(float) for values in (mine, theirs))
-            change = found.effect(*pair, at)
-            rows = {"panel": f"beyond {control}", "category": one}
-            rows |= {"layer": range(len(change.difference)), "value": change.difference}
-            rows |= {"low": change.low, "high": change.high, "p": change.p, "n": len(at)}
-            cells.append(pd.DataFrame(rows))
-        cells = pd.concat(cells, ignore_index=True)
-        out.append(cells.assign(beyond=adjust(cells["p"].to_numpy(), "bh") < LEVEL))
-    return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
+        nulls |= {f"beyond {control}": theirs["layers"].astype(float)} if theirs else {}
+    panels = [_cells(found, mine["layers"], nulls[panel], panel) for panel in nulls if mine]
+    return pd.concat(panels, ignore_index=True) if panels else pd.DataFrame()
+
+
+def _cells(found, layers, null, panel):
+    """One panel of `where`: layers [I, L] minus their null, by category."""
+    change, category = layers.astype(float) - null, found.rows["category"].to_numpy()
+    rows = []
+    for one in pd.unique(category):
+        at = np.flatnonzero(category == one)
+        effect = found.effect(change[at], np.zeros_like(change[at]), at)
+        row = {"panel": panel, "category": one, "layer": range(change.shape[1])}
+        row |= {"value": effect.difference, "low": effect.low, "high": effect.high}
+        rows.append(pd.DataFrame(row | {"p": effect.p, "n": len(at)}))
+    table = pd.concat(rows, ignore_index=True)
+    return table.assign(beyond=adjust(table["p"].to_numpy(), "bh") < LEVEL)
 
 
 def trajectories(found: Measured) -> pd.DataFrame:
