@@ -100,6 +100,16 @@ def test_kernels_share_no_ports(tmp_path, out):
     assert not any(Path(ip).parent.exists() for _, ip in seen)
 
 
+def test_a_plan_refuses_what_the_chain_would(monkeypatch, capsys):
+    """After the costs: they are known, whatever the rows."""
+    few = replace(load_profile("tiny"), ablation_rows=4)
+    monkeypatch.setattr(command, "load_profile", lambda name: few)
+    assert command.main(["plan"]) == 1
+    said = capsys.readouterr()
+    assert "ablated sequences" in said.out
+    assert "on 4 rows of a category and half" in said.err
+
+
 def test_a_failed_notebook_leaves_the_former_result(tmp_path, out):
     """The cell is named as the page numbers it: the one that sets parameters is not counted."""
     target = out / "notebooks" / "bad.ipynb"
@@ -116,6 +126,23 @@ def test_a_failed_notebook_leaves_the_former_result(tmp_path, out):
     book(source, "print(1)")
     run(source)
     assert not target.with_suffix(".failed.ipynb").exists()
+
+
+def test_a_failed_run_keeps_no_output_of_a_cell_that_never_ran(tmp_path, out):
+    """A committed page's outputs would be taken for this run's."""
+    source = book(tmp_path / "bad.ipynb", "1 / 0", "print(2)")
+    committed = nbformat.read(source, 4)
+    for cell in committed.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [nbformat.v4.new_output("stream", text="of another run")]
+            cell.execution_count = 7
+    nbformat.write(committed, source)
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        run(source)
+    failed = nbformat.read(out / "notebooks" / "bad.failed.ipynb", 4)
+    assert "of another run" not in nbformat.writes(failed)
+    last = failed.cells[-1]
+    assert (last.source, last.outputs, last.execution_count) == ("print(2)", [], None)
 
 
 def test_a_kernel_that_dies_is_one_clear_error(tmp_path, out):

@@ -249,5 +249,5 @@ def test_a_gguf_has_no_revision(file):
     ("kind", "bits"), [("MXFP4", 4), ("NVFP4", 4), ("IQ2_XXS", 2), ("TQ1_0", 1), ("Q6_K", 6)]
 )
 def test_every_kind_of_packed_weights_is_said_to_be_packed(kind, bits):
-    found = gguf_files.quantised(["F32", kind, "BF16", "I8"])
+    found = gguf_files.quantised([("F32", 9), (kind, 3), ("BF16", 9), ("I8", 9), ("Q8_0", 2)])
     assert gguf_files.note_of(found).startswith(f"{bits}-bit weights ({kind}) dequantised")

@@ -167,6 +167,14 @@ def test_halves_and_categories_must_balance(tmp_path):
     assert validate(write(tmp_path / "x.jsonl", []))[1] == [(0, "no rows")]
 
 
+def test_one_fault_is_one_and_what_no_line_has_names_none(tmp_path):
+    rows = [row(i) for i in range(6)]
+    with pytest.raises(UserError, match=r"x\.jsonl has 1 fault: unbalanced"):
+        load(write(tmp_path / "x.jsonl", [*rows, row(6)]))
+    with pytest.raises(UserError, match=r"x\.jsonl has 2 faults: line 7: duplicate id"):
+        load(write(tmp_path / "x.jsonl", [*rows, row(5)]))
+
+
 def test_bad_bytes_are_a_fault_not_a_crash(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(json.dumps(row()).encode() + b"\n\xff\xfe\n")
@@ -310,7 +318,7 @@ def test_the_loader_gives_a_frame_or_one_clear_error(tmp_path):
         load_hexainst(dataset=path, subset="small")
     with pytest.raises(UserError, match="no file .*absent.jsonl"):
         load(tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match="has 1 faults: line 2: unknown category 'X'"):
+    with pytest.raises(UserError, match="has 1 fault: line 2: unknown category 'X'"):
         load(write(path, [row(1), row(2, category="X")]))
 
 

@@ -1,6 +1,7 @@
 """Ablations of a study, on a model whose critical neurons are known (see helpers.study.planted)."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -13,12 +14,14 @@ from helpers import bars
 from helpers.analysis.dose import hinge
 from helpers.capture import budget
 from helpers.capture.interventions import Places, ablate
+from helpers.capture.tokens import Encoded, encode
 from helpers.hexainst.schema import CATEGORIES
 from helpers.record import NotTestable, UserError
 from helpers.study import grid, planted
 from helpers.study import needed as needed_room
-from helpers.study.evaluate import ablation_matrix, gain_lost
+from helpers.study.evaluate import ablation_matrix, damage_split, gain_lost, nll
 from helpers.study.needed import (
+    TESTED,
     Needed,
     ablations,
     groups_of,
@@ -65,9 +68,16 @@ def test_sentences_say_of_which_categories_a_test_was_made():
     assert "1 of 2 categories tested (a)" in " ".join(sentences({"p": one}))
 
 
+def worded_study(**settings):
+    """The planted study with a word behind the instruction."""
+    study = planted.study(**SETTINGS | settings)
+    study.profile = replace(study.profile, template="say: {instruction}\nso: ")
+    return study
+
+
 def read_by(experiment, ledger, **settings) -> int:
     """Rows read under an ablation by one experiment of a study that remembers nothing."""
-    one = Needed(planted.study(**SETTINGS | settings))
+    one = Needed(worded_study(**settings))
     if experiment == "grid":
         one.study.once(("checkpoint", "tuned"), lambda: {"weights": None})
         for cell in product(one.profile.scores, one.profile.sizes, one.halves):
@@ -180,6 +190,54 @@ def test_gain_lost_is_what_two_losses_say(needed):
     crossed = ablation_matrix(other, masks, "zero").to_numpy()
     assert np.allclose(lost, own - crossed, atol=1e-5)
     assert own.min() > 0.1
+
+
+@pytest.fixture(scope="module")
+def worded():
+    return Needed(worded_study())
+
+
+def test_damage_is_split_by_what_is_left_without_an_instruction(worded):
+    """Whole and language are the rises of two losses, each by `nll` with the set ablated by hand;
+    following is the rest.
+    """
+    here = worded.here("A").category("CODE")
+    mask = circuit(worded.study)["CODE"]
+    model, tokenizer = here.model()
+    bare = [f"say: \nso: {reference}" for reference in here.rows["reference"]]
+    lone = encode(tokenizer, bare)
+    end = tokenizer.eos_token_id
+    read = []
+    for one, reference in zip(lone, here.rows["reference"], strict=True):
+        size = len(tokenizer(reference, add_special_tokens=False)["input_ids"])
+        counted = (False,) * (len(one.ids) - size) + (True,) * (size + 1)
+        read.append(Encoded((*one.ids, end), counted))
+    risen = []
+    for encoded in (here.encoded("reference"), read):
+        before = nll(model, encoded)
+        with ablate(model, mask, "zero"):
+            risen.append(nll(model, encoded) - before)
+    found = damage_split(here, {"own": mask})
+    assert np.allclose(found["whole"][:, 0], risen[0], atol=1e-5)
+    assert np.allclose(found["language"][:, 0], risen[1], atol=1e-5)
+    assert np.allclose(found["following"][:, 0], risen[0] - risen[1], atol=1e-5)
+    assert np.abs(risen[0]).max() > 0.1
+
+
+def test_a_split_is_beyond_random_sets_and_its_parts_add_up(worded):
+    table = worded.split()
+    whole = table[table["measured on"] == "all"].set_index(["score", "damage"])["critical"]
+    for score in TESTED:
+        parts = whole[score]
+        assert parts["whole"] == pytest.approx(parts["language"] + parts["following"])
+        key = f"ablation.split.{score}.all.following"
+        assert worded.numbers[f"{key}.critical"] == parts["following"]
+        assert worded.numbers[f"{key}.critical_ci"][0] <= parts["following"]
+    assert set(table["measured on"]) == {"all", "A", "B"}
+
+
+def test_a_template_that_says_nothing_behind_the_instruction_leaves_no_split(needed):
+    assert needed.split().empty
 
 
 def test_an_ablation_at_the_response_alone_is_that_of_a_hook_there(needed):

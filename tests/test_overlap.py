@@ -24,6 +24,7 @@ from helpers.analysis.wordings import (
 from helpers.config import Pair, Profile
 from helpers.hexainst.corpus import predict_category, wordings
 from helpers.plots import overlap as figures
+from helpers.record import NotTestable
 from helpers.study import equal_length, ledger, overlap
 from helpers.study import study as study_room
 from helpers.study.study import Study
@@ -315,6 +316,26 @@ def test_short_instructions_are_not_testable_at_equal_length(tmp_path, monkeypat
     assert left.numbers == {"pair": {}}
     assert "not testable" in overlap.shown(left.table, ["smallest"]).to_string()
     assert overlap.waterfall(pairs, left).empty
+
+
+def test_a_category_without_a_long_instruction_is_named_at_equal_length(tmp_path, monkeypatch):
+    """What is left would be said of the other category alone; where only a half lacks it, of the
+    other half and of both together it can be said.
+    """
+    [one] = (pairs := study_of(tmp_path, monkeypatch)).values()
+    assert len(one.long) == len(one.labels)
+    here = (one.labels == "SUM") & one.halves["A"]
+    monkeypatch.setattr(one, "lengths", np.where(here, 15, one.lengths))
+    with pytest.raises(NotTestable, match="pair: no instruction of SUM has 16 tokens"):
+        one.longer(16, "A")
+    assert len(one.longer(16, "B")) == one.halves["B"].sum()
+    assert one.longer(16).tolist() == np.flatnonzero(~here).tolist()
+    monkeypatch.setattr(one, "lengths", np.where(one.labels == "SUM", 15, one.lengths))
+    for measure in (overlap.first_left_over, overlap.left_over):
+        left = overlap.measured(pairs, measure)
+        assert left.table["note"].str.contains("no instruction of SUM has 16 tokens").all()
+        assert left.numbers == {"pair": {}}
+    assert "no instruction of SUM has 16" in overlap.over_length(pairs, (16,))["note"][0]
 
 
 def test_one_wording_to_a_category_is_a_note_and_an_empty_figure_not_an_error(

@@ -119,11 +119,17 @@ def test_summary_parts_of_other_settings_are_refused(tmp_path, monkeypatch):
     other = Profile("mine", "tiny", PROFILE.pairs, seed=7)
     with pytest.raises(RecordMismatch, match="settings.seed = 0, this run has 7"):
         summary.read_parts(other, ["05_x"])
+    threaded = Profile("mine", "tiny", PROFILE.pairs, threads=2)
+    assert summary.read_parts(threaded, ["05_x"]) == summary.read_parts(PROFILE, ["05_x"])
 
 
 def test_damaged_summary_parts_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "results_dir", lambda name: tmp_path / name)
     good = summary.stamp(PROFILE)
+    odd = good | {"settings": [], "pairs": {}}
+    record.write_json(tmp_path / "mine/summary/05_x.json", odd)
+    with pytest.raises(RecordMismatch, match="settings"):
+        summary.read_parts(PROFILE, ["05_x"])
     for part in ([], None, {}, good, good | {"pairs": []}, good | {"pairs": {"b": {}}}):
         record.write_json(tmp_path / "mine/summary/05_x.json", part)
         with pytest.raises(DamagedFile, match=r"05_x\.json"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.metadata import version
@@ -216,19 +217,23 @@ def header(file: Path) -> dict:
         )
     return {
         "architecture": architecture,
-        "elements": sum(prod(int(n) for n in t.shape) for t in reader.tensors),
-        "quantised": quantised([t.tensor_type.name for t in reader.tensors]),
+        "elements": int(sum(prod(t.shape) for t in reader.tensors)),
+        "quantised": quantised([(t.tensor_type.name, prod(t.shape)) for t in reader.tensors]),
     }
 
 
-def quantised(kinds: list[str]) -> str | None:
-    """The commonest kind of tensor that holds blocks of few bits; None if all hold plain numbers.
+def quantised(tensors: list[tuple[str, int]]) -> str | None:
+    """Of (kind, elements) of each tensor, the kind that holds most weights in blocks of few bits;
+    None if all hold plain numbers.
 
-    >>> quantised(["F32", "Q4_1", "Q4_1", "Q8_0"]), quantised(["BF16", "I32"])
-    ('Q4_1', None)
+    >>> quantised([("F32", 9), ("Q4_1", 2), ("Q4_1", 2), ("Q8_0", 5)]), quantised([("BF16", 1)])
+    ('Q8_0', None)
     """
-    packed = [kind for kind in kinds if not PLAIN.fullmatch(kind)]
-    return max(sorted(set(packed)), key=packed.count) if packed else None
+    held = Counter()
+    for kind, elements in tensors:
+        held[kind] += 0 if PLAIN.fullmatch(kind) else int(elements)
+    packed = [kind for kind, elements in held.items() if elements]
+    return max(sorted(packed), key=held.get) if packed else None
 
 
 def note_of(kind: str | None) -> str:

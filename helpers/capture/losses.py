@@ -14,7 +14,8 @@ from .budget import reading
 from .counter import ROUNDING
 from .sites import UnreadableModel, input_device, returning_dicts
 
-CELLS = 2**22  # logits made at a time (16 MiB): as many tokens as that allows, one at least
+CELLS = 2**22  # logits made at a time (16 MiB): as many tokens as that allows,
+LEAST = 128  # and these at least: fewer do not fill a processor (128 MiB at 262,144 words)
 MULTIPLY, DIVIDE, CAP = (
     ("logit_scale", "lm_head_multiplier"),
     ("logits_scaling",),
@@ -78,7 +79,7 @@ def token_losses(model, hidden, ids, mask) -> torch.Tensor:
     at = mask[:, 1:].bool()  # [B, T-1]
     states = hidden[:, :-1][at.to(hidden.device)]  # [n, D]
     wanted = ids[:, 1:][at.to(ids.device)].to(hidden.device)
-    step = max(1, CELLS // model.get_output_embeddings().weight.shape[0])
+    step = max(LEAST, CELLS // model.get_output_embeddings().weight.shape[0])
 
     def some(states, wanted):
         return F.cross_entropy(_logits(model, states, *shape), wanted, reduction="none")

@@ -258,15 +258,20 @@ def remarks(rows: list[dict]) -> list[str]:
     return said
 
 
+def number_of(faults) -> str:
+    """How many, in words: "1 fault", "2 faults"."""
+    return f"{len(faults)} fault{'' if len(faults) == 1 else 's'}"
+
+
 def load(path) -> pd.DataFrame:
     """Validated rows of one JSONL file, columns as SCHEMA. Raises UserError that shows the first
     faults.
     """
     rows, faults = validate(path)
     if faults:
-        shown = "; ".join(f"line {number}: {fault}" for number, fault in faults[:3])
+        shown = "; ".join(f"line {n}: {fault}" if n else fault for n, fault in faults[:3])
         raise UserError(
-            f"{short(path)} has {len(faults)} faults: {shown}. "
+            f"{short(path)} has {number_of(faults)}: {shown}. "
             f"`{COMMAND} validate {short(path)}` prints all."
         )
     return pd.DataFrame(rows, columns=list(SCHEMA))

@@ -154,9 +154,12 @@ def run_check(options) -> int:
 @command("plan", PROFILE)
 def run_plan(options) -> int:
     """Print what a profile will cost, from its configurations alone."""
+    from .chain import refuse_few_rows
     from .plan import plan
 
-    print(plan(load_profile(options.profile)).T.to_string(float_format="{:,.2f}".format))
+    profile = load_profile(options.profile)
+    print(plan(profile).T.to_string(float_format="{:,.2f}".format))
+    refuse_few_rows(profile)
     return 0
 
 
@@ -407,7 +410,7 @@ def run_validate(options) -> int:
     for remark in [] if faults else schema.remarks(rows):
         print(f"{options.file}: {remark}")
     note = "" if options.run_code else "; no CODE reference was executed"
-    print(f"{len(rows)} rows read, {len(faults)} faults{note}")
+    print(f"{len(rows)} rows read, {schema.number_of(faults)}{note}")
     return 1 if faults else 0
 
 

@@ -224,7 +224,8 @@ def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> l
     """Execute the notebooks in order, profile.jobs of a group at a time, add what they cost to
     summary.json, say where to look; the executed files, in the order of `paths`.
     """
-    _refuse_few_rows(profile, paths)
+    if any(path.stem == "06_ablation" for path in paths):
+        refuse_few_rows(profile)
     chain, start = Chain(profile, groups(paths, together), parameters), time.perf_counter()
     with chain.alone(), household() as folder:
         run_stoppable(lambda: chain.run(folder), folder, chain.interrupt)
@@ -234,10 +235,8 @@ def run(profile: Profile, paths: list[Path], parameters: dict, together=()) -> l
     return [chain.books[path].target for path in paths]
 
 
-def _refuse_few_rows(profile: Profile, paths: list[Path]) -> None:
+def refuse_few_rows(profile: Profile) -> None:
     """Notebook 06 can give no interval of so few, and would say so only when its turn comes."""
-    if all(path.stem != "06_ablation" for path in paths):
-        return
     from ..study.study import rows_of  # torch, which the chain itself does not need
 
     sizes = rows_of(profile).groupby(["fold", "category"], sort=False).size()

@@ -135,6 +135,14 @@ def save(book, path: Path) -> None:
         draft.write_text(nbformat.writes(book) + "\n", "utf-8", errors="backslashreplace")
 
 
+def unexecuted(book):
+    """The notebook without outputs: those of cells that never ran would be taken for the run's."""
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return book
+
+
 class Execution:
     """One notebook on its way into `target`.
 
@@ -147,7 +155,7 @@ class Execution:
         self.path, self.target, self.name = path, target, path.stem
         self.failed, self.log = target.with_suffix(".failed.ipynb"), target.with_suffix(".log")
         self.ledger = target.with_suffix(".tokens.jsonl").absolute()
-        self.book, self.at = with_parameters(path, parameters), 0
+        self.book, self.at = unexecuted(with_parameters(path, parameters)), 0
         self.client, self.interrupted = None, False
 
     async def run(self, folder: Path, progress: Progress) -> float:

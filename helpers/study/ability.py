@@ -13,8 +13,10 @@ from ..capture.loading import check_pair
 from ..capture.tokens import encode
 from ..hexainst.checkers import bare
 from ..hexainst.corpus import few_of_many, text, texts, wordings
+from ..record import NotTestable
 from .answers import new_tokens
 from .evaluate import nll, scored
+from .reading import encode_bare
 from .study import Study
 
 NEIGHBOURS = (-2, -1, 1, 2)  # of a row, among those of its category and half: its distractors
@@ -189,17 +191,14 @@ def _losses(study, variant, pairs) -> np.ndarray:
 
 
 def _after_nothing(study, variant) -> np.ndarray:
-    """Loss per token of each reference after the template around nothing, [I]; NaN where no word
-    of the template stands behind the instruction: then nothing would be read.
+    """Loss per token of each reference after the template around nothing, [I]; NaN where nothing
+    would be read.
     """
-    head, tail = study.template.split("{instruction}")
-    words = tail.rstrip()
-    if not words.strip():
-        return np.full(len(study.rows), np.nan)
     model, tokenizer = study.model(variant)
-    around = head + "{instruction}" + tail[len(words) :]
-    answers = study.rows["reference"].to_list()
-    encoded = encode(tokenizer, [words] * len(answers), template=around, responses=answers)
+    try:
+        encoded = encode_bare(tokenizer, study.rows, study.template)
+    except NotTestable:
+        return np.full(len(study.rows), np.nan)
     return nll(model, encoded, study.profile.batch_tokens)
 
 

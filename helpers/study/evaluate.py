@@ -16,6 +16,7 @@ from ..capture.tokens import Encoded, encode, list_of, refuse_unknown
 from ..hexainst.checkers import check
 from ..record import UserError
 from .losses import Losses
+from .reading import encode_bare, with_end
 
 ROUNDING = 1e-6  # nats per token: how far losses of sets that share a pass are from those alone
 WHERE = ("everywhere", "all but the first", "prompt", "response")  # where an ablation acts
@@ -256,16 +257,34 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
     has one row gain nothing and lose nothing. (Ours.)
     """
     rows = study.rows
-    proven_head(study.model(variant)[0])
     after = rows.groupby("category")["instruction"].transform(lambda x: np.roll(x, -1))
     given = rows.groupby("category")["input"].transform(lambda x: np.roll(x, -1))
     other = study.reading_of(rows.assign(instruction=after, input=given), variant)
-    risen = []  # of the loss, after its own instruction and after the other one, [sets, I] each
-    for encoded in (study.encoded("reference", variant), other):
-        intact = _intact(study, encoded, variant)
-        under = _ablated(study, encoded, masks, operator, variant)
-        risen.append(np.array([losses - intact for losses in under.values()]))
-    return (risen[0] - risen[1]).reshape(len(masks), len(rows)).T
+    own = study.encoded("reference", variant)
+    return np.subtract(*(_risen(study, read, masks, operator, variant) for read in (own, other)))
+
+
+def damage_split(
+    study, masks: dict, operator: str = "zero", variant: str = "tuned"
+) -> dict[str, np.ndarray]:
+    """What each ablated set does to the loss of references, in two parts, nats per reference token,
+    [I, sets] each: "whole", after the row's own instruction; "language", after the template around
+    nothing; "following", the rest of the whole. Raises NotTestable: see `encode_bare`. (Ours.)
+    """
+    tokenizer = study.model(variant)[1]
+    bare = with_end(tokenizer, encode_bare(tokenizer, study.rows, study.template))
+    own = study.encoded("reference", variant)
+    whole, language = (_risen(study, read, masks, operator, variant) for read in (own, bare))
+    return {"whole": whole, "language": language, "following": whole - language}
+
+
+def _risen(study, encoded, masks, operator, variant) -> np.ndarray:
+    """By how much each ablated set raises the losses of what is read, [I, sets]."""
+    proven_head(study.model(variant)[0])
+    intact = _intact(study, encoded, variant)
+    under = _ablated(study, encoded, masks, operator, variant)
+    risen = [losses - intact for losses in under.values()]
+    return np.array(risen).reshape(len(masks), len(study.rows)).T
 
 
 def _believable(increase, name, may_be_inert, rounding=0.0):

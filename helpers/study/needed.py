@@ -30,7 +30,15 @@ from ..capture.interventions import ablate
 from ..hexainst.corpus import texts
 from ..record import NotTestable
 from .ablation import KINDS, measure, own_effect, pooled, spared
-from .evaluate import WHERE, ablation_matrix, accuracy, gain_lost, plain_text_nll, scored
+from .evaluate import (
+    WHERE,
+    ablation_matrix,
+    accuracy,
+    damage_split,
+    gain_lost,
+    plain_text_nll,
+    scored,
+)
 from .experts import NEIGHBOURS
 from .scores import reference_activations, sets_of, standing, written
 from .sets import MASSIVE, largest_outputs
@@ -384,21 +392,50 @@ class Needed:
             for half in self.halves:
                 own = self._masks(score, half)
                 drawn = self.controls(own, self.profile.controls)
-                parts[half] = self._gains(self.here(half), own, drawn)
+                parts[half] = self._drawn_effects(self.here(half), own, drawn, gain_lost)
             table = self.by_category(f"ablation.gain.{score}", parts, "lost")
             tables.append(table.assign(score=score))
         return pd.concat(tables, ignore_index=True)
 
-    def _gains(self, here, own, drawn) -> dict:
+    def _drawn_effects(self, here, own, drawn, effect) -> dict:
+        """`effect(study, masks)` [I, sets] of each category's rows under its own set and its random
+        ones.
+        """
         count = self.profile.controls
         found = {"own": np.zeros((len(here.rows), 1))}
         found["random"] = np.zeros((len(here.rows), count))
         for category, mask in own.items():
             at = (here.rows["category"] == category).to_numpy()
             masks = {"own": mask} | dict(enumerate(drawn[category]))
-            lost = gain_lost(here.take(at), masks)
-            found["own"][at], found["random"][at] = lost[:, :1], lost[:, 1:]
+            values = effect(here.take(at), masks)
+            found["own"][at], found["random"][at] = values[:, :1], values[:, 1:]
         return found | {"labels": here.labels.astype(np.int32)}
+
+    def split(self) -> pd.DataFrame:
+        """What each score's sets do beyond random ones, and how much of it is there without any
+        instruction (language) and how much is not (following); see damage_split. Empty where the
+        template leaves nothing to be read without an instruction.
+        """
+        rows = []
+        for score in TESTED:
+            for name in ("whole", "language", "following"):
+                try:
+                    parts = {half: self._split(score, half, name) for half in self.halves}
+                except NotTestable:
+                    return pd.DataFrame()
+                for level, arrays, groups, _ in self.levels(parts):
+                    found = self._critical(arrays, groups)
+                    self._keep(f"ablation.split.{score}.{level}.{name}", found, SPLIT)
+                    row = {"pair": self.study.name, "score": score, "damage": name}
+                    rows.append(row | {"measured on": level} | found)
+        return pd.DataFrame(rows)
+
+    def _split(self, score, half, name) -> dict:
+        own = self._masks(score, half)
+        drawn = self.controls(own, self.profile.controls)
+        return self._drawn_effects(
+            self.here(half), own, drawn, lambda here, masks: damage_split(here, masks)[name]
+        )
 
     def own_part(self) -> pd.DataFrame:
         """The frequency sets' own part (members of at most half of the sets), against random ones;
@@ -680,6 +717,7 @@ def ablations(profile, categories: int, experts: int = 0) -> dict[str, int]:
         "by_consensus": (2 + sparse) * (full + own * drawn + everywhere),
         "doses": len(TESTED) * sizes * own * (1 + few) + 3 * sizes * own,
         "following": 2 * len(TESTED) * own * (1 + drawn),
+        "split": 2 * len(TESTED) * own * (1 + drawn),  # half of it is read for `following`
         "own_part": own * (1 + drawn),
         "parts": len(PARTS) * len(TESTED) * own * (1 + few),
         "pseudo": (1 + len(GROUPINGS)) * 2 * full,
@@ -756,6 +794,7 @@ CHOSEN = {  # kinds of consensus sets, as titles of panels say them
 }
 MATRICES = ("matrix", "control_matrix")
 EFFECTS = ("critical", "specificity")
+SPLIT = ("critical", "critical_ci", "p_sets")
 EQUAL = (
     "critical",
     "p_critical",

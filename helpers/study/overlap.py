@@ -129,9 +129,21 @@ class Overlap:
     @property
     def long(self) -> np.ndarray:
         """Places of the instructions with as many tokens as equal length draws, int [I']."""
-        found = np.flatnonzero(self.lengths >= DRAWN)
-        if not len(found):
-            raise NotTestable(f"{self.study.name}: no instruction has {DRAWN} tokens to draw from.")
+        return self.longer(DRAWN)
+
+    def longer(self, size: int, half: str = "all") -> np.ndarray:
+        """Places of a half's instructions with `size` tokens or more, int [I']. Raises NotTestable
+        where a category has none: what is left would be said of fewer categories than were asked.
+        """
+        here = self.halves[half]
+        found = np.flatnonzero((self.lengths >= size) & here)
+        some = set(self.labels[found])
+        short = [str(c) for c in dict.fromkeys(self.labels[here]) if c not in some]
+        if short:
+            whose = f"of {', '.join(short)} " if some else ""
+            raise NotTestable(
+                f"{self.study.name}: no instruction {whose}has {size} tokens to draw from."
+            )
         return found
 
     def equal(self, variant: str, unit: str, rule: str = "quantile") -> np.ndarray:
@@ -428,7 +440,7 @@ def _first(overlap, half):
 
 def _drawn(overlap, half):
     """(index of the half's rows among those that are drawn, their places among all)."""
-    chosen = overlap.halves[half][overlap.long]
+    chosen = np.isin(overlap.long, overlap.longer(DRAWN, half))
     return np.ix_(chosen, chosen), overlap.long[chosen]
 
 
@@ -808,15 +820,15 @@ def over_length(overlaps: dict, sizes=equal_length.SIZES) -> pd.DataFrame:
     for pair, overlap in overlaps.items():
         for size in sizes:
             found = attempt(partial(_gaps_at, overlap, size, sizes))
-            rows.append({"pair": pair, "positions": size, "note": ""} | found)
+            place = {"pair": pair, "positions": size, "note": ""}
+            rows.append(place | {"instructions": int((overlap.lengths >= size).sum())} | found)
     return pd.DataFrame(rows)
 
 
 def _gaps_at(overlap, size, sizes) -> dict:
-    found, which = overlap.drawn("tuned", size, sizes), np.flatnonzero(overlap.lengths >= size)
+    which, found = overlap.longer(size), overlap.drawn("tuned", size, sizes)
     y, names = overlap.labels[which], overlap.wordings[which]
-    gaps = {f"gap, {unit}": wording_overlap_of(S, y, names) for unit, S in found.items()}
-    return {"instructions": len(which), **gaps}
+    return {f"gap, {unit}": wording_overlap_of(S, y, names) for unit, S in found.items()}
 
 
 # ---- in words

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..capture.tokens import Encoded, encode
 from ..hexainst.corpus import texts
-from ..record import UserError
+from ..record import NotTestable, UserError
 
 COUNTED = ("prompt", "response", "generated", "prompt-even", "prompt-odd")
 POSITIONS = (*COUNTED, "reference", "all")
@@ -79,6 +79,19 @@ def same_beginning(marked: list[Encoded], whole: list[Encoded]) -> None:
                 "positions are not defined. Use a template with text or a new line after "
                 "{instruction}."
             )
+
+
+def encode_bare(tokenizer, rows, template: str) -> list[Encoded]:
+    """The references after the template around nothing, their tokens counted: what is left of a
+    loss without any instruction. Raises NotTestable where no word of the template stands behind
+    the instruction: then nothing would be read. (Ours.)
+    """
+    head, tail = template.split("{instruction}")
+    words = tail.rstrip()
+    if not words.strip():
+        raise NotTestable("no word of the template stands behind the instruction.")
+    around, references = head + "{instruction}" + tail[len(words) :], list(rows["reference"])
+    return encode(tokenizer, [words] * len(rows), template=around, responses=references)
 
 
 def with_end(tokenizer, encoded: list[Encoded]) -> list[Encoded]:

@@ -27,6 +27,13 @@ def stamp(profile) -> dict:
     return {"profile": profile.name, "settings": settings, "versions": versions()}
 
 
+def _threadless(record: dict) -> dict:
+    settings = record.get("settings")
+    if not isinstance(settings, dict):
+        return record
+    return record | {"settings": {k: v for k, v in settings.items() if k != "threads"}}
+
+
 def _part(profile, notebook: str) -> Path:
     return results_dir(profile.name) / "summary" / f"{checked(notebook, 'notebook')}.json"
 
@@ -53,13 +60,14 @@ def _missing(value):
 
 def read_parts(profile, notebooks) -> dict[str, dict]:
     """The merged headline numbers of several notebooks: {pair: {key: value}}; refuses parts of
-    other settings. A pair that a notebook left out (a model without a base) has none from it.
+    other settings (how many threads computed them decides nothing). A pair that a notebook left out
+    (a model without a base) has none from it.
     """
     merged = {pair.name: {} for pair in profile.pairs}
     for notebook in notebooks:
         path = _part(profile, notebook)
         part = read_record(path, {"pairs": dict})
-        verify(part, stamp(profile), path)
+        verify(_threadless(part), _threadless(stamp(profile)), path)
         for pair, numbers in part["pairs"].items():
             if pair not in merged or not isinstance(numbers, dict):
                 raise DamagedFile(
