@@ -165,8 +165,6 @@ def test_each_change_by_tuning_takes_its_effect_from_its_own_test(tmp_path):
         dealt = cell(name, component, "dealt")
         assert found[said] == [cell(name, component, pair), mere, dealt, verdict]
     assert findings.CHANGES["sets moved beyond the noise floor"][0] == "beyond-noise"
-    alone = "tuning on MATH alone: its sets moved more than others'"
-    assert findings.CHANGES[alone] == ("own-category", "neurons", "alone")
 
 
 def test_in_short_says_which_way_it_went_and_counts_the_categories(tmp_path):

@@ -229,6 +229,10 @@ def test_a_split_is_beyond_random_sets_and_its_parts_add_up(worded):
     whole = table[table["measured on"] == "all"].set_index(["score", "damage"])["critical"]
     for score in TESTED:
         parts = whole[score]
+        beyond = table[table["score"] == score]
+        assert (beyond["own"] - beyond["random"]).tolist() == pytest.approx(
+            beyond["critical"].tolist()
+        )
         assert parts["whole"] == pytest.approx(parts["language"] + parts["following"])
         key = f"ablation.split.{score}.all.following"
         assert worded.numbers[f"{key}.critical"] == parts["following"]

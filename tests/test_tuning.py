@@ -627,7 +627,10 @@ def test_beside_a_control_a_tunings_components_are_compared_row_by_row(measured)
 def test_what_is_kept_row_by_row_has_the_means_of_its_table(measured):
     _, found = measured
     for name in found.runs:
-        for part, whats in (("matter", ("gained", "kept", "lost")), ("transplant", ("forward",))):
+        for part, whats in (
+            ("matter", ("gained", "kept", "lost")),
+            ("transplant", ("forward", "reverse")),
+        ):
             arrays, record = found.part(f"{part}-{name}")
             stated = {(row["what"], row["half"]): row for row in record[part]}
             for what in whats:
@@ -671,12 +674,14 @@ def test_where_a_tuning_changed_more_is_its_change_minus_the_controls_cell_by_ce
         assert row["low"] <= row["value"] <= row["high"]
     assert set(table["panel"]) == {f"beyond {name}" for name in ("noise", *tuned.CONTROLS)}
     assert len(table) == 3 * 2 * len(set(category))
-    layers = found.part("changed-full")[1]["layers"]
+    fates = found.part("changed-full")[1]["fates"]
     change = found.part("changed-full")[0]["layers"].astype(float).mean(0)
-    assert change == pytest.approx([row["excess"] for row in layers], abs=1e-3)
-    for row, layer in zip(found.part("changed-full")[1]["fates"], layers, strict=True):
-        assert row["kept"] + row["gained"] + row["lost"] == pytest.approx(1)
-        assert row["floor"] == pytest.approx(layer["floor"])
+    assert change == pytest.approx([row["floor"] - row["kept"] for row in fates], abs=1e-3)
+    assert all(row["kept"] + row["gained"] + row["lost"] == pytest.approx(1) for row in fates)
+    for _, panel in table.groupby("panel"):
+        told, others = panel[panel["beyond"]]["p"], panel[~panel["beyond"]]["p"]
+        assert (told < 0.05).all()
+        assert told.empty or others.empty or told.max() <= others.min()
 
 
 def test_the_page_has_its_tables_and_sentences(measured):

@@ -232,18 +232,8 @@ CHANGES = {  # a question: (claim, components, tuning)
         "likelier",
         "full",
     ),
-    "right answers ranked first more often than after dealt answers, share": (
-        "needs-pairing",
-        "ranked",
-        "full",
-    ),
     "sets moved beyond the noise floor": ("beyond-noise", "neurons", "full"),
-    "tuning on MATH alone: its sets moved more than others'": (
-        "own-category",
-        "neurons",
-        "alone",
-    ),
-    "the most moved tenth carries more of the tuning than random tenths, nats": (
+    "the most moved tenth lowers the loss more than random tenths, nats": (
         "transplant",
         "forward",
         "full",
@@ -253,12 +243,8 @@ CHANGES = {  # a question: (claim, components, tuning)
         "gained",
         "full",
     ),
-    "losing what stayed in a set costs more than random neurons, nats": ("matter", "kept", "full"),
-    "change in weights goes with change in frequency, rank correlation": (
-        "weights",
-        "neurons",
-        "full",
-    ),
+    "that minus the same after mere training, nats": ("matter-beyond", "continued", "full"),
+    "that minus the same after dealt answers, nats": ("matter-beyond", "dealt", "full"),
 }
 
 

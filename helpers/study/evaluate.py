@@ -267,9 +267,9 @@ def gain_lost(study, masks: dict, operator: str = "zero", variant: str = "tuned"
 def damage_split(
     study, masks: dict, operator: str = "zero", variant: str = "tuned"
 ) -> dict[str, np.ndarray]:
-    """What each ablated set does to the loss of references, in two parts, nats per reference token,
-    [I, sets] each: "whole", after the row's own instruction; "language", after the template around
-    nothing; "following", the rest of the whole. Raises NotTestable: see `encode_bare`. (Ours.)
+    """What each ablated set does to the loss of references, nats per reference token, [I, sets]
+    each: "whole", after the row's own instruction; "language", after the template around nothing;
+    "following", the first minus the second. Raises NotTestable: see `encode_bare`. (Ours.)
     """
     tokenizer = study.model(variant)[1]
     bare = with_end(tokenizer, encode_bare(tokenizer, study.rows, study.template))

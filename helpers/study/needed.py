@@ -412,8 +412,8 @@ class Needed:
         return found | {"labels": here.labels.astype(np.int32)}
 
     def split(self) -> pd.DataFrame:
-        """What each score's sets do beyond random ones, and how much of it is there without any
-        instruction (language) and how much is not (following); see damage_split. Empty where the
+        """What each score's sets do beyond random ones after the row's own instruction (whole) and
+        without any (language), and the difference (following); see damage_split. Empty where the
         template leaves nothing to be read without an instruction.
         """
         rows = []

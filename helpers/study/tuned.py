@@ -263,7 +263,6 @@ class Tunings:
         arrays["layers"] = (found.layers[0] - found.layers[1]).astype(np.float16)
         tables = {
             "churned": alteration.measured({name: study}, alteration.churned).table,
-            "layers": alteration.layers({name: study}),
             "categories": alteration.categories({name: study}),
             "fates": alteration.layer_fates(study),
         }

@@ -181,8 +181,8 @@ def controls_of(name: str) -> tuple[str, ...]:
 
 
 def needs_pairing(found: Measured, name: str) -> pd.DataFrame:
-    """`improved` against the tuning on dealt answers instead of the start: what is left needs each
-    answer beside the instruction that it answers.
+    """`improved` against the tuning on dealt answers instead of the start: what wrong pairs do not
+    give, and what they spoil.
     """
     return improved(found, name, DEALT if DEALT in controls_of(name) else name)
 
@@ -321,7 +321,8 @@ def matters_more(found: Measured, name: str) -> pd.DataFrame:
     measured in both: tuning, what, control, half, value, ci, p, n, note, key.
 
     gained: the cost of losing the neurons that moved in, beyond random ones, each in its own model;
-    forward: what the most moved tenth takes off the start's loss, beyond random tenths.
+    forward: what the most moved tenth takes off the start's loss, beyond random tenths. After a
+    tuning that raised that loss this is not what the tenth carries of the tuning.
     """
     out = []
     for part, (what, rows) in CARRIED.items():
@@ -352,7 +353,7 @@ def _carried(found, where, arrays, both):
 
 
 def every(found: Measured, table) -> pd.DataFrame:
-    """`improved`, `beyond` or `led` of all tunings, one below the other."""
+    """One of the tables of `asked`, or `better`, of all tunings, one below the other."""
     parts = [table(found, name) for name in found.runs]
     having = [part for part in parts if len(part)] or parts[:1]
     return pd.concat(having, ignore_index=True) if having else pd.DataFrame(columns=["tuning"])
@@ -378,7 +379,7 @@ def budgets(found: Measured, data: pd.DataFrame) -> pd.DataFrame:
 
 def recorded(found: Measured, part: str, table: str, rename: bool = False) -> pd.DataFrame:
     """A table that was made beside the models, of every tuning that has it, with its name in the
-    column `tuning`: of part "changed" the tables churned, layers, categories and fates; of
+    column `tuning`: of part "changed" the tables churned, categories and fates; of
     "matter", "transplant", "weights" theirs.
     """
     tables = [
@@ -550,8 +551,8 @@ SAID = (  # a number, its p, what it says above 0, and below
     (
         "alteration.transplant.forward.all.effect",
         "p",
-        "the most moved tenth of its neurons carries more of it than random tenths, in nats by",
-        "the most moved tenth of its neurons carries less of it than random tenths, in nats by",
+        "inside the start, its most moved tenth lowers the loss more than random tenths, nats",
+        "inside the start, its most moved tenth lowers the loss less than random tenths, nats",
     ),
     (
         "alteration.matter.gained.all.critical",
@@ -567,7 +568,7 @@ SAID = (  # a number, its p, what it says above 0, and below
             f"{said} less than in the control {control}, in nats by",
         )
         for part, what, said in (
-            ("transplant", "forward", "the most moved tenth carries"),
+            ("transplant", "forward", "the most moved tenth lowers the start's loss"),
             ("matter", "gained", "losing what it gained costs"),
         )
         for control in CONTROLS
@@ -591,7 +592,7 @@ def sentences(numbers: dict, improved: pd.DataFrame) -> list[str]:
 
 def _said(known, key, p, above, below):
     value, (low, high) = known[key], known[f"{key}_ci"]
-    sure = high < 0 or (low > 0 and known[p] < LEVEL)
+    sure = (low > 0 or high < 0) and min(known[p], 1 - known[p]) < LEVEL  # some p are one-sided
     if value < 0:
         above, value, low, high = below, -value, -high, -low
     return f"{above} {value:.3f} [{low:.3f}, {high:.3f}]{'' if sure else ', not told from 0'}"
