@@ -176,6 +176,7 @@ def largest_logits(model, run):
 @pytest.mark.parametrize("length", [40, 200])
 def test_losses_make_no_more_logits_at_a_time_however_long_the_texts(length, monkeypatch):
     monkeypatch.setattr(losses, "CELLS", 20 * zoo.WORDS)
+    monkeypatch.setattr(losses, "LEAST", 1)
     model = zoo.build("llama")
     encoded = [Encoded(tuple(range(3, 40)) * 6, (True,) * 222)] * 3
     encoded = [Encoded(e.ids[:length], e.counted[:length]) for e in encoded]
@@ -190,6 +191,16 @@ def test_losses_make_no_more_logits_at_a_time_however_long_the_texts(length, mon
     np.testing.assert_allclose(nll(model, encoded, 3 * length), expected, rtol=1e-6)
 
 
+def test_a_large_vocabulary_is_read_in_blocks_that_fill_a_processor(monkeypatch):
+    """Of more words than CELLS, LEAST tokens at a time."""
+    monkeypatch.setattr(losses, "CELLS", 1)
+    monkeypatch.setattr(losses, "LEAST", 30)
+    model = zoo.build("llama")
+    rows = model.get_output_embeddings().weight.shape[0]
+    encoded = [Encoded(tuple(range(3, 40)), (True,) * 37)] * 3
+    assert largest_logits(model, lambda: nll(model, encoded, 111)) == 30 * rows
+
+
 def test_contribution_scores_need_no_logits():
     model = zoo.build("qwen2_moe")
     encoded = encode(zoo.tokenizer(), TEXTS)
@@ -201,6 +212,7 @@ def test_gradients_do_not_depend_on_how_the_head_is_cut(monkeypatch):
     model, encoded = zoo.build("qwen2_moe"), encode(zoo.tokenizer(), TEXTS)
     whole = attribution(model, encoded, encoded)
     monkeypatch.setattr(losses, "CELLS", 1)
+    monkeypatch.setattr(losses, "LEAST", 1)
     for name, value in attribution(model, encoded, encoded).items():
         np.testing.assert_allclose(value, whole[name], rtol=1e-4, atol=1e-7)
 
