@@ -624,6 +624,25 @@ def test_beside_a_control_a_tunings_components_are_compared_row_by_row(measured)
     assert tuning_tables.needs_pairing(found, "alone").empty
 
 
+def test_rows_of_a_control_are_matched_by_their_place_not_by_their_order(measured):
+    """The control's rows stand the other way round, and one of them is gone."""
+    _, found = measured
+    arrays, record = found.part("transplant-dealt")
+    turned = {key: values[:0:-1] for key, values in arrays.items()}
+    parts = found.parts | {"transplant-dealt": (turned, record)}
+    table = tuning_tables.matters_more(found._replace(parts=parts), "full")
+    asked = table[(table["what"] == "forward") & (table["control"] == "dealt")]
+    mine = found.part("transplant-full")[0]
+    both = [
+        value - turned["forward"][turned["rows"] == row].item()
+        for value, row in zip(mine["forward"], mine["rows"], strict=True)
+        if row in turned["rows"]
+    ]
+    row = asked.set_index("half").loc["all"]
+    assert row["n"] == len(both) == len(mine["rows"]) - 1
+    assert row["value"] == pytest.approx(np.mean(both), abs=1e-6)
+
+
 def test_what_is_kept_row_by_row_has_the_means_of_its_table(measured):
     _, found = measured
     for name in found.runs:
