@@ -329,9 +329,19 @@ class Counter:
         """
         parts = [found[s.name][:, p].to(self.kept) for s in sites]
         parts = parts if len(_by_device(parts)) == 1 else [part.cpu() for part in parts]
-        table = torch.stack(parts, 1).cpu().numpy()
+        table = _on_host(torch.stack(parts, 1)).numpy()
         same = table.dtype == np.int16  # no number in it is negative
         return table.view(np.uint16) if same else table.astype(np.uint16)
+
+
+def _on_host(table):
+    """The table in the host's memory; from a GPU in pinned memory, whose pages the next batch gets
+    again: fresh ones take longer to fault in than the counts take to be counted.
+    """
+    if _on_cpu(table.device):
+        return table
+    host = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=table.is_cuda)
+    return host.copy_(table)
 
 
 def _by_device(tensors) -> list[list]:

@@ -874,6 +874,14 @@ def shown(table: pd.DataFrame, index, columns, otherwise: str):
     return table.set_index(index)[columns].round(4) if len(table) else otherwise
 
 
+def by_place(places: pd.DataFrame):
+    """What `places` gives, an operator a column; or a sentence where no pair can be asked."""
+    if places.empty:
+        return "neurons of routed experts are ablated at every token"
+    index = ["pair", "score", "where"]
+    return places.pivot_table(["own", "others"], index, "operator", sort=False).round(3)
+
+
 def sentences(found: dict) -> list[str]:
     """What the page found, pair by pair."""
     said = []
