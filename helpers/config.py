@@ -76,6 +76,11 @@ def several(kind, said: str, least: int = 1):
     return Annotated[tuple[kind, ...], limits, AfterValidator(_different)]
 
 
+def rising(kind, said: str, least: int = 1):
+    """The same of numbers, in rising order whatever the order of the list."""
+    return Annotated[several(kind, said, least), AfterValidator(lambda some: tuple(sorted(some)))]
+
+
 def text(most: int, check=_plain, note: str = ""):
     """Text of 1 to `most` characters that `check` lets pass."""
     said = f"text of 1 to {most} characters{note}"
@@ -162,9 +167,9 @@ class Profile:
     jobs: Cores = 1
     run_code: Switch = False
     epsilon: share(0.99) = 0.05
-    epsilons: several(share(0.99), "shares in (0, 0.99]") = (0.005, 0.01, 0.02, 0.05, 0.1)
+    epsilons: rising(share(0.99), "shares in (0, 0.99]") = (0.005, 0.01, 0.02, 0.05, 0.1)
     tau: share(1) = 0.5
-    taus: several(share(1), "shares in (0, 1]") = (0.25, 0.5, 0.75, 1.0)
+    taus: rising(share(1), "shares in (0, 1]") = (0.25, 0.5, 0.75, 1.0)
     resamples: Many = 2000
     twins: whole(1, 1000) = 5
     draws: Many = 20
@@ -174,7 +179,7 @@ class Profile:
     ablation_rows: Many = 20
     grid: maybe(Name) = None
     scores: several(one_of(*SCORES), f"scores of {', '.join(SCORES)}") = SCORES[:5]
-    sizes: several(share(0.99), "shares in (0, 0.99]", least=2) = (0.01, 0.02, 0.05, 0.1, 0.2)
+    sizes: rising(share(0.99), "shares in (0, 0.99]", least=2) = (0.01, 0.02, 0.05, 0.1, 0.2)
     batch_tokens: whole(1, 2**22) = 4096  # padded tokens in one batch
     chat: Switch = False  # the tuned model's own chat template in place of `template`
     subset: one_of("full", "matched") = "full"  # matched: the categories alike in length

@@ -358,8 +358,9 @@ def ablation(rounds, length) -> dict:
 
 
 def full(rounds, length) -> dict:
-    """The table on a GPU: the shapes of Llama-2-7B and Qwen1.5-MoE-A2.7B in bfloat16, eight batches
-    of 32 instructions behind one opening (a stage of the chain reads 38).
+    """The table on a GPU: the shapes of Llama-2-7B and Qwen1.5-MoE-A2.7B in bfloat16. Every method
+    but "opening" reads eight batches of 32 instructions, behind one opening (a stage of the chain
+    reads 38), and keeps no counts.
     """
 
     def clock():

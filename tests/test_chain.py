@@ -501,9 +501,17 @@ def test_only_a_run_of_the_whole_chain_says_how_long_the_chain_takes(tmp_path, o
     run(book(tmp_path / "a.ipynb", "print(1)"))
     found = read_json(out / "summary.json")
     assert found["wall_seconds"] == 600
+    assert "gflops" not in found
     assert set(found["seconds"]) == {"00_start_here", "a"}
     run(*(book(tmp_path / f"{name}.ipynb", "print(1)") for name in chain.NOTEBOOKS))
-    assert read_json(out / "summary.json")["wall_seconds"] < 600
+    found = read_json(out / "summary.json")
+    assert found["wall_seconds"] < 600
+    assert found["gflops"] > 0
+
+
+def test_the_yardstick_counts_a_multiplication_and_an_addition_for_each_product(monkeypatch):
+    monkeypatch.setattr(chain, "repeat", lambda run, number, repeat: [0.5, 0.25 + (run() is None)])
+    assert chain.gflops(1000) == 2 * 1000**3 / 0.25 / 1e9
 
 
 # the command line
@@ -643,12 +651,12 @@ def test_generated_blocks_say_what_the_files_say():
 
 
 def test_the_page_says_what_a_run_took_of_a_tiny_and_a_real_model():
-    tiny = {"wall_seconds": 600, "peak_rss_mb": 1536}
+    tiny = {"wall_seconds": 600, "peak_rss_mb": 1536, "gflops": 70}
     said = report.cost(tiny, {"profile": "big", "wall_seconds": 1800, "peak_rss_mb": 4096})
-    assert "took 10 minutes on two cores" in said
+    assert "took 10 minutes on two cores of 70 GFLOP/s each, without a GPU" in said
     assert "held 1.5 GB" in said
     assert "With `PROFILE=big`, a real model, on both halves" in said
-    assert "it took 30 minutes and 4.0 GB" in said
+    assert "it took 30 minutes and 4.0 GB on two cores of unknown speed." in said
 
 
 def test_what_the_whole_chain_took_outlives_a_run_of_some_notebooks(tmp_path, monkeypatch):

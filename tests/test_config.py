@@ -167,6 +167,15 @@ def test_a_decimal_number_is_read_as_it_is_meant(profiles, text):
     assert load_profile("mine").epsilon == 0.1
 
 
+def test_what_is_swept_is_swept_from_small_to_large(profiles):
+    profiles(
+        f"dataset: tiny\n{PAIR}sizes: [0.2, 0.05, 0.1]\nepsilons: [0.1, 0.02]\ntaus: [1.0, 0.5]"
+    )
+    found = load_profile("mine")
+    assert found.sizes == (0.05, 0.1, 0.2)
+    assert (found.epsilons, found.taus) == ((0.02, 0.1), (0.5, 1.0))
+
+
 def test_in_quotes_anything_is_a_text(profiles):
     profiles('pairs: [{name: "010", tuned: "1:30"}]\ndataset: "0x1F"\n')
     found = load_profile("mine")

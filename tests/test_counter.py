@@ -12,7 +12,7 @@ from helpers.capture import bank, counter
 from helpers.capture.bank import observed
 from helpers.capture.count import count_activations, count_encoded, count_groups
 from helpers.capture.counter import count_positive, count_routed, watching
-from helpers.capture.counts import Counts
+from helpers.capture.counts import Counts, Gathered
 from helpers.capture.selfcheck import self_check
 from helpers.capture.sites import UnreadableModel, find_sites
 from helpers.capture.tokens import Encoded, token_batches
@@ -95,12 +95,12 @@ def looped(site, first, args, counted):
 
 
 def run(model, encoded, size, side="right") -> Counts:  # of at most `size` of the longest
-    parts, order = [], []
+    gathered = Gathered(len(encoded))
     with watching(model) as counter:
         for batch in token_batches(encoded, size * max(LENGTHS), side):
-            parts.append(counter(batch.input_ids, batch.attention_mask, batch.count_mask))
-            order.append(batch.rows)
-    return Counts.join(parts, order)
+            counts = counter(batch.input_ids, batch.attention_mask, batch.count_mask)
+            gathered(batch.rows, {"counted": counts})
+    return gathered.counts["counted"]
 
 
 def differing(one: Counts, two: Counts) -> int:
@@ -119,12 +119,9 @@ def test_counts_equal_the_loop_for_any_batch_size_padding_and_order(family, sequ
         assert differing(run(model, sequences, size, side), expected) == 0, (
             f"batches of {size}, padded {side}"
         )
-    assert (
-        differing(
-            run(model, sequences[::-1], 7), Counts.join([expected], [range(len(sequences))[::-1]])
-        )
-        == 0
-    )
+    turned = expected.room(len(sequences))
+    turned.put(range(len(sequences))[::-1], expected)
+    assert differing(run(model, sequences[::-1], 7), turned) == 0
 
 
 @pytest.mark.parametrize("family", zoo.MORE)

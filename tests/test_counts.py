@@ -19,7 +19,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.capture.counts import Counts, Shards
+from helpers.capture.counts import Counts, Gathered, Shards
 from helpers.config import Pair, Profile
 from helpers.paths import ROOT
 from helpers.record import DamagedFile, RecordMismatch, UserError
@@ -93,9 +93,14 @@ def test_writing_order_leaves_no_trace(shards, tmp_path):
     assert contents(shards.folder) == contents(other.folder)
 
 
-def test_join_puts_every_row_at_its_place():
-    joined = Counts.join([made(0, 2), made(5, 7), made(2, 5)], [[4, 0], [1, 3], [2, 6, 5]])
-    assert joined.tokens.tolist() == [1, 5, 2, 6, 0, 4, 3]
+def test_batches_are_gathered_group_by_group_every_row_at_its_place():
+    gathered = Gathered(7)
+    for part, rows in (((0, 2), [4, 0]), ((5, 7), [1, 3]), ((2, 5), [2, 6, 5])):
+        gathered(rows, {"one": made(*part), "other": made(part[0] + 10, part[1] + 10)})
+    assert gathered.counts["one"].tokens.tolist() == [1, 5, 2, 6, 0, 4, 3]
+    assert gathered.counts["other"].tokens.tolist() == [11, 15, 12, 16, 10, 14, 13]
+    neurons = Counts.join([made(0, 7)]).neurons["expert"]
+    assert (gathered.counts["one"].neurons["expert"] == neurons[[1, 5, 2, 6, 0, 4, 3]]).all()
 
 
 def test_a_unit_is_one_kind_of_component():

@@ -13,10 +13,11 @@ from helpers.capture.interventions import ablate
 from helpers.config import Pair, Profile
 from helpers.record import UserError
 from helpers.study import summary
-from helpers.study.answers import SHORT, answer_ids, greedy_answers, new_tokens
+from helpers.study.answers import SHORT, answer_ids, continuations, greedy_answers, new_tokens
 from helpers.study.evaluate import (
     ablation_matrix,
     accuracy,
+    gain_lost,
     nll,
     plain_text_nll,
     reference_nll,
@@ -61,6 +62,21 @@ SPEECH = (PROFILE.template, PROFILE.batch_tokens, PROFILE.max_new_tokens)
 def study_of(model, rows=ROWS):
     """A model of the zoo as the tuned one of a pair."""
     return Study(PROFILE, Pair("pair", "none", "none"), rows, {"tuned": (model, TOKENIZER)})
+
+
+def test_what_is_too_long_to_be_read_is_refused_by_its_id_before_anything_runs():
+    rows = ROWS.assign(category="QA")
+    rows.loc[2, "instruction"], rows.loc[1, "reference"] = "a" * 40, "x = 1 and more"
+    model = build("llama", max_position_embeddings=200)
+    most = max(len(e.ids) for e in study_of(model, rows).encoded("reference"))
+    model.config.max_position_embeddings = most  # own prompts fit, others before a reference not
+    with pytest.raises(UserError, match="1 of 7 texts are longer .*text r1 has"):
+        gain_lost(study_of(model, rows), {})
+    model.config.max_position_embeddings = most - 1
+    with pytest.raises(UserError, match="1 of 7 texts are longer .*text r2 has"):
+        ablation_matrix(study_of(model, rows), {}, "zero")
+    with pytest.raises(UserError, match="1 of 7 prompts .*leave no room for 8 new tokens"):
+        continuations(model, study_of(model, rows).encoded("prompt"), max_new_tokens=8)
 
 
 def by_hand(model, row, eos=True):

@@ -16,7 +16,10 @@ from helpers.capture.interventions import (
     assert_acted,
     columns,
     editable,
+    neuron_weights,
     parts_of,
+    transplant,
+    weight_change,
 )
 from helpers.capture.sites import find_sites
 from helpers.record import UserError
@@ -470,3 +473,30 @@ def test_parts_of_leaves_out_empty_layers_and_keeps_the_order():
     mask["shared"][0] = False
     named = [(site.family, site.layer) for site, _ in parts_of(find_sites(model), mask)]
     assert named == [("dense", 0), ("expert", 1), ("expert", 2), ("shared", 2)]
+
+
+@pytest.mark.parametrize("family", ["apertus", "arcee", "jais2", "mpt", "nemotron"])
+def test_the_up_projection_of_a_plain_mlp_is_its_gate(family):
+    """Its neurons' weights can be compared and moved; the model comes back bit for bit."""
+    host, donor = build(family), build(family, seed=1)
+    before, plain = copy.deepcopy(host.state_dict()), logits(host)
+    for site in find_sites(host):
+        up, found = site.module.up_proj, neuron_weights(site)
+        assert set(found) == {"gate", "down"} | ({"gate.bias"} if up.bias is not None else set())
+        assert found["gate"].data_ptr() == up.weight.data_ptr()
+    change = weight_change(host, donor)
+    assert set(change) == {"dense"}
+    assert change["dense"].shape == (3, find_sites(host)[0].width)
+    assert np.isfinite(change["dense"]).all()
+    assert (change["dense"] > 0).all()
+    with transplant(host, donor, neuron_mask(host)):
+        assert not torch.equal(logits(host), plain)
+    assert all(torch.equal(p, before[name]) for name, p in host.state_dict().items())
+    assert torch.equal(logits(host), plain)
+
+
+def test_an_up_projection_beside_another_is_not_taken_for_the_gate():
+    model = build("llama")
+    model.model.layers[0].mlp.gate_proj = nn.Linear(48, 40, bias=False)
+    with pytest.raises(UserError, match="no projection of 80 or 160 rows"):
+        neuron_weights(find_sites(model)[0])

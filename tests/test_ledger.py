@@ -1,9 +1,22 @@
 """The ledger: rules worked by hand on made-up numbers."""
 
+import json
+
+import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.study.ledger import forest_table, judge, look_up, read_ledger, verdicts
+import helpers.study.ledger
+from helpers.paths import ROOT
+from helpers.study.ledger import (
+    first_example,
+    forest_table,
+    judge,
+    look_up,
+    read_ledger,
+    verdicts,
+)
 
 ROW = {
     "needs": "",
@@ -127,3 +140,50 @@ def test_beside_a_verdict_stands_what_would_have_been_seen():
     said = verdicts(rows, tests).iloc[0]
     assert (said["verdict"], said["unit"]) == ("not supported", "nats")
     assert said["detectable"] == pytest.approx(2.8 / 1.96, abs=1e-4)
+
+
+def test_what_is_worked_by_hand_is_the_first_that_can_be_tested():
+    rows = ledger(
+        each=EACH | {"components": "neurons"},
+        a=ROW | {"components": "shared", "null": "n.{unit}"},
+        b=ROW | {"components": "experts neurons"},
+    )
+    found = numbers(0.1, 0.001) | numbers(0.1, 0.001, "e.neurons.all.SUM")
+    claim, *where = first_example(rows, {"l": {}, "m": found})
+    assert (claim["id"], *where) == ("b", "neurons", "m")
+    found |= numbers(0.1, 0.001, "e.shared.all") | {"n.shared": 0.5}
+    claim, *where = first_example(rows, {"l": {}, "m": found})
+    assert (claim["id"], *where) == ("a", "shared", "m")
+    assert first_example(rows, {"m": numbers(0.1, 0.001, "e.neurons.A")}) is None
+    assert first_example(rows, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ("", "overlap.neurons.all.within of tiny-dense"),
+        ("ablation.", "ablation.neurons.all.critical of tiny-dense"),
+        ("ablation.gain.", "none is worked by hand"),
+        ("none", "none is worked by hand"),
+    ],
+)
+def test_the_page_works_by_hand_what_there_is(kept, said, capsys):
+    """Its cells on the committed numbers, on those of one notebook, of each category, on none."""
+    summary = json.loads((ROOT / "data" / "published" / "tiny" / "summary.json").read_text())
+    found = {
+        pair: {key: value for key, value in every.items() if key.startswith(kept)}
+        for pair, every in summary["pairs"].items()
+    }
+    rows = read_ledger()
+    tests = judge(look_up(rows, found, ["all", "A", "B"], ["SUM"]))
+    page = {"ledger": helpers.study.ledger, "claims": rows, "numbers": found}
+    page |= {"tests": tests, "np": np}
+    cells = nbformat.read(ROOT / "notebooks" / "08_claims.ipynb", as_version=4).cells
+    cells = [cell for cell in cells if cell.cell_type == "code" and "first[" in cell.source]
+    for cell in cells:
+        exec(cell.source, page)
+    printed = capsys.readouterr().out
+    assert said in printed
+    if not kept:
+        outputs = [output for cell in cells for output in cell.outputs]
+        assert printed == "".join(o["text"] for o in outputs if o.output_type == "stream")

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from helpers.capture import checkpoints
+from helpers.capture.counter import watching
 from helpers.capture.loading import (
     check_pair,
     fingerprint,
@@ -434,6 +435,49 @@ def test_a_twin_may_take_the_place_of_its_model():
     assert all(
         torch.equal(a, b) for a, b in zip(kept.parameters(), alone.parameters(), strict=True)
     )
+
+
+def constant(name, weight):
+    """Is a matrix one number throughout? A bias may be, of any shape."""
+    matrix = weight.dim() > 1 and not name.endswith("bias")
+    return matrix and bool((weight == weight.flatten()[0]).all())
+
+
+def started(model, seed):
+    """The weights that transformers draws, by name."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return dict(AutoModelForCausalLM.from_config(model.config).named_parameters())
+
+
+@pytest.mark.parametrize("family", zoo.ZOO | zoo.MORE)
+def test_no_matrix_of_a_twin_is_constant_and_all_else_is_as_transformers_draws_it(family):
+    model = zoo.build(family)
+    plain, twin = started(model, 3), dict(random_twin(model, 3).named_parameters())
+    redrawn = {name for name, weight in plain.items() if constant(name, weight)}
+    assert {name.split(".")[-3] for name in redrawn} == ({"router"} if family == "afmoe" else set())
+    assert not any(constant(name, weight) for name, weight in twin.items())
+    assert {name for name in twin if not torch.equal(twin[name], plain[name])} == redrawn
+
+
+def test_a_twin_whose_router_starts_as_zeros_uses_more_than_k_experts():
+    model, ids = zoo.build("afmoe", initializer_range=0.05), torch.arange(3, 83).view(4, 20)
+    one, two, other = (random_twin(model, seed) for seed in (1, 1, 2))
+    with watching(one) as counter:
+        routed = counter(ids).routed.sum(0)  # [L, E]
+    assert ((routed > 0).sum(1) > 2).all()
+    weights = [twin.model.layers[1].mlp.router.gate.weight for twin in (one, two, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert weights[0].std().item() == pytest.approx(0.05, rel=0.2)
+
+
+def test_a_norm_of_a_twin_keeps_its_scale():
+    """Cohere's norms of queries have a row of ones for each head."""
+    twin = random_twin(zoo.build("cohere", use_qk_norm=True))
+    scale = twin.model.layers[0].self_attn.q_norm.weight
+    assert scale.dim() == 2
+    assert scale.eq(1).all()
 
 
 # ---- which tokens count

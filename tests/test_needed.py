@@ -23,6 +23,7 @@ from helpers.study.evaluate import ablation_matrix, damage_split, gain_lost, nll
 from helpers.study.needed import (
     TESTED,
     Needed,
+    _said_of_places,
     ablations,
     groups_of,
     partners,
@@ -169,6 +170,92 @@ def test_groups_are_of_like_size_and_in_both_halves():
         groups_of("random", one.head(2), two.head(2), 6)
 
 
+def test_a_category_of_too_few_rows_stands_in_the_table_with_a_note(needed):
+    labels, rng = np.repeat(np.arange(6), [6, 6, 6, 6, 6, 3]), np.random.default_rng(0)
+    part = {"own": rng.random((33, 1)), "random": rng.random((33, 4)), "labels": labels}
+    table = Needed(needed.study).by_category("made.up", {"A": part, "B": part}, "lost")
+    few = table["category"] == needed.study.categories[5]
+    assert len(table) == 3 * 6
+    assert table.loc[few, "critical"].isna().all()
+    assert table.loc[few, "note"].str.contains("has 3 ").all()
+    assert table.loc[~few, "critical"].notna().all()
+
+
+def test_a_page_says_how_many_rows_were_measured_not_how_many_were_asked_for(needed):
+    one = Needed(planted.study(**SETTINGS | {"ablation_rows": 1000}))
+    counted = one.study.rows["category"].value_counts()
+    assert one.rows_measured().to_dict() == counted.to_dict()
+    assert list(one.rows_measured().index) == list(one.study.categories)
+    six = np.zeros((6, 6))
+    one.numbers = {f"ablation.neurons.{name}": six for name in ("matrix", "control_matrix")}
+    table = one.matrix("neurons")
+    assert table["panel"][0].endswith(", n = 16")
+    assert table["n"].tolist() == [16] * 36
+    assert needed.rows_measured().tolist() == [12] * 6
+    assert ablations(replace(one.profile, rows=3), 6) == ablations(
+        replace(one.profile, ablation_rows=3), 6
+    )
+
+
+def test_sets_are_there_for_the_headline_whatever_scores_a_profile_names(needed):
+    lone = Needed(needed.study)
+    lone.profile = replace(needed.profile, scores=("lape",))
+    for score in TESTED:
+        assert (lone.sets(score, "A") == needed.sets(score, "A")).all()
+
+
+def test_a_grouping_that_the_rows_do_not_allow_is_left_out_with_a_note(needed, monkeypatch):
+    def refusing(*names):
+        def some(name, *rows):
+            if name in names:
+                raise NotTestable(f"no groups by {name}.")
+            return groups_of(name, *rows)
+
+        return some
+
+    monkeypatch.setattr(needed_room, "groups_of", refusing("opening"))
+    one = Needed(needed.study)
+    table = one.pseudo()
+    assert set(table["note"]) == {"no groups by opening."}
+    assert "opening" not in table
+    assert "ablation.pseudo.contribution.all.beyond" in one.numbers
+    monkeypatch.setattr(needed_room, "groups_of", refusing("opening", "length", "random"))
+    none = Needed(needed.study)
+    [note] = none.pseudo()["note"]
+    assert note == "no groups by opening. no groups by length. no groups by random."
+    assert not none.numbers
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "members", "can"),
+    [(6, 2, 3, True), (6, 2, 4, False), (7, 5, 2, True), (7, 5, 3, False), (6, 2, 0, True)],
+)
+def test_experts_are_rerouted_where_enough_others_are_left(monkeypatch, experts, k, members, can):
+    one = Needed(SimpleNamespace(profile=None, halves=("A", "B")))
+    monkeypatch.setattr(one, "experts", lambda: experts)
+    one.study.counts = lambda: SimpleNamespace(per_token=lambda: k)
+    sets = np.zeros((6, 2, experts), bool)
+    sets[3, 1, :members] = True
+    found = {("experts", "A"): np.zeros((6, 2 * experts), bool), ("experts", "B"): sets}
+    found["experts", "B"] = sets.reshape(6, -1)
+    assert one._reroutable(found, "experts") == can
+    assert one._reroutable(found, "neurons")
+
+
+def test_a_curve_that_cannot_be_shaped_says_why(needed, monkeypatch):
+    def refused(*_):
+        raise NotTestable("the effect is the same at all doses.")
+
+    monkeypatch.setattr(needed_room, "dose_curve", refused)
+    rng, one = np.random.default_rng(0), Needed(needed.study)
+    parts = [{"own": rng.random((12, 1)), "random": rng.random((12, 3))} for _ in range(4)]
+    row = one._fit("frequency", "all", parts, np.repeat([0, 1], 6))
+    assert row["shape"] == "the effect is the same at all doses."
+    assert np.isnan(row["bends at"])
+    assert "ablation.dose.frequency.all.second_least" in one.numbers
+    assert "ablation.dose.frequency.all.change" not in one.numbers
+
+
 def test_by_category_says_of_each_what_random_sets_do(needed):
     table = needed.following()
     mine = table[(table["score"] == "contribution") & (table["measured on"] == "all")]
@@ -280,28 +367,35 @@ def test_each_row_is_measured_under_its_own_set_and_one_other(needed):
     here, own = needed.here(half), needed._masks("contribution", needed.halves[0])
     drawn = {("random", c): masks[0] for c, masks in needed.controls(own, 1).items()}
     table = ablation_matrix(here, own | drawn, "zero").to_numpy()
-    beyond, labels = table[:, :6] - table[:, 6:], here.labels
+    own_set, drawn_set, labels = table[:, :6], table[:, 6:], here.labels
     other = partners(labels, 6)
     assert (np.bincount(6 * labels + other, minlength=36).reshape(6, 6) + np.eye(6) > 0).all()
     assert not (other == labels).any()
-    own_means = [beyond[labels == c, c].mean() for c in range(6)]
-    others = [beyond[other == c, c].mean() for c in range(6)]
+    row_of = np.arange(len(labels))
     row = found.loc[("contribution", "everywhere", "zero")]
-    np.testing.assert_allclose(row["own"], np.mean(own_means), rtol=1e-5)
-    np.testing.assert_allclose(row["others"], np.mean(others), rtol=1e-4, atol=1e-6)
+    expected = {"own": own_set[row_of, labels], "random": drawn_set[row_of, labels]}
+    expected["others"] = own_set[row_of, other]
+    for name, values in expected.items():
+        np.testing.assert_allclose(row[name], values.mean(), rtol=1e-4, atol=1e-6)
+    assert row["n"] == len(labels)
     assert row["own"] > 0.1
+    assert row["low"] <= row["own"] <= row["high"]
+    kept = needed.numbers["ablation.places.contribution.everywhere.zero.own_ci"]
+    assert kept == [row["low"], row["high"]]
 
 
-def test_neurons_of_routed_experts_have_no_places():
-    model = zoo.build("qwen2_moe")
-    site = next(s for s in model.modules() if hasattr(s, "is_transposed"))
-    experts, width = len(site.down_proj), site.down_proj.shape[2]
-    mask = np.ones((2, experts, width), bool)
-    with (
-        pytest.raises(UserError, match="every token or none"),
-        ablate(model, {"expert": mask}, "zero", where=Places()),
-    ):
-        pass
+def test_what_places_cost_is_said_in_their_order():
+    numbers = {}
+    for cost, where in enumerate(("everywhere", "all_but_the_first", "prompt", "response"), 1):
+        key = f"ablation.places.frequency.{where}.zero"
+        numbers |= {f"{key}.own": float(cost), f"{key}.own_ci": [cost - 0.5, cost + 0.5]}
+        numbers |= {f"{key}.random": 0.1 * cost}
+    [said] = _said_of_places(numbers)
+    places = [said.index(words) for words in ("every token", "but the first", "prompt", "response")]
+    costs = [said.index(f"{cost}.00 nats per token [") for cost in (1, 2, 3, 4)]
+    assert sorted(places + costs) == [x for pair in zip(costs, places, strict=True) for x in pair]
+    assert said.endswith("by 0.10 where a random set is zero at every token.")
+    assert list(_said_of_places({})) == []
 
 
 def test_the_tables_of_a_page_stand_side_by_side(needed):

@@ -361,3 +361,44 @@ def test_sets_say_their_number_scale_and_null():
     assert [text.get_text() for text in ax.get_yticklabels()] == ["a (n = 2)", "b (n = 1)"]
     assert "null, 50%" in scale.get_ylabel()
     assert any(np.allclose(line.get_ydata(), 0.5) for line in scale.get_lines())
+
+
+LINES = pd.DataFrame({"panel": ["a", "a", "b"], "low": 0.1, "high": 0.3, "n": 9})  # b lacks one
+MODELS = LINES.assign(model=["tuned", "base", "tuned"], wordings=3)
+EFFECTS = LINES.set_axis(["pair", "critical_low", "critical_high", "n"], axis=1)
+EFFECTS = EFFECTS.assign(critical=0.2, category="SUM", sees_reference=False, supported=True)
+LACKS_ONE = {
+    plots.overlap.wordings: MODELS.assign(pairs="same", value=0.2, null=0.1),
+    plots.overlap.waterfall: MODELS.assign(step="words", left=0.2),
+    plots.overlap.readable: MODELS.rename(columns={"model": "read off"}).assign(
+        half="all", accuracy=0.2, chance=0.1
+    ),
+    plots.ablation.league: EFFECTS.assign(score="frequency", size=[0.01, 0.05, 0.01]),
+    plots.ablation.by_category: EFFECTS.assign(score=["frequency", "contribution", "frequency"]),
+}
+
+
+@pytest.mark.parametrize("draw", LACKS_ONE, ids=lambda draw: draw.__name__)
+def test_a_panel_may_lack_a_line_that_another_has(draw):
+    """As a pair without a base lacks the base's, beside one that has it."""
+    fig = draw(LACKS_ONE[draw])
+    fig.canvas.draw()
+    bars = [[len(bar.get_segments()) for bar in ax.collections] for ax in fig.axes]
+    assert [sum(kinds) for kinds in bars] == [2 * sum(bars[1]), sum(bars[1])]
+    assert sum(bars[1])
+
+
+def test_categories_that_are_not_testable_give_a_page_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "figures_dir", lambda profile: tmp_path)
+    table = committed("06_categories").iloc[:0]
+    fig = plots.ablation.by_category(table)
+    assert [text.get_text() for text in texts_of(fig)] == ["not testable: see the table's notes"]
+    plots.save_figure(fig, table, "none", "p")
+    assert {path.name for path in tmp_path.iterdir()} == {"none.png", "none.svg", "none.csv"}
+
+
+def test_a_table_without_a_row_has_no_panel():
+    fig, drawn = style.panels(pd.DataFrame({"panel": []}), "panel", (5, 1))
+    fig.canvas.draw()
+    assert drawn == []
+    assert not any(ax.get_visible() for ax in fig.axes)

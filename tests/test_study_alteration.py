@@ -15,9 +15,9 @@ from scipy.stats import hypergeom
 from helpers import plots
 from helpers.analysis.similarity import jaccard
 from helpers.capture.count import passes
+from helpers.capture.counts import Gathered
 from helpers.config import Pair, Profile
-from helpers.study import alteration, planted
-from helpers.study.counting import Gathered
+from helpers.study import alteration, planted, tuning_tables
 from helpers.study.study import Study
 from tests import zoo
 
@@ -55,11 +55,11 @@ def pair_of(base, tuned, rows=None, **settings):
     models = {name: (model, zoo.tokenizer()) for name, model in (("base", base), ("tuned", tuned))}
     study = Study(profile, pair, rows, models)
     for name, loaded in models.items():
-        gathered = Gathered()
+        gathered = Gathered(len(rows))
         for batch, counts in passes(loaded[0], study.reading(name), profile.batch_tokens):
             gathered(batch, counts)
         for where in ("prompt", *alteration.SPLIT):
-            study.once(("counts", name, where), lambda g=gathered, w=where: g.counts(w))
+            study.once(("counts", name, where), lambda g=gathered, w=where: g.counts[w])
     return study
 
 
@@ -444,3 +444,37 @@ def test_one_half_only_leaves_what_needs_two_untested():
     assert alteration.picture(alteration.measured(pairs, alteration.matter)).empty
     assert alteration.measured(pairs, alteration.churned).table["excess_churn"].gt(0).all()
     assert alteration.sentences(pairs, alteration.measured(pairs, alteration.churned))
+
+
+def test_a_layer_is_its_number_in_the_model_where_the_first_are_dense():
+    """DeepSeek-V3: layer 0 has no experts, so the layers of the tables are 1 and 2."""
+    base, tuned, other = (zoo.build("deepseek_v3", seed=seed) for seed in (0, 0, 1))
+    with torch.no_grad():
+        for weight, there in zip(tuned.parameters(), other.parameters(), strict=True):
+            weight.lerp_(there, 0.2)
+    pairs = {"pair": pair_of(base, tuned, epsilon=0.1)}
+    study = pairs["pair"]
+    assert study.counts("base").layers == {"dense": (0,), "shared": (1, 2), "expert": (1, 2)}
+    similar, routed = alteration.layers(pairs), alteration.routing(pairs)
+    bins = alteration.weight_bins(pairs, alteration.measured(pairs, alteration.weights))
+    fates = alteration.layer_fates(study)
+    for unit in ("neurons", "experts"):
+        own = similar[similar["panel"] == f"pair: {unit}"].set_index("layer")["similarity"]
+        values = alteration.similarities(study, unit).layers[1].mean(0)
+        assert own.to_dict() == pytest.approx({1: values[0], 2: values[1]})
+    assert routed["layer"].tolist() == fates["layer"].tolist() == [1, 2]
+    assert bins.groupby("panel")["layer"].unique().map(list).tolist() == [[1, 2]] * 3
+    kept = alteration.of_union(alteration.similarities(study, "neurons").fates)["kept"]
+    assert fates.set_index("layer")["kept"].to_dict() == pytest.approx(
+        {1: kept[:, 0].mean(), 2: kept[:, 1].mean()}
+    )
+
+
+def test_where_a_tuning_changed_says_the_layers_of_its_table_of_fates():
+    rows = pd.DataFrame({"category": list("AB") * 5, "wording": range(10)})
+    change = np.array([[0.1, 0.2]] * 10, np.float16)
+    part = {"layers": change}, {"fates": [{"layer": 1}, {"layer": 2}]}
+    parts = {f"changed-{tuning_tables.MAIN}": part}
+    found = tuning_tables.Measured(rows, {}, parts, {"resamples": 20, "seed": 0})
+    table = tuning_tables.where(found)
+    assert table.groupby("layer")["value"].mean().round(3).to_dict() == {1: 0.1, 2: 0.2}

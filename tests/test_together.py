@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.capture import budget
+from helpers.capture.bank import is_bank
 from helpers.capture.beginnings import split
 from helpers.capture.interventions import Places, ablate
 from helpers.capture.losses import proven_head, sequence_losses
@@ -21,12 +22,11 @@ from helpers.study.study import Study
 from tests import zoo
 from tests.test_beginnings import HEAD, sequences
 from tests.test_evaluate import ROWS, study_of
-from tests.test_interventions import neuron_mask
+from tests.test_interventions import expert_mask, neuron_mask
 
 torch.set_num_threads(1)
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 TEXTS = ["add one", "sum 12, 7", "name the dog"]
-ROUTED = {"expert", "experts"}
-DENSE = [name for name in (*zoo.ZOO, *zoo.MORE) if not ROUTED & set(neuron_mask(zoo.build(name)))]
 
 
 def three(model):
@@ -58,7 +58,7 @@ def one_by_one(model, masks, operator, encoded, **options):
 
 
 @pytest.mark.parametrize("operator", ["zero", "mean"])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [*zoo.ZOO, *zoo.MORE])
 def test_sets_that_are_read_together_cost_what_each_costs_alone(name, operator):
     model, encoded = zoo.build(name), sequences()
     options = {} if operator == "zero" else {"reference": typical(model)}
@@ -70,16 +70,17 @@ def test_sets_that_are_read_together_cost_what_each_costs_alone(name, operator):
 
 
 @pytest.mark.parametrize("where", WHERE)
-def test_so_they_do_at_every_place_and_whatever_stands_together(where):
-    study = study_of(zoo.build("llama"))
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+def test_so_they_do_at_every_place_and_whatever_stands_together(name, where):
+    study = study_of(zoo.build(name))
     masks = dict(enumerate(three(study.model()[0])))
     together = ablation_matrix(study, masks, "zero", where=where, allow_inert=True)
-    for name, mask in masks.items():
+    for n, mask in masks.items():
         alone = ablation_matrix(
-            study_of(study.model()[0]), {name: mask}, "zero", where=where, allow_inert=True
+            study_of(study.model()[0]), {n: mask}, "zero", where=where, allow_inert=True
         )
-        np.testing.assert_allclose(together[name], alone[name], atol=2e-6)
-        assert where == "prompt" or alone[name].abs().max() > 1e-3
+        np.testing.assert_allclose(together[n], alone[n], atol=2e-6)
+        assert where == "prompt" or alone[n].abs().max() > 1e-3
 
 
 @pytest.fixture
@@ -145,11 +146,11 @@ def test_the_ledger_knows_which_set_each_sequence_was_under(tmp_path, monkeypatc
 
 def test_what_cannot_stand_in_one_pass_is_refused():
     dense, sparse = zoo.build("llama"), zoo.build("qwen2_moe")
-    mask, expert = neuron_mask(dense), neuron_mask(sparse)
+    mask, whole = neuron_mask(dense), expert_mask(sparse)
     refused = [
         (dense, [mask, mask], "zero", {}),
         (dense, [mask], "resample", {"reference": typical(dense), "where": Places()}),
-        (sparse, [expert, expert], "zero", {"where": Places()}),
+        (sparse, [whole, whole], "drop", {"where": Places()}),
         (dense, [], "zero", {"where": Places()}),
     ]
     for model, masks, operator, options in refused:
@@ -196,14 +197,46 @@ def test_what_is_compared_is_read_alike(monkeypatch):
     assert set(seen) == {False}
 
 
-def test_shared_experts_stand_together_though_routed_ones_do_not():
+def test_neurons_of_experts_stand_together_though_whole_experts_do_not(passes):
     model = zoo.build("qwen2_moe")
-    masks = {n: {"shared": neuron_mask(model, 0.4, n)["shared"]} for n in range(3)}
-    together = ablation_matrix(study_of(model), masks, "zero")
-    for n, mask in masks.items():
-        alone = ablation_matrix(study_of(model), {n: mask}, "zero")
-        np.testing.assert_allclose(together[n], alone[n], atol=2e-6)
+    neurons = {n: neuron_mask(model, 0.4, n) for n in range(3)}
+    experts = {n: expert_mask(model, [n, n + 1]) for n in range(3)}
+    for masks, operator, copies in ((neurons, "zero", [3]), (experts, "drop", [1] * 3)):
+        passes.clear()
+        ablation_matrix(with_budget(model, 4096), masks, operator)
+        assert [sets for sets, _ in passes[1:]] == copies
     assert gain_lost(study_of(model, ROWS.assign(category="QA")), {}).shape == (len(ROWS), 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("running", ["grouped_mm", "batched_mm"])
+def test_neurons_of_routed_experts_are_zero_where_a_loop_over_tokens_sets_them_so(running, device):
+    model, rng = zoo.build("qwen2_moe").to(device), np.random.default_rng(0)
+    model.set_experts_implementation(running)
+    ids = torch.tensor(rng.integers(4, 40, (3, 7)), device=device)
+    masks = [{"expert": neuron_mask(model, 0.5, n)["expert"]} for n in range(2)]
+    where = Places(torch.tensor(rng.random((3, 7)) < 0.5), torch.tensor([1, 0, 1]))
+    with torch.no_grad(), ablate(model, masks, "zero", where=where):
+        found = model(ids).logits
+
+    def loop(layer, bank):
+        def forward(hidden, index, weights):
+            out = torch.zeros_like(hidden)
+            for t, b in enumerate(torch.arange(3).repeat_interleave(7).tolist()):
+                for e, weight in zip(index[t].tolist(), weights[t], strict=True):
+                    gate, up = (bank.gate_up_proj[e] @ hidden[t]).chunk(2)
+                    h = torch.nn.functional.silu(gate) * up
+                    if where.mask[b, t % 7]:
+                        h[torch.tensor(masks[where.sets[b]]["expert"][layer, e])] = 0
+                    out[t] += weight * (bank.down_proj[e] @ h)
+            return out
+
+        return forward
+
+    for layer, bank in enumerate(filter(is_bank, model.modules())):
+        bank.forward = loop(layer, bank)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_places_that_nobody_filled_are_refused():
@@ -215,6 +248,39 @@ def test_places_that_nobody_filled_are_refused():
             ablate(model, masks, "zero", where=where),
         ):
             model(ids)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+@pytest.mark.parametrize(
+    ("mask", "sets"),
+    [((2, 8), [0, 1]), ((2, 4), [0, 1]), ((3, 6), [0, 1]), ((2, 6), [0, 1, 1]), ((2, 6), [0])],
+)
+def test_places_of_another_pass_are_refused(name, mask, sets):
+    model, ids = zoo.build(name), torch.arange(4, 16).view(2, 6)
+    where = Places(torch.ones(mask, dtype=torch.bool), torch.tensor(sets))
+    with (
+        pytest.raises(UserError, match="where the model reads 12 tokens"),
+        ablate(model, three(model), "zero", where=where),
+    ):
+        model(ids)
+
+
+def test_whole_experts_have_no_places():
+    study = study_of(zoo.build("qwen2_moe"))
+    masks = {0: expert_mask(study.model()[0])}
+    with pytest.raises(UserError, match="whole experts at the places"):
+        ablation_matrix(study, masks, "drop", where="prompt")
+
+
+def test_sets_in_experts_that_do_not_run_fused_are_read_one_at_a_time(passes):
+    model = zoo.build("qwen2_moe")
+    masks = {n: {"expert": neuron_mask(model, 0.4, n)["expert"]} for n in range(3)}
+    together = ablation_matrix(with_budget(model, 4096), masks, "zero")
+    model.set_experts_implementation("eager")
+    passes.clear()
+    alone = ablation_matrix(with_budget(model, 4096), masks, "zero")
+    assert [sets for sets, _ in passes[1:]] == [1] * 3
+    np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
 def test_contexts_of_several_sets_nest_and_leave_the_model_as_it_was():

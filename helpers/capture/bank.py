@@ -7,6 +7,7 @@ token has K.
 
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -223,9 +224,19 @@ def swapped(module, name: str, function):
             own.pop(name)
 
 
+class Routed(NamedTuple):
+    """Of the rows that fused experts work on: the expert and the token of each, long [R], and how
+    many tokens there are, B*T.
+    """
+
+    experts: torch.Tensor
+    tokens: torch.Tensor
+    count: int
+
+
 @contextmanager
 def editing(bank, name: str, edit):
-    """While open, what the down projections read is edit(h [R, N], expert of each row [R]).
+    """While open, what the down projections read is edit(h [R, N], Routed).
 
     It is edited inside the library's own fused implementations, whose rows stand in routing order
     or sorted by expert; `name` is for messages. Raises UserError for another implementation.
@@ -240,16 +251,20 @@ def editing(bank, name: str, edit):
                 f"{name}: experts running as {running!r} cannot be edited. Call "
                 "model.set_experts_implementation('grouped_mm'), for the baseline too."
             )
+        count, k = args[1].shape  # [B*T, K]
         ids = args[1].reshape(-1)  # [R]
-        routed[:] = [ids.sort().values if running == "grouped_mm" else ids]
+        order = torch.arange(len(ids), device=ids.device)
+        if running == "grouped_mm":
+            ids, order = torch.sort(ids)  # not stable: equal ids must fall as the library's do
+        routed[:] = [Routed(ids, order // k, count)]
 
     def edited(fused):
-        h, ids = gate(fused), routed.pop()  # [R, N], [R]
-        if len(h) != len(ids):
+        h, rows = gate(fused), routed.pop()  # [R, N]
+        if len(h) != len(rows.experts):
             raise RuntimeError(
-                f"{name}: {len(h)} rows in the experts, but {len(ids)} were routed to them."
+                f"{name}: {len(h)} rows in the experts, but {len(rows.experts)} were routed there."
             )
-        return edit(h, ids)
+        return edit(h, rows)
 
     with ExitStack() as stack:
         stack.callback(bank.register_forward_pre_hook(note).remove)

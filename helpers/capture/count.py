@@ -10,7 +10,7 @@ import numpy as np
 from ..bars import bar
 from ..record import UserError
 from .counter import Counter, longest, watching
-from .counts import Counts
+from .counts import Counts, Gathered
 from .selfcheck import self_check
 from .tokens import check_tokenizer, encode, list_of, refuse_unknown, token_batches
 
@@ -79,14 +79,13 @@ def count_encoded(model, encoded, batch_tokens: int = 8192, progress=None) -> Co
     of its own. Each batch's counts go to their place at once: memory holds one table of uint16.
     """
     refuse_nothing(encoded)
-    kept = None
+    gathered = Gathered(len(encoded))
     with count_activations(model) as counter, _bar(len(encoded), progress) as moved:
         for batch in token_batches(encoded, batch_tokens):
-            part = counter(batch.input_ids, batch.attention_mask, batch.count_mask)
-            kept = part.room(len(encoded)) if kept is None else kept
-            kept.put(batch.rows, part)
+            counts = counter(batch.input_ids, batch.attention_mask, batch.count_mask)
+            gathered(batch.rows, {"counted": counts})
             moved.update(len(batch.rows))
-    return kept
+    return gathered.counts["counted"]
 
 
 def count_groups(
@@ -98,17 +97,15 @@ def count_groups(
     Each group's counts are those of a pass of its own. observers: functions of (batch, last hidden
     state [B, T, D]) that are told of every pass, such as `losses.GroupLoss`. (Ours.)
     """
-    parts, order = {}, []
+    gathered = Gathered(len(encoded))
     for rows, counts in passes(model, encoded, batch_tokens, observers, progress):
-        order.append(rows)
-        for name, one in counts.items():
-            parts.setdefault(name, []).append(one)
-    return {name: Counts.join(some, order) for name, some in parts.items()}
+        gathered(rows, counts)
+    return gathered.counts
 
 
 def passes(model, encoded, batch_tokens: int = 8192, observers=(), progress=None):
     """Yield (rows, {group's name: Counts}) of each batch of encoded sequences, as `count_groups`
-    joins them: for what is summed up before all is read.
+    gathers them: for what is summed up before all is read.
     """
     refuse_nothing(encoded)
     if not encoded[0].groups:

@@ -95,22 +95,32 @@ class Counts:
         )
 
     @classmethod
-    def join(cls, parts: list["Counts"], order=None) -> "Counts":
-        """Instructions of several Counts of one model, one after the other, or each put at its
-        place in `order`.
-        """
-        where = (
-            np.argsort(np.concatenate(order), kind="stable") if order is not None else slice(None)
-        )
+    def join(cls, parts: list["Counts"]) -> "Counts":
+        """Instructions of several Counts of one model, one after the other."""
         names = parts[0].arrays()
         return cls.of(
-            {n: np.concatenate([p.arrays()[n] for p in parts])[where] for n in names},
-            parts[0].layers,
+            {n: np.concatenate([p.arrays()[n] for p in parts]) for n in names}, parts[0].layers
         )
 
 
 SEAL = {"total": int, "size": int, "layers": dict, "found": list, "shards": list}
 SHARD = {"rows": list, "layers": dict, "found": dict, "sha256": str}
+
+
+class Gathered:
+    """Counts of `size` sequences, {position group's name: Counts}, each batch put in its place at
+    once: memory holds one table of each group, and no longer those of the batches.
+    """
+
+    def __init__(self, size: int):
+        self.size, self.counts = size, {}
+
+    def __call__(self, rows, counts: dict[str, Counts]) -> None:
+        """One batch, of the sequences `rows`."""
+        for name, part in counts.items():
+            if name not in self.counts:
+                self.counts[name] = part.room(self.size)
+            self.counts[name].put(rows, part)
 
 
 @dataclass(frozen=True)

@@ -105,12 +105,15 @@ def parts_of(sites, mask) -> list[tuple]:
 
 
 def _stacked(sites, masks) -> list[tuple]:
-    """`parts_of` several masks, [(site, bool tensor [K, N])], in the sites' order."""
+    """`parts_of` several masks of neurons, [(site, bool tensor [K, N] or [K, E, N])], in the sites'
+    order.
+    """
     found = [{site.name: part for site, part in parts_of(sites, mask)} for mask in masks]
     stacks = []
     for site in sites:
-        if any(site.name in parts for parts in found):
-            none = torch.zeros(site.width, dtype=torch.bool, device="cpu")
+        some = [parts[site.name] for parts in found if site.name in parts]
+        if some:
+            none = torch.zeros_like(some[0])
             stacks.append((site, torch.stack([parts.get(site.name, none) for parts in found])))
     return stacks
 
@@ -182,8 +185,8 @@ def ablate(
     reference  for "mean" and "resample"; seed, of "resample": its draws follow the batches' order.
     how        for "zero": "weights" zeroes columns of the down projection, "hook" edits its input:
                equal results. "auto": weights where they are what runs and no other layer's.
-    where      at which tokens (see Places), of an MLP's neurons; everywhere if None. A list of
-               masks takes it as well: which sequence is under which.
+    where      at which tokens (see Places) neurons are ablated; everywhere if None. Whole experts
+               take none. A list of masks needs it: which sequence is under which.
 
     The implementation of the experts is left as it runs: a run outside the context is the baseline.
     On leaving, every hook must have fired if the model ran; that the outputs moved is for the
@@ -254,6 +257,11 @@ def _asked(model, mask, operator, reference, seed, how, where) -> list[tuple]:
         _refuse_request(one, operator, reference, how)
     if several:
         _refuse_several(masks, operator, where)
+    elif where is not None and "experts" in masks[0]:
+        raise UserError(
+            "ablate: whole experts at the places of `where`. They are ablated at every token or "
+            "none: leave `where` out, or ablate their neurons."
+        )
     sites = find_sites(model)
     return _stacked(sites, masks) if several else parts_of(sites, masks[0])
 
@@ -287,13 +295,12 @@ def _tell(stack, model, mask, operator, seed, where) -> None:
 
 
 def _refuse_several(masks, operator, where) -> None:
-    routed = {family for mask in masks for family in mask} & {"expert", "experts"}
-    if routed or operator == "resample" or where is None or not masks:
+    families = {family for mask in masks for family in mask}
+    if "experts" in families or operator == "resample" or where is None or not masks:
         raise UserError(
-            f"ablate: a list of {len(masks)} masks, operator {operator!r}, where {where}, routed "
-            f"families {sorted(routed)}. Several sets at once take neurons that are not routed, "
-            "'zero' or 'mean', and `where`, which says what sequence is under which; else one mask "
-            "a time."
+            f"ablate: a list of {len(masks)} masks, operator {operator!r}, where {where}, families "
+            f"{sorted(families)}. Several sets at once take neurons, 'zero' or 'mean', and "
+            "`where`, which says what sequence is under which; else one mask a time."
         )
 
 
@@ -321,23 +328,19 @@ def _zero_columns(stack, site, part) -> None:
 
 
 def _replacement(site, operator, reference, seed):
-    """(h, expert of each row or None) -> what ablated neurons become; broadcasts to h, [B, T, N]
-    or [rows, N].
-    """
+    """(h, Routed or None) -> what ablated neurons become; broadcasts to h, [B, T, N] or [R, N]."""
     if operator == "zero":
-        return lambda h, ids: h.new_zeros(())
-    at = () if operator == "mean" else (torch.Generator("cpu").manual_seed(int(seed)),)
-    values, filled = (
-        (reference.draws if at else reference.mean)[site.name],
-        reference.filled[site.name],
-    )
+        return lambda h, routed: h.new_zeros(())
+    if operator == "mean":
+        mean = reference.mean[site.name]
+        return lambda h, routed: mean.to(h) if routed is None else mean.to(h)[routed.experts]
+    draws, filled = reference.draws[site.name], torch.as_tensor(reference.filled[site.name])
+    generator = torch.Generator("cpu").manual_seed(int(seed))
 
-    def pick(h, ids):
-        where = () if ids is None else (ids.cpu(),)
-        if at:
-            draw = torch.rand(h.shape[:-1], generator=at[0], dtype=torch.float32, device="cpu")
-            where += ((draw * torch.as_tensor(filled)[where]).long(),)
-        return values[where].to(h)
+    def pick(h, routed):
+        draw = torch.rand(h.shape[:-1], generator=generator, dtype=torch.float32, device="cpu")
+        where = () if routed is None else (routed.experts.cpu(),)
+        return draws[(*where, (draw * filled[where]).long())].to(h)
 
     return pick
 
@@ -346,17 +349,15 @@ def _edit_neurons(stack, site, part, value, fired, where=None) -> None:
     """Put value(h, experts) in the place of the masked neurons of every h that a down projection
     reads, or of those at the places of `where`.
     """
-    if where is not None and site.family == "expert":
-        raise UserError(
-            f"{site.name}: neurons of routed experts are ablated at every token or none. Leave out "
-            "`where`, or ablate the dense neurons alone."
-        )
 
-    def edit(h, ids):
+    def edit(h, routed=None):
         fired.add(site.name)
         at = part.to(h.device)
-        at = at if where is None else _placed(at, where, h)
-        return torch.where(at if ids is None else at[ids], value(h, ids), h)
+        if where is not None:
+            at = _placed(at, where, h, routed)
+        elif routed is not None:
+            at = at[routed.experts]
+        return torch.where(at, value(h, routed), h)
 
     if site.family == "expert":
         stack.enter_context(bank.editing(site.module, site.name, edit))
@@ -364,17 +365,37 @@ def _edit_neurons(stack, site, part, value, fired, where=None) -> None:
     inside = _within(stack, site.module)  # another layer may call the same down projection
 
     def before(module, args):
-        return (edit(args[0], None), *args[1:]) if inside else None
+        return (edit(args[0]), *args[1:]) if inside else None
 
     stack.callback(site.down.register_forward_pre_hook(before).remove)
 
 
-def _placed(part, where, h) -> torch.Tensor:
-    """Which values of h are ablated, bool, of h's shape. part: [N], or [K, N] of several sets."""
-    if where.mask is None or part.dim() > 1 and where.sets is None:
+def _placed(part, where, h, routed) -> torch.Tensor:
+    """Which values of h are ablated, bool, of h's shape. part: [N], of routed experts [E, N]; of
+    several sets [K, ...].
+    """
+    several = part.dim() > (1 if routed is None else 2)
+    count = h[..., 0].numel() if routed is None else routed.count
+    _refuse_places(where, several, count)
+    mask = where.mask.to(h.device)  # [B, T]
+    sets = where.sets.to(h.device) if several else None  # [B]
+    if routed is None:
+        part = part[sets][:, None] if several else part  # [B, 1, N]
+        return (part & mask[..., None]).reshape(h.shape)
+    ids, tokens = routed.experts, routed.tokens
+    part = part[sets[tokens // mask.shape[1]], ids] if several else part[ids]  # [R, N]
+    return part & mask.reshape(-1)[tokens, None]
+
+
+def _refuse_places(where, several, count) -> None:
+    if where.mask is None or several and where.sets is None:
         raise UserError("ablate: Places without a mask, or without sets. Fill it before each pass.")
-    part = part if part.dim() == 1 else part[where.sets.to(h.device)][:, None]  # [B, 1, N]
-    return (part & where.mask.to(h.device)[..., None]).reshape(h.shape)
+    shape, sets = tuple(where.mask.shape), where.sets if several else where.mask
+    if where.mask.numel() != count or len(sets) != shape[0]:
+        raise UserError(
+            f"ablate: Places with a mask {shape} and {len(sets)} sequences, where the model reads "
+            f"{count} tokens. Fill it with those of this pass: mask [B, T], sets [B]."
+        )
 
 
 def _within(stack, module) -> list:
@@ -437,6 +458,9 @@ def _reads(name, module) -> bool:
 
 
 def _mlp_rows(site, projections) -> dict[str, torch.Tensor]:
+    """Rows of "gate", of "up" where there is one [N, D], and their biases [N, 1]. The projection of
+    a plain MLP is its gate, even where it is called up_proj.
+    """
     found = {}
     for name, child in projections.items():
         weight = child.weight.data
@@ -447,6 +471,8 @@ def _mlp_rows(site, projections) -> dict[str, torch.Tensor]:
                 found |= {"gate" + end: part[: site.width], "up" + end: part[site.width :]}
             elif len(part) == site.width:
                 found[("up" if "up" in name.split("_") or name == "w3" else "gate") + end] = part
+    if "gate" not in found and len(projections) == 1:
+        found = {name.replace("up", "gate"): part for name, part in found.items()}
     return found
 
 

@@ -1,5 +1,6 @@
 """Models: loaded from proven checkpoints, compared as a pair, imitated at random."""
 
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -45,6 +46,7 @@ MAY_DIFFER = {
     "output_router_logits",
     "attention_dropout",
 }
+CONSTANT = re.compile(r"bias$|norm[^.]*\.weight$", re.IGNORECASE)  # may start so, of any shape
 
 
 def load_model(ref: str, *, dtype: str = "float32", device_map=None, revision: str | None = None):
@@ -168,7 +170,7 @@ def _merged(model, folder: Path):
 
 def random_twin(model, seed: int = 0, free: bool = False):
     """A model of the same architecture and dtype with random weights: what the tokens alone
-    explain (a control).
+    explain (a control). No matrix is a constant, whatever transformers starts it with.
 
     It stands where `model` stands, on one device or several. `free` gives up the weights of
     `model` first, so that never two models fill the memory.
@@ -182,9 +184,24 @@ def random_twin(model, seed: int = 0, free: bool = False):
         twin = AutoModelForCausalLM.from_config(
             model.config, dtype=dtype, trust_remote_code=False
         ).eval()
+        _redraw_constants(twin)
     if len(set(places.values())) > 1 and "disk" not in places.values():
         return dispatch_model(twin, places)
     return twin if device.type == "meta" else twin.to(device)
+
+
+@torch.no_grad()
+def _redraw_constants(twin) -> None:
+    """Normal weights for every matrix that is one number throughout: AFMoE's router is zeros and
+    would send every token to the same experts. Biases and the scales of norms stay.
+    """
+    text = twin.config.get_text_config(decoder=True)
+    std = getattr(text, "initializer_range", None) or 0.02
+    for name, weight in twin.named_parameters():
+        if weight.dim() > 1 and weight.numel() > 1 and not CONSTANT.search(name):
+            low, high = weight.aminmax()
+            if low == high:
+                weight.normal_(std=std)
 
 
 def check_pair(base, tuned, lowest: float = 0.1) -> list[dict]:

@@ -14,6 +14,7 @@ from .style import (
     entry,
     error_bars,
     heat_map,
+    if_any,
     label_left,
     legend_below,
     markers,
@@ -63,7 +64,7 @@ def league(table: pd.DataFrame) -> Figure:
         for s, (size, shade) in enumerate(zip(sizes, shades, strict=True)):
             line = part[part["size"] == size]
             shift = 0.62 * (s - (len(sizes) - 1) / 2) / max(len(sizes) - 1, 1)
-            y = line["score"].map(scores.index) + shift
+            y = line["score"].map(scores.index).astype(float) + shift
             bars = error_bars(line["critical_low"], line["critical"], line["critical_high"])
             look = {"fmt": "o", "markersize": 4, "color": shade, "linewidth": 1.4}
             ax.errorbar(line["critical"], y, xerr=bars, label=f"{size:.0%}", **look)
@@ -76,6 +77,7 @@ def league(table: pd.DataFrame) -> Figure:
     return fig
 
 
+@if_any
 def by_category(table: pd.DataFrame) -> Figure:
     """A row per category, a panel per pair: own effect minus the hardest control, by score.
 
@@ -87,7 +89,8 @@ def by_category(table: pd.DataFrame) -> Figure:
         categories = list(pd.unique(part["category"]))
         for n, score in enumerate(scores):
             line = part[part["score"] == score]
-            y = line["category"].map(categories.index) + 0.3 * (n - (len(scores) - 1) / 2)
+            lane = 0.3 * (n - (len(scores) - 1) / 2)
+            y = line["category"].map(categories.index).astype(float) + lane
             bars = error_bars(line["critical_low"], line["critical"], line["critical_high"])
             look = {"fmt": "none", "color": SCORE_COLOURS[score], "linewidth": 1.5}
             ax.errorbar(line["critical"], y, xerr=bars, **look)

@@ -84,7 +84,8 @@ def wordings(table: pd.DataFrame) -> Figure:
     for ax, name, part in drawn:
         for n, model in enumerate(models):
             line = part[part["model"] == model]
-            place = line["pairs"].map(kinds.index) + (n - (len(models) - 1) / 2) * 0.3
+            lane = (n - (len(models) - 1) / 2) * 0.3
+            place = line["pairs"].map(kinds.index).astype(float) + lane  # no row: stays text
             bars = error_bars(line["low"], line["value"], line["high"])
             ax.errorbar(place, line["value"], bars, linestyle="", label=model, **_look(model))
             ax.hlines(line["null"], place - 0.13, place + 0.13, **_dashes())
@@ -120,7 +121,8 @@ def waterfall(table: pd.DataFrame) -> Figure:
     for ax, name, part in drawn:
         for n, model in enumerate(models):
             line = part[part["model"] == model]
-            place = line["step"].map(steps.index) + (n - (len(models) - 1) / 2) * 0.36
+            lane = (n - (len(models) - 1) / 2) * 0.36
+            place = line["step"].map(steps.index).astype(float) + lane
             look, bars = _look(model), error_bars(line["low"], line["left"], line["high"])
             ax.barh(place, line["left"], height=0.34, color=look["color"], alpha=0.3, linewidth=0)
             ax.errorbar(line["left"], place, xerr=bars, linestyle="", label=model, **look)
@@ -228,7 +230,8 @@ def readable(table: pd.DataFrame) -> Figure:
     for ax, name, part in drawn:
         for n, model in enumerate(models):
             line = part[part["read off"] == model]
-            place = line["half"].map(halves.index) + (n - (len(models) - 1) / 2) * 0.16
+            lane = (n - (len(models) - 1) / 2) * 0.16
+            place = line["half"].map(halves.index).astype(float) + lane
             bars = error_bars(line["low"], line["accuracy"], line["high"])
             ax.errorbar(place, line["accuracy"], bars, linestyle="", label=model, **_look(model))
         ax.axhline(part["chance"].iloc[0], label="chance", **NULL)

@@ -10,6 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..analysis.stats import span
 from ..paths import checked, figures_dir
 from ..record import atomic, write_table
 
@@ -87,8 +88,9 @@ def panels(table: pd.DataFrame, column: str, size, per_row: int = 3, **axes):
     Returns (figure, [(axes, value, the value's rows)]); unused places are hidden.
     """
     names = list(pd.unique(table[column]))
-    width = min(per_row, max(1, int(PAGE / (0.7 * size[0]))), len(names))
-    rows = -(-len(names) // width)
+    places = max(1, len(names))
+    width = min(per_row, max(1, int(PAGE / (0.7 * size[0]))), places)
+    rows = -(-places // width)
     page = min(size[0] * width, PAGE), size[1] * rows
     fig, grid = plt.subplots(rows, width, figsize=page, squeeze=False, **axes)
     for ax in grid.flat[len(names) :]:
@@ -100,12 +102,6 @@ def panels(table: pd.DataFrame, column: str, size, per_row: int = 3, **axes):
 def title(name: str, part: pd.DataFrame) -> str:
     """A panel's title: its name and, where the table has a column `n`, the range of n."""
     return f"{name} (n = {span(part['n'])})" if "n" in part else name
-
-
-def span(numbers: pd.Series) -> str:
-    """The range of whole numbers, "120 to 240", or the number that all are."""
-    least, most = int(numbers.min()), int(numbers.max())
-    return f"{most}" if least == most else f"{least} to {most}"
 
 
 def label_left(drawn, label: str) -> None:

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from timeit import repeat
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from ..analysis.stats import SMALLEST
@@ -201,7 +203,7 @@ class Chain:
                 "peak_rss_mb": max(round(peak), before.get("peak_rss_mb", 0)),
             }
             if set(NOTEBOOKS) <= set(seconds) and not self.resumed:  # the whole chain, in one go
-                costs["wall_seconds"] = round(wall)
+                costs |= {"wall_seconds": round(wall), "gflops": round(gflops())}
             write_json(summary, before | costs)
         self.record.unlink(missing_ok=True)
         before = f", {len(self.resumed)} of them before" if self.resumed else ""
@@ -210,6 +212,14 @@ class Chain:
             f" Look at {short(self.folder)}/, {short(self.results)}/summary.json and "
             f"{short(self.figures)}/."
         )
+
+
+def gflops(size: int = 1024) -> float:
+    """What this machine multiplies with the threads that a notebook has, in 1e9 operations of
+    float32 a second: the best of five matrix products. It tells slow machines from fast. (Ours.)
+    """
+    one = np.ones((size, size), np.float32)
+    return 2 * size**3 / min(repeat(lambda: one @ one, number=1, repeat=5)) / 1e9
 
 
 def _changed(file: Path) -> int:

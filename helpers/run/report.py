@@ -13,7 +13,11 @@ from . import findings
 from .plan import plans
 
 SHOWN = ("smollm2", "tiny")  # whose numbers have columns on the page
-WHOLE = ("wall_seconds", "peak_rss_mb")  # of a summary: what a run of the whole chain took
+WHOLE = (
+    "wall_seconds",
+    "gflops",
+    "peak_rss_mb",
+)  # what a run of the whole chain took
 PLANNED = {  # README's columns: {title: (column of plans.csv, format)}
     "profile": ("profile", "`{}`"),
     "pair": ("pair", "{}"),
@@ -52,11 +56,17 @@ def cost(tiny: dict, real: dict) -> str:
     minutes, memory = tiny["wall_seconds"] / 60, tiny["peak_rss_mb"] / 1024
     longer, more = real["wall_seconds"] / 60, real["peak_rss_mb"] / 1024
     return (
-        f"`make reproduce` took {minutes:.0f} minutes on two cores without a GPU, the environment "
-        f"set up before; its largest process held {memory:.1f} GB. With `PROFILE={real['profile']}`"
-        ", a real model, on both halves of its data (`make hexainst-human` first; without it the "
-        f"machine-written half alone is read), it took {longer:.0f} minutes and {more:.1f} GB."
+        f"`make reproduce` took {minutes:.0f} minutes on {_cores(tiny)}, without a GPU, the "
+        f"environment set up before; its largest process held {memory:.1f} GB. With "
+        f"`PROFILE={real['profile']}`, a real model, on both halves of its data (`make "
+        "hexainst-human` first; without it the machine-written half alone is read), it took "
+        f"{longer:.0f} minutes and {more:.1f} GB on {_cores(real)}."
     )
+
+
+def _cores(summary) -> str:
+    speed = f"{summary['gflops']} GFLOP/s each" if "gflops" in summary else "unknown speed"
+    return f"two cores of {speed}"
 
 
 def plans_table() -> str:

@@ -21,6 +21,7 @@ from ..capture.interventions import transplant, weight_change
 from ..hexainst.corpus import wordings
 from ..record import NotTestable
 from .evaluate import ablation_matrix, nll
+from .sets import layer_numbers
 
 MODELS = ("base", "tuned")
 SPLIT = ("prompt-even", "prompt-odd")
@@ -223,7 +224,7 @@ def layers(pairs: dict) -> pd.DataFrame:
             line, change = _effect(study, across), _effect(study, floor, across)
             rows = {
                 "panel": f"{pair}: {unit}",
-                "layer": range(across.shape[1]),
+                "layer": layer_numbers(study, unit),
                 "similarity": line.difference,
                 "low": line.low,
                 "high": line.high,
@@ -269,8 +270,8 @@ def layer_fates(study) -> pd.DataFrame:
     """
     found = similarities(study, "neurons")
     shares_of = {fate: values.mean(0) for fate, values in of_union(found.fates).items()}
-    table = pd.DataFrame(shares_of | {"floor": found.layers[0].mean(0), "n": len(study.rows)})
-    return table.rename_axis("layer").reset_index()
+    rows = {"layer": layer_numbers(study)} | shares_of
+    return pd.DataFrame(rows | {"floor": found.layers[0].mean(0), "n": len(study.rows)})
 
 
 def _category(study, alike, fates, drift, here):
@@ -301,7 +302,8 @@ def routing(pairs: dict) -> pd.DataFrame:
         k, seed = one.per_token(), study.profile.seed
         most = [top_experts(c.routed, k, seed + n) for n, c in enumerate((one, two))]
         kept = _effect(study, agreement(*most))
-        for layer, (value, low, high) in enumerate(zip(*kept[:3], strict=True)):
+        numbers = layer_numbers(study, "experts")
+        for layer, value, low, high in zip(numbers, *kept[:3], strict=True):
             place = {"pair": pair, "layer": layer, "K": k}
             found.append(place | {"kept": value, "ci": [low, high], "n": len(one.tokens)})
     return pd.DataFrame(found)
@@ -531,7 +533,8 @@ def weight_bins(pairs: dict, found: Found, most: int = 10) -> pd.DataFrame:
                 continue
             said = f"rho {numbers[key + '.rho']:.2f}, p {numbers[key + '.p']:.4f}"
             change, values = moved(study, unit)
-            for layer, (w, m) in enumerate(zip(change, values.mean(0), strict=True)):
+            places = layer_numbers(study, unit)
+            for layer, w, m in zip(places, change, values.mean(0), strict=True):
                 for part in np.array_split(np.argsort(w, kind="stable"), min(most, len(w))):
                     row = {"panel": f"{pair}: {unit}\n{said}", "layer": layer}
                     row |= {"weight": w[part].mean(), "moved": m[part].mean()}

@@ -5,8 +5,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..capture.budget import reading
+from ..capture.counter import longest
 from ..capture.sites import input_device
 from ..capture.tokens import Encoded, token_batches
+from ..record import UserError
 from .reading import encode_rows
 
 LOOSE = 0.5  # of a batch may be padding: a step reads all weights, however few rows it is for
@@ -60,6 +62,7 @@ def continuations(
     Sampling and penalties that a chat model's own generation settings name are put aside
     meanwhile: base and tuned are decoded alike. (Ours.)
     """
+    refuse_no_room(model, encoded, max_new_tokens)
     own, out, device = model.generation_config, [[] for _ in encoded], input_device(model)
     stops = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]) - {
         None
@@ -84,3 +87,16 @@ def continuations(
         model.generation_config = own
         bar.close()
     return out
+
+
+def refuse_no_room(model, encoded, new: int) -> None:
+    """Raise UserError for prompts behind which a model cannot read `new` tokens."""
+    most = longest(model)
+    long = [n for n, one in enumerate(encoded) if len(one.ids) + new > most]
+    if long:
+        raise UserError(
+            f"{len(long)} of {len(encoded)} prompts (the first is number {long[0]}, of "
+            f"{len(encoded[long[0]].ids)} tokens) leave no room for {new} new tokens: "
+            f"{type(model).__name__} reads {most} in all. Lower `max_new_tokens`, or leave these "
+            "rows out."
+        )

@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..capture.counts import Counts, Shards
+from ..capture.counts import Shards
 from ..paths import ROOT
 from ..record import UserError, versions
 from .reading import COUNTED
@@ -45,23 +45,6 @@ def check_names(variant: str, positions: str = "prompt") -> None:
     for name, value, known in (("variant", variant, VARIANTS), ("positions", positions, POSITIONS)):
         if value not in known and not (known is VARIANTS and re.fullmatch(r"twin-[1-9]\d*", value)):
             raise UserError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
-
-
-class Gathered:
-    """Takes in what `passes` gives, and joins the counts of each position group."""
-
-    def __init__(self):
-        self.parts, self.order = [], []
-
-    def __call__(self, rows, counts: dict) -> None:
-        """One batch: `rows` are places in the list that was read, counts {group's name: Counts}."""
-        kept = {name: c for name, c in counts.items() if not name.startswith("drawn-")}
-        self.parts.append(kept)
-        self.order.append(rows)
-
-    def counts(self, name: str) -> Counts:
-        """Those of one group, in the order of the sequences."""
-        return Counts.join([part[name] for part in self.parts], self.order)
 
 
 def fill(shards: Shards, read, label: str) -> None:

@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from ..bars import bar, moved
+from ..capture.bank import FUSED
 from ..capture.beginnings import Split, begin, split
 from ..capture.budget import altered, mark
 from ..capture.count import refuse_long, refuse_nothing
@@ -18,7 +19,7 @@ from ..record import UserError
 from .losses import Losses
 from .reading import encode_bare, with_end
 
-ROUNDING = 1e-6  # nats per token: how far losses of sets that share a pass are from those alone
+ROUNDING = 3e-6  # nats per token: about how far losses move where sets share a pass
 WHERE = ("everywhere", "all but the first", "prompt", "response")  # where an ablation acts
 
 
@@ -132,6 +133,7 @@ def ablation_matrix(
     model, rows = study.model(variant)[0], study.rows
     proven_head(model)  # runs the model as it is: not under an ablation
     encoded = study.encoded("reference" if eos else "response", variant)
+    refuse_long(model, encoded, rows["id"])
     baseline = _intact(study, encoded, variant, apart=operator != "resample")
     at = _marked(study, variant, encoded, where)
     found = _ablated(study, at, masks, operator, variant, where=where, **options)
@@ -184,12 +186,15 @@ def _ablated(study, encoded, masks: dict, operator, variant="tuned", where=WHERE
 
 
 def _together(model, masks, operator, how="auto", **options) -> bool:
-    """Whether sets may share a pass: not of routed experts, nor under "resample", which draws anew
-    for each token of each row, nor in half precision, where batches of another shape round apart.
+    """Whether sets may share a pass: not of whole experts, nor of neurons in experts that do not
+    run fused, nor under "resample", which draws anew for each token of each row, nor in half
+    precision, where batches of another shape round apart.
     """
-    routed = any({"expert", "experts"} & set(mask) for mask in masks)
+    families = {family for mask in masks for family in mask}
+    fused = getattr(model.config, "_experts_implementation", None) in FUSED
+    apart = "experts" in families or "expert" in families and not fused
     wide = model.dtype in (torch.float32, torch.float64)
-    return wide and not routed and operator != "resample" and how != "weights"
+    return wide and not apart and operator != "resample" and how != "weights"
 
 
 def _under(model, encoded, masks, operator, where, budget, **options) -> np.ndarray:
@@ -280,7 +285,9 @@ def damage_split(
 
 def _risen(study, encoded, masks, operator, variant) -> np.ndarray:
     """By how much each ablated set raises the losses of what is read, [I, sets]."""
-    proven_head(study.model(variant)[0])
+    model = study.model(variant)[0]
+    refuse_long(model, encoded, study.rows["id"])
+    proven_head(model)
     intact = _intact(study, encoded, variant)
     under = _ablated(study, encoded, masks, operator, variant)
     risen = [losses - intact for losses in under.values()]

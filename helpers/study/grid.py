@@ -182,6 +182,12 @@ def table_of(found: dict, resamples: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+BY_CATEGORY = (  # columns of `category_table` besides those that say of what a row is
+    *("own", "hardest", "control", "critical", "critical_low", "critical_high", "p_sets"),
+    *("critical_sees", "specific", "specific_low", "specific_high", "p_specific", "specific_sees"),
+)
+
+
 def category_rows(parts: dict, clusters: dict, resamples: int, seed: int) -> list[dict]:
     """Per category what one cell {half: (arrays, record)} says, or several pooled: critical (own
     effect minus the hardest control) with its interval, p_sets and what the test could have seen;
@@ -229,7 +235,8 @@ def category_table(studies: dict, found: dict) -> pd.DataFrame:
             for row in category_rows(where, clusters, profile.resamples, profile.seed):
                 name = study.categories[row.pop("code")]
                 rows.append(head | {"category": name} | row)
-    return pd.DataFrame(rows)
+    columns = ["pair", "score", "size", "half", "category", *BY_CATEGORY]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def matrix_of(found: dict, pair: str, score: str, size: float) -> dict[str, np.ndarray]:

@@ -60,6 +60,19 @@ def _test(row, numbers, where) -> list[dict]:
     return [where | found]
 
 
+def first_example(ledger, numbers: dict):
+    """What is worked by hand: (claim, kind of component, pair) of the first test on all data that
+    the numbers {pair: {key: value}} hold, None where they hold none.
+
+    Claims about each category are passed over.
+    """
+    tests = look_up(ledger, numbers, ["all"], [])
+    if not len(tests):
+        return None
+    name, component, pair = tests.loc[0, TEST[:3]]
+    return ledger[ledger["id"] == name].iloc[0], component, pair
+
+
 def judge(tests: pd.DataFrame) -> pd.DataFrame:
     """The tests with `holm` and `supported`: the interval lies above the null and Holm p < 0.05.
 

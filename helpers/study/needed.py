@@ -24,7 +24,7 @@ from ..analysis.sets import (
     top_sets,
 )
 from ..analysis.similarity import within_between
-from ..analysis.stats import adjust, plus_one, resample_weights
+from ..analysis.stats import adjust, plus_one, resample_weights, span
 from ..bars import moved, stage
 from ..capture.interventions import ablate
 from ..hexainst.corpus import texts
@@ -59,8 +59,9 @@ class Needed:
     # ---- sets, rows, controls
 
     def ranked(self, half: str):
-        """The standing of all scores on `half` (see scores.standing)."""
-        return standing(self.study.half(half), self.profile.scores)
+        """The standing of the profile's scores and of TESTED on `half` (see scores.standing)."""
+        scores = dict.fromkeys((*self.profile.scores, *TESTED))
+        return standing(self.study.half(half), tuple(scores))
 
     def sets(self, score: str, measured_on: str, size=None) -> np.ndarray:
         """bool [C, M]: the share `size` that a score ranks first on the half *not* measured on."""
@@ -75,6 +76,11 @@ class Needed:
     def here(self, half: str):
         """The rows that are measured of a half."""
         return self.study.half(half).measured()
+
+    def rows_measured(self) -> pd.Series:
+        """How many rows of each category are measured, of all halves."""
+        measured = [self.here(half).rows["category"] for half in self.halves]
+        return pd.concat(measured).value_counts().reindex(self.study.categories, fill_value=0)
 
     def controls(self, own: dict, number: int, draw=layer_matched) -> dict[str, list]:
         """`number` random sets of the same layers for each category's mask."""
@@ -108,7 +114,8 @@ class Needed:
 
     def consensus_sets(self) -> dict:
         """{(kind, half chosen on): bool [C, M]}: `neurons`, the consensus of the top sets;
-        `contribution`, as many by that score; in a sparse model `experts`, of the top-K sets.
+        `contribution`, as many by that score; in a sparse model `experts`, of the top-K sets, if
+        these can be rerouted (see `_reroutable`).
         """
         counts, profile, found = self.study.counts(), self.profile, {}
         neurons = top_sets(counts.unit("neurons"), profile.epsilon)[0]
@@ -122,7 +129,19 @@ class Needed:
                 k = counts.per_token()
                 top = top_experts(counts.routed, k, profile.seed).reshape(len(neurons), -1)
                 found["experts", half] = consensus(top[part.places], part.labels, profile.tau)
-        return found
+        return {key: sets for key, sets in found.items() if self._reroutable(found, key[0])}
+
+    def _reroutable(self, found: dict, kind: str) -> bool:
+        """Whether sets of experts leave every layer K experts to be chosen, and as many to draw
+        controls from as they have; other kinds always do.
+        """
+        if kind != "experts":
+            return True
+        experts, k = self.experts(), self.study.counts().per_token()
+        most = max(
+            found[kind, half].reshape(-1, experts).sum(-1).max(initial=0) for half in self.halves
+        )
+        return most <= experts - max(k, most)
 
     def by_consensus(self) -> pd.DataFrame:
         """Critical and specific? A row per kind of set and level, against random sets alone."""
@@ -142,6 +161,9 @@ class Needed:
             for key in ("specificity", "specificity_ci", "p"):
                 self.numbers[f"ablation.{kind}.{key}"] = self.numbers[f"ablation.{kind}.all.{key}"]
             self._matrices(kind, parts)
+        if self.experts() and ("experts", self.halves[0]) not in sets:
+            head = {"pair": self.study.name, "sets": "experts", "measured on": "all"}
+            rows.append(head | {"note": "too few other experts in some layer to be rerouted to"})
         return pd.DataFrame(rows)
 
     def _matrices(self, kind, parts):
@@ -158,9 +180,9 @@ class Needed:
         beyond = np.subtract(*(self.numbers[f"ablation.{kind}.{n}"] for n in MATRICES))
         grid = pd.MultiIndex.from_product([names, names], names=["ablated", "measured"])
         table = grid.to_frame(index=False).assign(increase=np.ravel(beyond))
-        n = len(self.halves) * self.profile.ablation_rows
-        panel = f"{self.study.name}: {CHOSEN[kind]}, n = {n}"
-        return table.assign(panel=panel, n=n)
+        rows = self.rows_measured()
+        panel = f"{self.study.name}: {CHOSEN[kind]}, n = {span(rows)}"
+        return table.assign(panel=panel, n=table["measured"].map(rows))
 
     # ---- equal sizes: from the grid
 
@@ -234,7 +256,10 @@ class Needed:
         }
         row |= {"second least step": second["estimate"]}
         row |= {"its low": second["ci"][0], "its p": second["p"]}
-        found = dose_curve(100 * np.array(self.profile.sizes), parts, groups, *settings)
+        try:
+            found = dose_curve(100 * np.array(self.profile.sizes), parts, groups, *settings)
+        except NotTestable as reason:
+            return row | dict.fromkeys(("bends at", "from", "to"), np.nan) | {"shape": str(reason)}
         change = found["change"]
         self.numbers |= {
             f"{prefix}.change": change["at"],
@@ -317,9 +342,9 @@ class Needed:
     def operators(self) -> pd.DataFrame:
         """The same sets under each operator, against random sets under the same one."""
         todo = [(score, operator) for score in TESTED for operator in ("zero", "mean", "resample")]
-        sparse = self.study.counts().routed is not None
-        todo += [("experts", operator) for operator in ("reroute", "drop") if sparse]
         rows, chosen = [], self.consensus_sets()
+        if ("experts", self.halves[0]) in chosen:
+            todo += [("experts", operator) for operator in ("reroute", "drop")]
         for score, operator in todo:
             parts = {}
             for half in self.halves:
@@ -337,11 +362,12 @@ class Needed:
         return pd.DataFrame(rows)
 
     def usage(self) -> pd.DataFrame:
-        """Consensus experts rerouted, against those that come nearest in use; empty if dense."""
-        counts, rows = self.study.counts(), []
-        if counts.routed is None:
+        """Consensus experts rerouted, against those that come nearest in use; empty if there are
+        none that can be (see `consensus_sets`).
+        """
+        counts, rows, chosen, parts = self.study.counts(), [], self.consensus_sets(), {}
+        if ("experts", self.halves[0]) not in chosen:
             return pd.DataFrame(rows)
-        chosen, parts = self.consensus_sets(), {}
         used = {"experts": counts.routed.sum(0) / counts.tokens.sum()}  # f [L, E]
         for half in self.halves:
             own = self.study.masks(chosen["experts", self.study.other(half)], "experts")
@@ -363,16 +389,19 @@ class Needed:
 
     def by_category(self, prefix: str, parts: dict, units: str) -> pd.DataFrame:
         """A row per category, halves pooled: own minus mean of the random draws, with interval and
-        p_sets (the set exchanged with its draws); numbers under `prefix`.<level>.<category>.
+        p_sets (the set exchanged with its draws), or a note why it has none; numbers under
+        `prefix`.<level>.<category>.
         """
         rows = []
         for level, arrays, groups, _ in self.levels(parts):
             for code, category in enumerate(self.study.categories):
                 at = arrays["labels"] == code
                 part = {name: arrays[name][at] for name in ("own", "random")}
+                row = {"pair": self.study.name, "measured on": level, "category": category}
                 try:
                     found = self._critical(part, groups[at])
-                except NotTestable:
+                except NotTestable as reason:
+                    rows.append(row | {"note": str(reason)})
                     continue
                 where = f"{prefix}.{level}.{category}"
                 self.numbers |= {
@@ -380,7 +409,6 @@ class Needed:
                     f"{where}.{units}_ci": found["critical_ci"],
                     f"{where}.p_sets": found["p_sets"],
                 }
-                row = {"pair": self.study.name, "measured on": level, "category": category}
                 rows.append(row | found)
         return pd.DataFrame(rows)
 
@@ -392,24 +420,26 @@ class Needed:
             for half in self.halves:
                 own = self._masks(score, half)
                 drawn = self.controls(own, self.profile.controls)
-                parts[half] = self._drawn_effects(self.here(half), own, drawn, gain_lost)
+                parts[half] = self._drawn_effects(self.here(half), own, drawn, _lost)["lost"]
             table = self.by_category(f"ablation.gain.{score}", parts, "lost")
             tables.append(table.assign(score=score))
         return pd.concat(tables, ignore_index=True)
 
     def _drawn_effects(self, here, own, drawn, effect) -> dict:
-        """`effect(study, masks)` [I, sets] of each category's rows under its own set and its random
-        ones.
+        """{name: arrays} of what `effect(study, masks)` {name: [I, sets]} gives of each category's
+        rows under its own set and its random ones.
         """
-        count = self.profile.controls
-        found = {"own": np.zeros((len(here.rows), 1))}
-        found["random"] = np.zeros((len(here.rows), count))
+        size, found = (len(here.rows), 1 + self.profile.controls), {}
         for category, mask in own.items():
             at = (here.rows["category"] == category).to_numpy()
             masks = {"own": mask} | dict(enumerate(drawn[category]))
-            values = effect(here.take(at), masks)
-            found["own"][at], found["random"][at] = values[:, :1], values[:, 1:]
-        return found | {"labels": here.labels.astype(np.int32)}
+            for name, values in effect(here.take(at), masks).items():
+                found.setdefault(name, np.zeros(size))[at] = values
+        labels = here.labels.astype(np.int32)
+        return {
+            name: {"own": values[:, :1], "random": values[:, 1:], "labels": labels}
+            for name, values in found.items()
+        }
 
     def split(self) -> pd.DataFrame:
         """What each score's sets do beyond random ones after the row's own instruction (whole) and
@@ -418,24 +448,22 @@ class Needed:
         """
         rows = []
         for score in TESTED:
+            try:
+                parts = {half: self._split(score, half) for half in self.halves}
+            except NotTestable:
+                return pd.DataFrame()
             for name in ("whole", "language", "following"):
-                try:
-                    parts = {half: self._split(score, half, name) for half in self.halves}
-                except NotTestable:
-                    return pd.DataFrame()
-                for level, arrays, groups, _ in self.levels(parts):
+                for level, arrays, groups, _ in self.levels({h: parts[h][name] for h in parts}):
                     found = self._critical(arrays, groups)
                     self._keep(f"ablation.split.{score}.{level}.{name}", found, SPLIT)
                     row = {"pair": self.study.name, "score": score, "damage": name}
                     rows.append(row | {"measured on": level} | found)
         return pd.DataFrame(rows)
 
-    def _split(self, score, half, name) -> dict:
+    def _split(self, score, half) -> dict:
         own = self._masks(score, half)
         drawn = self.controls(own, self.profile.controls)
-        return self._drawn_effects(
-            self.here(half), own, drawn, lambda here, masks: damage_split(here, masks)[name]
-        )
+        return self._drawn_effects(self.here(half), own, drawn, damage_split)
 
     def own_part(self) -> pd.DataFrame:
         """The frequency sets' own part (members of at most half of the sets), against random ones;
@@ -493,13 +521,20 @@ class Needed:
 
     def pseudo(self) -> pd.DataFrame:
         """Specificity of contribution sets of the categories, and of groups of the same rows that
-        are no kinds of instruction; what the categories have beyond the largest of these.
+        are no kinds of instruction; what the categories have beyond the largest of these. A
+        grouping that these rows do not allow is left out, and a note says why.
         """
-        parts = {name: {} for name in ("category", *GROUPINGS)}
-        for half in self.halves:
-            output = written(self.study.half(self.study.other(half)))
-            for name in parts:
-                parts[name][half] = self._specific(name, half, output)
+        written_by = {h: written(self.study.half(self.study.other(h))) for h in self.halves}
+        parts, missing = {}, []
+        for name in ("category", *GROUPINGS):
+            try:
+                parts[name] = {h: self._specific(name, h, written_by[h]) for h in self.halves}
+            except NotTestable as reason:
+                missing.append(str(reason))
+        note = {"note": " ".join(missing)} if missing else {}
+        compared = [name for name in GROUPINGS if name in parts]
+        if not compared:
+            return pd.DataFrame([{"pair": self.study.name, "measured on": "all"} | note])
         rows = []
         for some in (self.halves, *([half] for half in self.halves)):
             level = some[0] if len(some) == 1 else "all"
@@ -507,7 +542,7 @@ class Needed:
                 name: self._drawn([found[half] for half in some]) for name, found in parts.items()
             }
             value = {name: float(replicates[0]) for name, replicates in drawn.items()}
-            most = max(GROUPINGS, key=value.get)
+            most = max(compared, key=value.get)
             beyond = drawn["category"] - drawn[most]
             low, high = np.quantile(beyond[1:], [0.025, 0.975])
             prefix = f"ablation.pseudo.contribution.{level}"
@@ -516,7 +551,8 @@ class Needed:
             p = float(plus_one(0.0, -beyond[1:]))
             self.numbers[f"{prefix}.p_beyond"] = p
             row = {"pair": self.study.name, "measured on": level} | value
-            rows.append(row | {"beyond": float(beyond[0]), "low": low, "high": high, "p": p})
+            row |= {"beyond": float(beyond[0]), "low": low, "high": high, "p": p}
+            rows.append(row | note)
         return pd.DataFrame(rows)
 
     def _specific(self, name, half, output) -> tuple[np.ndarray, np.ndarray]:
@@ -554,13 +590,10 @@ class Needed:
         return np.mean(found, axis=0)
 
     def places(self) -> pd.DataFrame:
-        """Own effects minus one random set's, by where the ablation acts and by operator; empty for
-        neurons of routed experts, which are ablated at every token.
-
-        Each row is measured under its own category's set and one other (see `partners`).
+        """By how much losses rise under the `own` set (with an interval over rows), under one
+        `random` set of its layers, and under another category's (`others`), by where the ablation
+        acts and by operator. The n rows are of one half; `partners` says under which other set.
         """
-        if self.study.counts().family("neurons") == "expert":
-            return pd.DataFrame()
         half, rows = self.halves[0], []
         here, reference = self.here(half), self.typical(self.study.other(half))
         labels, other = here.labels, partners(here.labels, len(self.study.categories))
@@ -571,18 +604,25 @@ class Needed:
                 for operator in ("zero", "mean"):
                     options = {"reference": reference} if operator == "mean" else {}
                     options |= {"where": where, "allow_inert": True}
-                    beyond = {"own": [], "others": []}
+                    risen = {name: np.zeros((len(labels), 1)) for name in ("own", "random")}
+                    others = np.zeros(len(labels))
                     for code, (category, mask) in enumerate(own.items()):
                         at = (labels == code) | (other == code)
                         masks = {"own": mask, "random": drawn[category][0]}
                         found = ablation_matrix(here.take(at), masks, operator, **options)
-                        lost = (found["own"] - found["random"]).to_numpy()
-                        beyond["own"].append(lost[labels[at] == code].mean())
-                        beyond["others"].append(lost[labels[at] != code].mean())
+                        mine = labels[at] == code
+                        for name, values in risen.items():
+                            values[labels == code, 0] = found[name][mine]
+                        others[other == code] = found["own"][~mine]
+                    found = self._critical(risen, labels)
+                    prefix = f"ablation.places.{score}.{where.replace(' ', '_')}.{operator}"
+                    self._keep(prefix, found, ("own", "own_ci", "random"))
                     row = {"pair": self.study.name, "score": score, "where": where}
-                    row |= {name: np.mean(values) for name, values in beyond.items()}
-                    rows.append(row | {"operator": operator})
-        return pd.DataFrame(rows).astype({"own": float, "others": float})
+                    row |= {"operator": operator, "own": found["own"]}
+                    row |= dict(zip(("low", "high"), found["own_ci"], strict=True))
+                    row |= {"random": found["random"], "others": others.mean()}
+                    rows.append(row | {"n": len(labels)})
+        return pd.DataFrame(rows)
 
     # ---- answers and language
 
@@ -659,8 +699,8 @@ class Needed:
                     plain = self.plain_loss(mask) - quiet
                     points.append(point | {"category": category, "plain": plain, "own": own[i, i]})
         points += self._random_damage(quiet)
-        n = len(self.halves) * self.profile.ablation_rows
-        table = pd.DataFrame(points).assign(n=n)
+        table = pd.DataFrame(points)
+        table["n"] = table["category"].map(self.rows_measured())
         for score, mean in table.groupby("score")["plain"].mean().items():
             if score in scores:
                 self.numbers[f"ablation.equal.{score}.plain_text"] = mean
@@ -731,10 +771,11 @@ def ablations(profile, categories: int, experts: int = 0) -> dict[str, int]:
         main = full + len(KINDS) * own * drawn + everywhere
         other = full + len(KINDS) * own * few + full * min(2, few, profile.controls_all_rows)
         half["grid"] = len(profile.scores) * (main + (sizes - 1) * other)
-    once = {"places": 0 if sparse else len(WHERE) * 2 * len(TESTED) * 2 * 2 * own}
+    once = {"places": len(WHERE) * 2 * len(TESTED) * 2 * 2 * own}
     once["checks"] = own + own * (1 + few)
     every = {name: 2 * count for name, count in half.items()} | once
-    return {name: profile.ablation_rows * count for name, count in every.items()}
+    rows = min(profile.ablation_rows, profile.rows or profile.ablation_rows)
+    return {name: rows * count for name, count in every.items()}
 
 
 def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: int) -> tuple:
@@ -774,6 +815,10 @@ def partners(labels: np.ndarray, count: int) -> np.ndarray:
     """
     turn = pd.Series(labels).groupby(labels).cumcount().to_numpy()
     return (labels + 1 + turn % (count - 1)) % count
+
+
+def _lost(study, masks) -> dict[str, np.ndarray]:
+    return {"lost": gain_lost(study, masks)}
 
 
 def _members(mask) -> int:
@@ -865,8 +910,9 @@ def per_category(table: pd.DataFrame, pairs: dict, size: float) -> pd.DataFrame:
     families = mine.groupby(["pair", "score"])["p_sets"]
     mine["holm"] = families.transform(lambda p: adjust(p.to_numpy(), "holm"))
     mine["supported"] = (mine["critical_low"] > 0) & (mine["holm"] < 0.05)
-    each = {name: len(s.halves) * s.profile.ablation_rows for name, s in pairs.items()}
-    return mine.assign(n=mine["pair"].map(each))  # rows of a category
+    rows = {name: Needed(study).rows_measured() for name, study in pairs.items()}
+    places = zip(mine["pair"], mine["category"], strict=True)
+    return mine.assign(n=[int(rows[pair][category]) for pair, category in places])
 
 
 def shown(table: pd.DataFrame, index, columns, otherwise: str):
@@ -874,12 +920,9 @@ def shown(table: pd.DataFrame, index, columns, otherwise: str):
     return table.set_index(index)[columns].round(4) if len(table) else otherwise
 
 
-def by_place(places: pd.DataFrame):
-    """What `places` gives, an operator a column; or a sentence where no pair can be asked."""
-    if places.empty:
-        return "neurons of routed experts are ablated at every token"
-    index = ["pair", "score", "where"]
-    return places.pivot_table(["own", "others"], index, "operator", sort=False).round(3)
+def tested(table: pd.DataFrame, columns):
+    """Some columns of a table, rounded, and why a row has no numbers, where one has none."""
+    return table[[*columns, *table.columns.intersection(["note"])]].round(4)
 
 
 def sentences(found: dict) -> list[str]:
@@ -898,7 +941,7 @@ def sentences(found: dict) -> list[str]:
             )
             held = _held(numbers, f"ablation.gain.{score}.all", "lost_ci", every)
             said.append(f"{name}: losing them takes instruction gain away in {held}.")
-        said += [f"{name}: {line}" for line in _said_once(numbers)]
+        said += [f"{name}: {line}" for line in (*_said_once(numbers), *_said_of_places(numbers))]
         said += [f"{name}: {alike}" for alike in same_experts(one)]
         said.append(
             f"{name}: the whole last layer costs {numbers['ablation.positive']:.2f}; the same "
@@ -957,6 +1000,19 @@ def _said_once(numbers):
             key = f"ablation.{beginning.format(score=score)}.all"
             if f"{key}.{name}" in numbers:
                 yield around.format(_nats(numbers, key, name), score=score)
+
+
+def _said_of_places(numbers):
+    for score in TESTED:
+        keys = [f"ablation.places.{score}.{where.replace(' ', '_')}.zero" for where in WHERE]
+        if f"{keys[0]}.own" in numbers:
+            every, later, prompt, response = (_nats(numbers, key, "own") for key in keys)
+            yield (
+                f"losses rise by {every} where the sets by {score} are zero at every token, by "
+                f"{later} at all but the first, by {prompt} at the prompt alone, by {response} at "
+                f"the response alone; by {numbers[f'{keys[0]}.random']:.2f} where a random set is "
+                "zero at every token."
+            )
 
 
 def same_experts(one) -> list[str]:

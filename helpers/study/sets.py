@@ -211,7 +211,7 @@ def layer_shares(study, unit: str = "neurons") -> pd.DataFrame:
     other models over all rows: columns category, layer, share, low, high, null (the same in every
     layer), other (True for the base's and the twin's lines), n.
     """
-    own, numbers = layer_profile(study, unit), _layer_numbers(study, unit)
+    own, numbers = layer_profile(study, unit), layer_numbers(study, unit)
     clusters, _ = clusters_of(study)
     parts = {name: study.labels == code for code, name in enumerate(study.categories)}
     tables = [
@@ -255,7 +255,8 @@ def mean_interval(values, profile, clusters=None) -> dict[str, np.ndarray]:
     return {"mean": mean} | {name: np.concatenate(parts) for name, parts in bands.items()}
 
 
-def _layer_numbers(study, unit):
+def layer_numbers(study, unit: str = "neurons") -> list[int]:
+    """The numbers, in the model, of the layers that have a unit: the L of its counts."""
     counts = study.counts()
     return list(counts.layers["expert" if unit == "experts" else counts.family(unit)])
 
@@ -353,7 +354,7 @@ def routing(study, models=("tuned", "twin")) -> pd.DataFrame:
         f = _f(study, model)
         means = category_means(f.reshape(len(f), -1), study.labels).reshape(-1, *f.shape[1:])
         grid = pd.MultiIndex.from_product(
-            [study.categories, _layer_numbers(study, "experts"), range(f.shape[2])],
+            [study.categories, layer_numbers(study, "experts"), range(f.shape[2])],
             names=["category", "layer", "expert"],
         )
         cells = {"f": means.ravel(), "own": (means - means.mean(0)).ravel()}
@@ -372,7 +373,7 @@ def most_own(study, model="tuned") -> list[dict]:
     """For each category the expert that is most its own (largest mean f minus the categories'
     mean): category, layer (its number), place (among the layers with experts), expert.
     """
-    table, layers = routing(study, (model,)), _layer_numbers(study, "experts")
+    table, layers = routing(study, (model,)), layer_numbers(study, "experts")
     best = table.loc[table.groupby("category", sort=False)["own"].idxmax()]
     return [
         row | {"place": layers.index(row["layer"])}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..capture.budget import named
 from ..capture.checkpoints import fingerprint, locate
 from ..capture.count import flips, passes
-from ..capture.counts import Counts, Shards
+from ..capture.counts import Counts, Gathered, Shards
 from ..capture.interventions import intact
 from ..capture.loading import load_model, load_tokenizer, random_twin
 from ..capture.tokens import Encoded, chat_template
@@ -27,7 +27,7 @@ from ..paths import counts_dir
 from ..record import DamagedFile, NotTestable, UserError, cached, digest, versions
 from . import counting
 from .answers import LOOSE, SHORT, answer_ids, greedy_answers, spoken
-from .counting import COUNTING, FORMAT, SHARD, Gathered
+from .counting import COUNTING, FORMAT, SHARD
 from .equal_length import SIZE, SIZES, Draws, draw_path, draw_settings, with_draws
 from .losses import Losses
 from .reading import encode_once, encode_rows
@@ -334,7 +334,7 @@ class Study:
         also makes the file's counts at the other positions and at equal length, where missing.
         """
         model, part, profile = self.reader(variant)[0], self.take(rows), self.profile
-        k, draws, gathered = rows[0] // SHARD, {}, Gathered()
+        k, draws, gathered = rows[0] // SHARD, {}, Gathered(len(rows))
         if positions == "generated":
             answers = part.encoded("generated", variant)
             some = [Encoded(e.ids, e.counted, {"generated": e.counted}) for e in answers]
@@ -343,21 +343,22 @@ class Study:
             for size in SIZES if variant == "tuned" else (SIZE,):
                 some = with_draws(some, rows, size, profile.draws, profile.seed)
                 draws[size] = Draws(rows, size, profile.draws, profile.epsilon, profile.seed)
+        names = [name for name in some[0].groups if "drawn" not in name]
         for batch, counts in passes(model, some, profile.batch_tokens, progress=bar):
-            gathered(batch, counts)
+            gathered(batch, {name: counts[name] for name in names})
             for drawn in draws.values():
                 drawn(batch, counts)
-        found, names = counting.made_with(model), [n for n in some[0].groups if "drawn" not in n]
+        found = counting.made_with(model)
         if k == 0:
-            found["batching"] = flips(model, some[:READ_ALONE], gathered.counts(names[0]))
+            found["batching"] = flips(model, some[:READ_ALONE], gathered.counts[names[0]])
         for name in names:
             shards = self._shards(variant, name)
             if name != positions and shards.missing([k]):
-                shards.write(k, gathered.counts(name), found)
+                shards.write(k, gathered.counts[name], found)
         for size, drawn in draws.items():
             path, want = draw_path(self, variant, size, k), draw_settings(self, variant, size)
             cached(path, want, lambda drawn=drawn: (drawn.arrays(), {}))
-        return gathered.counts(positions), found
+        return gathered.counts[positions], found
 
     def settings(self, variant: str = "tuned", positions: str = "prompt") -> dict:
         """All that decides a count, as the shards' record keeps it; no model is loaded for it."""

@@ -23,6 +23,7 @@ from ..analysis.alteration import common_gain
 from ..analysis.sets import PackedSets, codes
 from ..analysis.similarity import churn
 from ..capture.count import passes
+from ..capture.counts import Gathered
 from ..capture.loading import load_model, load_tokenizer
 from ..capture.losses import GroupLoss
 from ..capture.tokens import chat_template
@@ -34,7 +35,6 @@ from ..paths import results_dir
 from ..record import DamagedFile, UserError, atomic, cached, digest, write_json, write_table
 from . import alteration
 from .ability import likely
-from .counting import Gathered
 from .reading import encode_rows
 from .study import Study, rows_of
 from .tuning import TUNINGS, Recipe, read_runs, refuse_device
@@ -356,11 +356,11 @@ def read(study, variant) -> np.ndarray:
     it there, from one pass; the same pass's loss of each reference, nats per token, [I].
     """
     model, encoded = study.model(variant)[0], study.reading(variant)
-    gathered, losses = Gathered(), GroupLoss(model, len(encoded))
+    gathered, losses = Gathered(len(encoded)), GroupLoss(model, len(encoded))
     for rows, counts in passes(model, encoded, study.profile.batch_tokens, (losses,)):
         gathered(rows, counts)
     for where in ("prompt", *alteration.SPLIT):
-        study.once(("counts", variant, where), lambda w=where: gathered.counts(w))
+        study.once(("counts", variant, where), lambda w=where: gathered.counts[w])
     return losses.mean.numpy()
 
 

@@ -446,23 +446,24 @@ def where(found: Measured, name: str = MAIN) -> pd.DataFrame:
     category: panel, category, layer, value (change beyond the noise floor, minus the control's),
     low, high, p, n, beyond (told from 0, Benjamini-Hochberg over all cells of a panel).
     """
-    mine = found.part(f"changed-{name}")[0]
+    mine, record = found.part(f"changed-{name}")
+    numbers = [row["layer"] for row in record.get("fates", ())]
     nulls = {"beyond noise": 0.0}
     for control in controls_of(name):
         theirs = found.part(f"changed-{control}")[0]
         nulls |= {f"beyond {control}": theirs["layers"].astype(float)} if theirs else {}
-    panels = [_cells(found, mine["layers"], nulls[panel], panel) for panel in nulls if mine]
+    panels = [_cells(found, mine["layers"], nulls[p], numbers, p) for p in nulls if mine]
     return pd.concat(panels, ignore_index=True) if panels else pd.DataFrame()
 
 
-def _cells(found, layers, null, panel):
-    """One panel of `where`: layers [I, L] minus their null, by category."""
+def _cells(found, layers, null, numbers, panel):
+    """One panel of `where`: layers [I, L] minus their null, by category; numbers, of the L."""
     change, category = layers.astype(float) - null, found.rows["category"].to_numpy()
     rows = []
     for one in pd.unique(category):
         at = np.flatnonzero(category == one)
         effect = found.effect(change[at], np.zeros_like(change[at]), at)
-        row = {"panel": panel, "category": one, "layer": range(change.shape[1])}
+        row = {"panel": panel, "category": one, "layer": numbers}
         row |= {"value": effect.difference, "low": effect.low, "high": effect.high}
         rows.append(pd.DataFrame(row | {"p": effect.p, "n": len(at)}))
     table = pd.concat(rows, ignore_index=True)
