@@ -60,7 +60,7 @@ reproduce: $(READY) ## run the whole chain headless, or what an interrupted run 
 	$(PY) -m helpers.run chain --profile $(PROFILE) $(CHAIN)
 
 test: $(READY) lint ## unit tests, then strict nbval over the committed notebooks
-	$(PY) -m pytest -n 2 --dist loadfile tests helpers
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests helpers
 	$(PY) -m helpers.run check $(CHAIN)
 
 lint: $(READY) ## ruff over code and notebooks

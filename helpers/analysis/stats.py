@@ -467,9 +467,3 @@ def _stability(profiles):
     z /= np.maximum(np.linalg.norm(z, axis=-1, keepdims=True), 1e-12)
     total = (z.sum(-2) ** 2).sum(-1) - (z**2).sum((-2, -1))
     return total / (count * (count - 1))
-
-
-def span(numbers) -> str:
-    """The range of whole numbers, "120 to 240", or the number that all are."""
-    least, most = int(np.min(numbers)), int(np.max(numbers))
-    return f"{most}" if least == most else f"{least} to {most}"

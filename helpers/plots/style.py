@@ -10,9 +10,9 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..analysis.stats import span
 from ..paths import checked, figures_dir
 from ..record import atomic, write_table
+from ..study.summary import span
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#000000")
 SHAPES = "osD^vPX*"

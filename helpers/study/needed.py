@@ -24,7 +24,7 @@ from ..analysis.sets import (
     top_sets,
 )
 from ..analysis.similarity import within_between
-from ..analysis.stats import adjust, plus_one, resample_weights, span
+from ..analysis.stats import adjust, plus_one, resample_weights
 from ..bars import moved, stage
 from ..capture.interventions import ablate
 from ..hexainst.corpus import texts
@@ -42,6 +42,7 @@ from .evaluate import (
 from .experts import NEIGHBOURS
 from .scores import reference_activations, sets_of, standing, written
 from .sets import MASSIVE, largest_outputs
+from .summary import span
 
 STEPS = 3  # between sizes of set: of fewer, the second least may be the one jump
 TESTED = ("frequency", "contribution")  # the paper's score, and ours: scores of the headline

@@ -76,3 +76,9 @@ def read_parts(profile, notebooks) -> dict[str, dict]:
                 )
             merged[pair] |= numbers
     return merged
+
+
+def span(numbers) -> str:
+    """The range of whole numbers, "120 to 240", or the number that all are."""
+    least, most = int(min(numbers)), int(max(numbers))
+    return f"{most}" if least == most else f"{least} to {most}"
