@@ -241,6 +241,16 @@ def test_the_twin_has_random_weights_and_its_own_folder(setting):
         capture(dataclasses.replace(profile, seed=1), pair, "twin", "prompt", ROWS)
 
 
+def test_counts_of_twins_that_were_made_otherwise_are_refused(setting, monkeypatch):
+    profile, pair = setting
+    for variant in ("base", "twin"):
+        capture(profile, pair, variant, "prompt", ROWS)
+    monkeypatch.setattr(counting, "TWIN", counting.TWIN + 1)
+    capture(profile, pair, "base", "prompt", ROWS)
+    with pytest.raises(RecordMismatch, match="twin"):
+        capture(profile, pair, "twin", "prompt", ROWS)
+
+
 def test_twins_are_numbered_from_the_profiles_seed_on(setting):
     profile, pair = setting
     assert twin_names(0) == []

@@ -13,6 +13,7 @@ from helpers.capture.interventions import ablate
 from helpers.config import Pair, Profile
 from helpers.record import UserError
 from helpers.study import summary
+from helpers.study.ability import likely
 from helpers.study.answers import SHORT, answer_ids, continuations, greedy_answers, new_tokens
 from helpers.study.evaluate import (
     ablation_matrix,
@@ -65,13 +66,15 @@ def study_of(model, rows=ROWS):
 
 
 def test_what_is_too_long_to_be_read_is_refused_by_its_id_before_anything_runs():
-    rows = ROWS.assign(category="QA")
+    rows = ROWS.assign(category="QA", fold="A", half="A")
     rows.loc[2, "instruction"], rows.loc[1, "reference"] = "a" * 40, "x = 1 and more"
     model = build("llama", max_position_embeddings=200)
     most = max(len(e.ids) for e in study_of(model, rows).encoded("reference"))
     model.config.max_position_embeddings = most  # own prompts fit, others before a reference not
     with pytest.raises(UserError, match="1 of 7 texts are longer .*text r1 has"):
         gain_lost(study_of(model, rows), {})
+    with pytest.raises(UserError, match="text r2 has"):  # the instruction beside another reference
+        likely(study_of(model, rows))
     model.config.max_position_embeddings = most - 1
     with pytest.raises(UserError, match="1 of 7 texts are longer .*text r2 has"):
         ablation_matrix(study_of(model, rows), {}, "zero")

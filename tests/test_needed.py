@@ -184,14 +184,15 @@ def test_a_category_of_too_few_rows_stands_in_the_table_with_a_note(needed):
 def test_a_page_says_how_many_rows_were_measured_not_how_many_were_asked_for(needed):
     one = Needed(planted.study(**SETTINGS | {"ablation_rows": 1000}))
     counted = one.study.rows["category"].value_counts()
-    assert one.rows_measured().to_dict() == counted.to_dict()
-    assert list(one.rows_measured().index) == list(one.study.categories)
+    assert one.study.measured_sizes().to_dict() == counted.to_dict()
+    assert list(one.study.measured_sizes().index) == list(one.study.categories)
     six = np.zeros((6, 6))
     one.numbers = {f"ablation.neurons.{name}": six for name in ("matrix", "control_matrix")}
     table = one.matrix("neurons")
     assert table["panel"][0].endswith(", n = 16")
     assert table["n"].tolist() == [16] * 36
-    assert needed.rows_measured().tolist() == [12] * 6
+    here = [needed.here(half).rows["category"] for half in needed.halves]
+    assert needed.study.measured_sizes().to_dict() == pd.concat(here).value_counts().to_dict()
     assert ablations(replace(one.profile, rows=3), 6) == ablations(
         replace(one.profile, ablation_rows=3), 6
     )
@@ -234,12 +235,11 @@ def test_experts_are_rerouted_where_enough_others_are_left(monkeypatch, experts,
     one = Needed(SimpleNamespace(profile=None, halves=("A", "B")))
     monkeypatch.setattr(one, "experts", lambda: experts)
     one.study.counts = lambda: SimpleNamespace(per_token=lambda: k)
-    sets = np.zeros((6, 2, experts), bool)
-    sets[3, 1, :members] = True
-    found = {("experts", "A"): np.zeros((6, 2 * experts), bool), ("experts", "B"): sets}
-    found["experts", "B"] = sets.reshape(6, -1)
-    assert one._reroutable(found, "experts") == can
-    assert one._reroutable(found, "neurons")
+    none, some = np.zeros((2, 6, 2, experts), bool)
+    some[3, 1, :members] = True
+    assert one._reroutable([none.reshape(6, -1), some.reshape(6, -1)]) == can
+    assert one._reroutable([none.reshape(6, -1)])
+    assert one._reroutable([]), "a dense model has none"
 
 
 def test_a_curve_that_cannot_be_shaped_says_why(needed, monkeypatch):

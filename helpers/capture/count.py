@@ -64,9 +64,9 @@ def refuse_long(model, encoded, names=None) -> None:
     or `names`), and how long they are.
     """
     most, names = longest(model), range(len(encoded)) if names is None else names
-    long = {n: len(e.ids) for n, e in zip(names, encoded, strict=True) if len(e.ids) > most}
+    long = [(n, len(e.ids)) for n, e in zip(names, encoded, strict=True) if len(e.ids) > most]
     if long:
-        named = ", ".join(f"text {row} has {size}" for row, size in [*long.items()][:5])
+        named = ", ".join(f"text {name} has {size}" for name, size in long[:5])
         raise UserError(
             f"{len(long)} of {len(encoded)} texts are longer than the {most} tokens that "
             f"{type(model).__name__} can read, template included: {named}"

@@ -103,10 +103,6 @@ class Counts:
         )
 
 
-SEAL = {"total": int, "size": int, "layers": dict, "found": list, "shards": list}
-SHARD = {"rows": list, "layers": dict, "found": dict, "sha256": str}
-
-
 class Gathered:
     """Counts of `size` sequences, {position group's name: Counts}, each batch put in its place at
     once: memory holds one table of each group, and no longer those of the batches.
@@ -121,6 +117,10 @@ class Gathered:
             if name not in self.counts:
                 self.counts[name] = part.room(self.size)
             self.counts[name].put(rows, part)
+
+
+SEAL = {"total": int, "size": int, "layers": dict, "found": list, "shards": list}
+SHARD = {"rows": list, "layers": dict, "found": dict, "sha256": str}
 
 
 @dataclass(frozen=True)

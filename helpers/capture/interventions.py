@@ -390,11 +390,12 @@ def _placed(part, where, h, routed) -> torch.Tensor:
 def _refuse_places(where, several, count) -> None:
     if where.mask is None or several and where.sets is None:
         raise UserError("ablate: Places without a mask, or without sets. Fill it before each pass.")
-    shape, sets = tuple(where.mask.shape), where.sets if several else where.mask
-    if where.mask.numel() != count or len(sets) != shape[0]:
+    shape = tuple(where.mask.shape)
+    sets = tuple(where.sets.shape) if several else shape[:1]
+    if where.mask.numel() != count or sets != shape[:1]:
         raise UserError(
-            f"ablate: Places with a mask {shape} and {len(sets)} sequences, where the model reads "
-            f"{count} tokens. Fill it with those of this pass: mask [B, T], sets [B]."
+            f"ablate: Places with a mask {shape} and sets {sets}, where the model reads {count} "
+            "tokens. Fill it with those of this pass: mask [B, T], sets [B]."
         )
 
 

@@ -13,11 +13,7 @@ from . import findings
 from .plan import plans
 
 SHOWN = ("smollm2", "tiny")  # whose numbers have columns on the page
-WHOLE = (
-    "wall_seconds",
-    "gflops",
-    "peak_rss_mb",
-)  # what a run of the whole chain took
+WHOLE = ("wall_seconds", "gflops", "peak_rss_mb")  # what a run of the whole chain took
 PLANNED = {  # README's columns: {title: (column of plans.csv, format)}
     "profile": ("profile", "`{}`"),
     "pair": ("pair", "{}"),

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..analysis.stats import SMALLEST, clustered_share, paired_effect
+from ..capture.count import refuse_long
 from ..capture.loading import check_pair
 from ..capture.tokens import encode
 from ..hexainst.checkers import bare
@@ -187,6 +188,7 @@ def _losses(study, variant, pairs) -> np.ndarray:
     read = texts(study.rows)
     prompts, answers = [read[i] for i, _ in pairs], [answer for _, answer in pairs]
     encoded = encode(tokenizer, prompts, template=study.template, responses=answers)
+    refuse_long(model, encoded, [study.rows["id"].iloc[i] for i, _ in pairs])
     return nll(model, encoded, study.profile.batch_tokens)
 
 

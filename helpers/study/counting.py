@@ -21,6 +21,7 @@ from .reading import COUNTED
 VARIANTS = ("base", "tuned", "twin")  # and "twin-1", "twin-2", ...
 POSITIONS = COUNTED
 FORMAT = 3  # to be raised when a count changes its meaning: older counts are refused
+TWIN = 2  # to be raised when random twins are made otherwise: counts of the former are refused
 COUNTING = (
     "torch",
     "transformers",

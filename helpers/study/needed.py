@@ -78,11 +78,6 @@ class Needed:
         """The rows that are measured of a half."""
         return self.study.half(half).measured()
 
-    def rows_measured(self) -> pd.Series:
-        """How many rows of each category are measured, of all halves."""
-        measured = [self.here(half).rows["category"] for half in self.halves]
-        return pd.concat(measured).value_counts().reindex(self.study.categories, fill_value=0)
-
     def controls(self, own: dict, number: int, draw=layer_matched) -> dict[str, list]:
         """`number` random sets of the same layers for each category's mask."""
         rng = np.random.default_rng(self.profile.seed)
@@ -118,7 +113,7 @@ class Needed:
         `contribution`, as many by that score; in a sparse model `experts`, of the top-K sets, if
         these can be rerouted (see `_reroutable`).
         """
-        counts, profile, found = self.study.counts(), self.profile, {}
+        counts, profile, found, experts = self.study.counts(), self.profile, {}, {}
         neurons = top_sets(counts.unit("neurons"), profile.epsilon)[0]
         for half in self.halves:
             part = self.study.half(half)
@@ -129,20 +124,19 @@ class Needed:
             if counts.routed is not None:
                 k = counts.per_token()
                 top = top_experts(counts.routed, k, profile.seed).reshape(len(neurons), -1)
-                found["experts", half] = consensus(top[part.places], part.labels, profile.tau)
-        return {key: sets for key, sets in found.items() if self._reroutable(found, key[0])}
+                experts["experts", half] = consensus(top[part.places], part.labels, profile.tau)
+        return found | (experts if self._reroutable(experts.values()) else {})
 
-    def _reroutable(self, found: dict, kind: str) -> bool:
-        """Whether sets of experts leave every layer K experts to be chosen, and as many to draw
-        controls from as they have; other kinds always do.
+    def _reroutable(self, sets) -> bool:
+        """Whether sets of experts, bool [C, L x E] each, leave every layer K experts to be chosen,
+        and as many to draw controls from as they have.
         """
-        if kind != "experts":
-            return True
-        experts, k = self.experts(), self.study.counts().per_token()
-        most = max(
-            found[kind, half].reshape(-1, experts).sum(-1).max(initial=0) for half in self.halves
-        )
-        return most <= experts - max(k, most)
+        for members in sets:
+            experts, k = self.experts(), self.study.counts().per_token()
+            most = members.reshape(-1, experts).sum(-1).max(initial=0)
+            if most > experts - max(k, most):
+                return False
+        return True
 
     def by_consensus(self) -> pd.DataFrame:
         """Critical and specific? A row per kind of set and level, against random sets alone."""
@@ -181,7 +175,7 @@ class Needed:
         beyond = np.subtract(*(self.numbers[f"ablation.{kind}.{n}"] for n in MATRICES))
         grid = pd.MultiIndex.from_product([names, names], names=["ablated", "measured"])
         table = grid.to_frame(index=False).assign(increase=np.ravel(beyond))
-        rows = self.rows_measured()
+        rows = self.study.measured_sizes()
         panel = f"{self.study.name}: {CHOSEN[kind]}, n = {span(rows)}"
         return table.assign(panel=panel, n=table["measured"].map(rows))
 
@@ -701,7 +695,7 @@ class Needed:
                     points.append(point | {"category": category, "plain": plain, "own": own[i, i]})
         points += self._random_damage(quiet)
         table = pd.DataFrame(points)
-        table["n"] = table["category"].map(self.rows_measured())
+        table["n"] = table["category"].map(self.study.measured_sizes())
         for score, mean in table.groupby("score")["plain"].mean().items():
             if score in scores:
                 self.numbers[f"ablation.equal.{score}.plain_text"] = mean
@@ -911,7 +905,7 @@ def per_category(table: pd.DataFrame, pairs: dict, size: float) -> pd.DataFrame:
     families = mine.groupby(["pair", "score"])["p_sets"]
     mine["holm"] = families.transform(lambda p: adjust(p.to_numpy(), "holm"))
     mine["supported"] = (mine["critical_low"] > 0) & (mine["holm"] < 0.05)
-    rows = {name: Needed(study).rows_measured() for name, study in pairs.items()}
+    rows = {name: study.measured_sizes() for name, study in pairs.items()}
     places = zip(mine["pair"], mine["category"], strict=True)
     return mine.assign(n=[int(rows[pair][category]) for pair, category in places])
 

@@ -195,8 +195,16 @@ class Study:
 
     def measured_rows(self) -> str:
         """A digest of the ids of the rows that `measured` takes of all halves."""
+        return digest(self._measured()["id"].tolist())
+
+    def measured_sizes(self) -> pd.Series:
+        """How many rows of each category `measured` takes of all halves."""
+        found = self._measured()["category"].value_counts()
+        return found.reindex(self.categories, fill_value=0)
+
+    def _measured(self) -> pd.DataFrame:
         some = few_of_many(self.rows, ["fold", "category"], self.profile.ablation_rows)
-        return digest(self.rows["id"][some].tolist())
+        return self.rows[some]
 
     # ---- what it has read, or computed
 
@@ -363,23 +371,28 @@ class Study:
     def settings(self, variant: str = "tuned", positions: str = "prompt") -> dict:
         """All that decides a count, as the shards' record keeps it; no model is loaded for it."""
         counting.check_names(variant, positions)
-        profile, pair, checkpoint = self.profile, self.pair, self.checkpoint(variant)
-        generated = positions == "generated"
-        return checkpoint | {
-            "profile": profile.name,
-            "pair": pair.name,
-            "variant": variant,
-            "positions": positions,
-            "seed": counting.twin_seed(variant, profile.seed),
-            "dtype": pair.dtype,
-            "device_map": pair.device_map,
-            "template": self.template,
-            "data": self.digest("response" if positions == "response" else "prompt"),
-            "versions": {name: versions()[name] for name in COUNTING},
-            "batch_tokens": profile.batch_tokens,
-            "format": FORMAT,
-            "max_new_tokens": self._budget() if generated else None,
-        }
+        profile, pair = self.profile, self.pair
+        generated, seed = positions == "generated", counting.twin_seed(variant, profile.seed)
+        made = {} if seed is None else {"twin": counting.TWIN}
+        return (
+            self.checkpoint(variant)
+            | made
+            | {
+                "profile": profile.name,
+                "pair": pair.name,
+                "variant": variant,
+                "positions": positions,
+                "seed": seed,
+                "dtype": pair.dtype,
+                "device_map": pair.device_map,
+                "template": self.template,
+                "data": self.digest("response" if positions == "response" else "prompt"),
+                "versions": {name: versions()[name] for name in COUNTING},
+                "batch_tokens": profile.batch_tokens,
+                "format": FORMAT,
+                "max_new_tokens": self._budget() if generated else None,
+            }
+        )
 
     def _budget(self):
         return {
