@@ -113,7 +113,7 @@ class Needed:
         `contribution`, as many by that score; in a sparse model `experts`, of the top-K sets, if
         these can be rerouted (see `_reroutable`).
         """
-        counts, profile, found, experts = self.study.counts(), self.profile, {}, {}
+        counts, profile, found = self.study.counts(), self.profile, {}
         neurons = top_sets(counts.unit("neurons"), profile.epsilon)[0]
         for half in self.halves:
             part = self.study.half(half)
@@ -124,8 +124,10 @@ class Needed:
             if counts.routed is not None:
                 k = counts.per_token()
                 top = top_experts(counts.routed, k, profile.seed).reshape(len(neurons), -1)
-                experts["experts", half] = consensus(top[part.places], part.labels, profile.tau)
-        return found | (experts if self._reroutable(experts.values()) else {})
+                found["experts", half] = consensus(top[part.places], part.labels, profile.tau)
+        if self._reroutable(sets for (kind, _), sets in found.items() if kind == "experts"):
+            return found
+        return {key: sets for key, sets in found.items() if key[0] != "experts"}
 
     def _reroutable(self, sets) -> bool:
         """Whether sets of experts, bool [C, L x E] each, leave every layer K experts to be chosen,
