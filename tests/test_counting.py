@@ -15,6 +15,7 @@ import zoo
 from test_counter import differing
 
 from helpers import record
+from helpers.capture import budget
 from helpers.capture.count import count, count_activations, count_encoded, flips
 from helpers.capture.counter import watching
 from helpers.capture.interventions import ablate, transplant
@@ -431,6 +432,8 @@ def test_the_command_line_captures_a_profile_or_says_what_is_wrong(
         "load_profile",
         lambda name: dataclasses.replace(setting[0], name=name, processes=2, rows=4),
     )
+    monkeypatch.setattr(command, "results_dir", tmp_path.joinpath)
+    monkeypatch.setenv(budget.LEDGER, str(tmp_path / "tokens.jsonl"))
     every = ROWS.assign(half="ai", category=["CLS"] * 6 + ["QA"] * 4)
     monkeypatch.setattr(room, "load_hexainst", lambda dataset, subset: every)
     assert command.main(["count", "--profile", "mine", "--variants", "tuned"]) == 0
