@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from .paths import CLONE, NAME, PROFILES, checked, profile_files, resolve, short
+from .paths import CLONE, NAME, PROFILES, ROOT, checked, profile_files, resolve, short
 from .record import UserError
 
 SCORES = ("frequency", "lape", "contrast", "attribution", "contribution", "contribution-response")
@@ -365,7 +365,7 @@ def load_profile(name: str, **overrides) -> Profile:
 
     A pair of one model twice becomes that model alone (`base` None; see Pair.note). Raises
     UserError, before anything runs, for an unknown profile, a file that is no plain YAML, an
-    unknown, missing or ill-typed key, a number out of range.
+    unknown, missing or ill-typed key, a number out of range, a name that is not the file's.
 
     >>> load_profile("tiny").epsilon
     0.05
@@ -373,16 +373,24 @@ def load_profile(name: str, **overrides) -> Profile:
     have = profile_files()
     if checked(name, "profile") not in have:
         where = short(PROFILES / f"{name}.yaml") if CLONE else f"{name}.yaml here or in profiles/"
+        folders = sorted({ROOT, ROOT / "profiles", *(file.parent for file in have.values())})
+        other = [short(f / f"{name}.yml") for f in folders if (f / f"{name}.yml").is_file()]
+        note = f" ({other[0]} does: its ending must be .yaml)" if other else ""
         raise UserError(
-            f"unknown profile {name!r}: {where} does not exist. Profiles: "
+            f"unknown profile {name!r}: {where} does not exist{note}. Profiles: "
             f"{', '.join(sorted(have))}. Copy {short(have.get('own-model', 'own-model.yaml'))} to "
             "make one."
         )
     path = have[name]
     given = {key: value for key, value in overrides.items() if value is not None}
-    values, where = _parsed(path) | given | {"name": name}, short(path)
+    values, where = {"name": name} | _parsed(path) | given, short(path)
     if given:
         where += f" with {', '.join(sorted(given))} from the caller"
+    if values["name"] != name:
+        raise UserError(
+            f"{where}: name is {_shown(values['name'])}, expected {name!r}: a profile is named as "
+            "its file. Take the line out, or rename the file."
+        )
     if isinstance(pairs := values.get("pairs"), (list, tuple)):
         values["pairs"] = tuple(
             _single(pair if isinstance(pair, Pair) else _made(Pair, pair, f"{where}, pairs[{i}]"))

@@ -428,3 +428,18 @@ def test_what_is_written_comes_back_and_is_made_once(monkeypatch, tmp_path):
         atlas.read("p")
     with pytest.raises(DamagedFile, match="missing"):
         atlas.read("q")
+
+
+def test_an_atlas_of_the_same_rows_under_other_labels_is_another(monkeypatch, tmp_path):
+    monkeypatch.setattr(atlas, "results_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr(Study, "checkpoint", lambda *args: {"weights": "w"})
+    study = study_of("llama", base=False)
+    turned = study.rows["category"].map({"red": "blue", "blue": "far", "far": "red"})
+    other = Study(study.profile, study.pair, study.rows.assign(category=turned))
+    want = [atlas.expected(one) for one in (study, other)]
+    assert [key for key in want[0] if want[0][key] != want[1][key]] == ["data"]
+    atlas._path(study).parent.mkdir(parents=True)
+    atlas._write(atlas._path(study), pd.DataFrame({"place": [0]}), want[0])
+    assert len(atlas.kept(study)) == 1
+    with pytest.raises(RecordMismatch, match="made with data"):
+        atlas.kept(other)

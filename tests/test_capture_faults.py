@@ -16,7 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, weight_norm
-from transformers import PreTrainedTokenizerFast, XLMRobertaTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    XLMRobertaTokenizer,
+)
 
 from helpers.capture.count import count, count_encoded, count_groups
 from helpers.capture.counter import count_masked, count_positive, ready_sites
@@ -24,7 +29,13 @@ from helpers.capture.interventions import ablate, editable, neuron_weights, tran
 from helpers.capture.losses import GroupLoss, sequence_losses, token_losses
 from helpers.capture.selfcheck import left_padding_is_neutral, self_check
 from helpers.capture.sites import UnreadableModel, find_sites
-from helpers.capture.tokens import Encoded, encode, encode_groups, token_batches
+from helpers.capture.tokens import (
+    Encoded,
+    chat_template,
+    encode,
+    encode_groups,
+    token_batches,
+)
 from helpers.record import UserError
 from helpers.study.answers import continuations
 from helpers.study.evaluate import nll, plain_text_nll
@@ -605,6 +616,16 @@ def test_left_padding_that_moves_positions_is_noticed():
     assert counting(model, IDS, attention_mask=mask.flip(1)).tokens.tolist() == [6, 4]
 
 
+def test_what_padding_does_under_random_draws_is_not_taken_for_the_models_own():
+    model = zoo.build("llama")
+    texts = ["add 1 and 2", "name 3 fish, please."]
+    drawn = reference_activations(model, zoo.tokenizer(), texts)
+    mask = {"dense": np.ones((zoo.LAYERS, zoo.N), bool)}
+    with ablate(model, mask, "resample", reference=drawn):
+        assert not left_padding_is_neutral(model)
+    assert left_padding_is_neutral(model)
+
+
 # ---- losses in the same pass
 
 HEADS = ["llama", "gemma2", "cohere", "granite", "minicpm3", "nanochat", "gpt2", "opt", "gptj"]
@@ -655,3 +676,118 @@ def test_a_first_token_has_no_loss_and_shapes_are_checked():
     assert not token_losses(model, hidden, IDS, torch.zeros_like(IDS)).any()
     with pytest.raises(UserError, match="token_losses"):
         token_losses(model, hidden[:, 1:], IDS, torch.ones_like(IDS))
+
+
+# ---- a model without a trunk, templates that no tokenizer reads
+
+
+def test_a_model_that_is_its_own_base_model_is_refused():
+    config = AutoConfig.for_model("mllama", text_config=zoo.COMMON)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert model.base_model is model
+    with pytest.raises(UserError, match="no trunk of its own"):
+        count(model, zoo.tokenizer(), ["add 12"])
+
+
+def test_half_a_character_in_a_template_is_refused():
+    with pytest.raises(UserError, match="the template holds half of a character"):
+        encode(zoo.tokenizer(), ["add 12"], template="\ud800{instruction}")
+
+
+# ---- chat templates
+
+SMOL = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system
+You are SmolLM<|im_end|>
+' }}{% endif %}{{'<|im_start|>' + message['role'] + '
+' + message['content'] + '<|im_end|>' + '
+'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
+' }}{% endif %}"""
+LLAMA = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{{- "<|head|>system<|end|>\\n\\nToday Date: " + date_string + "\\n\\n<|eot|>" }}
+{%- for message in messages %}
+    {{- '<|head|>' + message['role'] + '<|end|>\\n\\n'+ message['content'] | trim + '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|head|>assistant<|end|>\\n\\n' }}
+{%- endif %}
+"""
+SAID = "{{ messages[0]['content'] }}"
+UNCHANGED = (
+    (
+        SMOL,
+        "<|im_start|>system\nYou are SmolLM<|im_end|>\n"
+        "<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    (
+        LLAMA,
+        "<bos><|head|>system<|end|>\n\nToday Date: 01 Jan 2025\n\n<|eot|>"
+        "<|head|>user<|end|>\n\n{instruction}<|eot|><|head|>assistant<|end|>\n\n",
+    ),
+    (f"\n  {{% if true %}}\nx{{% endif %}}\n{SAID}\n\n", "\nx{instruction}\n"),
+    (f"  {{# none #}}\n\n {SAID}", "\n {instruction}"),
+)
+
+
+def chatting(template):
+    tokenizer = zoo.tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(("template", "text"), UNCHANGED)
+def test_a_chat_template_is_rendered_as_it_stands(template, text):
+    tokenizer = chatting(template)
+    assert chat_template(tokenizer) == text
+    turn = [{"role": "user", "content": "{instruction}"}]
+    undated = tokenizer.apply_chat_template(
+        turn, tokenize=False, add_generation_prompt=True, date_string="01 Jan 2025"
+    )
+    assert undated == text
+
+
+@pytest.mark.parametrize(
+    ("asked", "date"),
+    [
+        ("strftime_now(format='%d %b %Y')", "01 Jan 2025"),
+        ("strftime_now('%d' ~ ' %b')", "01 Jan"),
+        ('strftime_now("it\'s %-d")', "it's 1"),
+        ("strftime_now('%%d %H:%M, day %j')", "%d 00:00, day 001"),
+        ("(strftime_now('%Y') | int) + 1", "2026"),
+    ],
+)
+def test_a_date_is_the_same_one_however_it_is_asked_for(asked, date):
+    assert chat_template(chatting(f"{{{{ {asked} }}}}: {SAID}")) == f"{date}: {{instruction}}"
+    told = (
+        f"{{% macro f() %}}{{% set d = {asked} %}}{{{{ d }}}}{{% endmacro %}}{{{{ f() }}}} {SAID}"
+    )
+    assert chat_template(chatting(told)) == f"{date} {{instruction}}"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (SAID + "{{ 1/0 }}", "cannot be rendered .*ZeroDivisionError"),
+        (SAID + "{{ range(10**9) | list }}", "cannot be rendered .*OverflowError"),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + SAID,
+            "cannot be rendered .*RecursionError",
+        ),
+        ("{{ '\\ud800' }}" + SAID, "holds half of a character"),
+        (SAID + "{{ ['a', 'b'] | random }}", "the same each time"),
+        ("{{ messages[0]['content'] | lower }}", "text once, unchanged"),
+        ("{{ messages[0]['content'] | e }}", "text once, unchanged"),
+        ("{{ messages[0]['content'].split() | join(' ') }}", "text once, unchanged"),
+        (SAID + SAID, "text once, unchanged"),
+    ],
+)
+def test_a_chat_template_that_no_text_can_be_put_in_is_one_error(template, told):
+    with pytest.raises(UserError, match=told):
+        chat_template(chatting(template))

@@ -4,6 +4,7 @@ interrupted chain resumes, and a mistake is one line on stderr.
 
 import base64
 import io
+import json
 import os
 import shutil
 import signal
@@ -20,11 +21,12 @@ import psutil
 import pytest
 from PIL import Image
 
-from helpers.config import load_profile
+from helpers.config import Pair, load_profile
 from helpers.paths import ROOT
-from helpers.record import UserError, read_json, write_json
+from helpers.record import DamagedFile, RecordMismatch, UserError, read_json, sha256, write_json
 from helpers.run import __main__ as command
-from helpers.run import chain, notebook, progress, report, stopping
+from helpers.run import chain, notebook, plan, progress, report, stopping
+from helpers.study.summary import stamp
 
 
 def book(path, *cells, **metadata):
@@ -108,6 +110,33 @@ def test_a_plan_refuses_what_the_chain_would(monkeypatch, capsys):
     said = capsys.readouterr()
     assert "ablated sequences" in said.out
     assert "on 4 rows of a category and half" in said.err
+
+
+@pytest.mark.parametrize(
+    ("tuned", "says"),
+    [
+        ("data/models/tiny-dense/tunde", "data/models/tiny-dense/tunde does not exist"),
+        ("data/models/tiny-moe/tuned", "differ in .*model_type.*parameters: they are no pair"),
+    ],
+)
+def test_a_plan_looks_at_both_models(tuned, says):
+    pair = Pair("a", base="data/models/tiny-dense/base", tuned=tuned)
+    with pytest.raises(UserError, match=says):
+        plan.plan(replace(load_profile("tiny"), pairs=(pair,)))
+
+
+def test_a_plan_compares_sizes(tmp_path):
+    """Of one architecture, too, as check_pair does; what may differ may."""
+    base = ROOT / "data" / "models" / "tiny-dense" / "base"
+    config = read_json(base / "config.json")
+    for change, refused in ({"intermediate_size": 256}, True), ({"use_cache": False}, False):
+        write_json(tmp_path / "config.json", config | change)
+        pair = Pair("a", base=str(base), tuned=str(tmp_path))
+        if refused:
+            with pytest.raises(UserError, match="differ in intermediate_size, parameters"):
+                plan.plan(replace(load_profile("tiny"), pairs=(pair,)))
+        else:
+            assert len(plan.plan(replace(load_profile("tiny"), pairs=(pair,)))) == 1
 
 
 def test_a_failed_notebook_leaves_the_former_result(tmp_path, out):
@@ -507,6 +536,7 @@ def test_only_a_run_of_the_whole_chain_says_how_long_the_chain_takes(tmp_path, o
     found = read_json(out / "summary.json")
     assert found["wall_seconds"] < 600
     assert found["gflops"] > 0
+    assert found["cores"] == len(psutil.Process().cpu_affinity())
 
 
 def test_the_yardstick_counts_a_multiplication_and_an_addition_for_each_product(monkeypatch):
@@ -524,6 +554,7 @@ def test_the_yardstick_counts_a_multiplication_and_an_addition_for_each_product(
         (["notebooks/99_none.ipynb"], "notebooks/99_none.ipynb does not exist"),
         (["notebooks/conftest.py"], "is no notebook"),
         (["-p", "profil", "tiny", "notebooks/00_start_here.ipynb"], "no parameter 'profil'"),
+        (["-p", "name", "a", "notebooks/00_start_here.ipynb"], "no parameter 'name'"),
         (["-p", "profile", "[a"], "-p profile: '[a' is not valid YAML"),
         (["-p", "profile", "[a]"], "cannot name a file"),
         (["--profile", "tiny", "-p", "profile", "tiny-full"], "differ. Name one"),
@@ -650,13 +681,17 @@ def test_generated_blocks_say_what_the_files_say():
         assert page.read_text() == text
 
 
+REAL = {"profile": "big", "wall_seconds": 1800, "peak_rss_mb": 4096}
+
+
 def test_the_page_says_what_a_run_took_of_a_tiny_and_a_real_model():
-    tiny = {"wall_seconds": 600, "peak_rss_mb": 1536, "gflops": 70}
-    said = report.cost(tiny, {"profile": "big", "wall_seconds": 1800, "peak_rss_mb": 4096})
-    assert "took 10 minutes on two cores of 70 GFLOP/s each, without a GPU" in said
+    tiny = {"wall_seconds": 600, "peak_rss_mb": 1536, "gflops": 70, "cores": 16}
+    said = report.cost(tiny, REAL)
+    assert "took 10 minutes on 16 cores of 70 GFLOP/s each, without a GPU" in said
     assert "held 1.5 GB" in said
     assert "With `PROFILE=big`, a real model, on both halves" in said
-    assert "it took 30 minutes and 4.0 GB on two cores of unknown speed." in said
+    assert "it took 30 minutes and 4.0 GB on cores of unknown speed." in said
+    assert "minutes on 1 core of 70 GFLOP/s each" in report.cost(tiny | {"cores": 1}, tiny | REAL)
 
 
 def test_what_the_whole_chain_took_outlives_a_run_of_some_notebooks(tmp_path, monkeypatch):
@@ -665,13 +700,34 @@ def test_what_the_whole_chain_took_outlives_a_run_of_some_notebooks(tmp_path, mo
     (tmp_path / "run").mkdir()
     for name in ("claims.csv", "verdicts.csv"):
         (tmp_path / "run" / name).write_text("id\na\n")
-    whole = {"wall_seconds": 600, "peak_rss_mb": 1000, "seconds": {"00": 9.0, "05": 8.0}}
-    part = {"peak_rss_mb": 10, "seconds": {"05": 7.0}}
+    whole = {"wall_seconds": 600, "peak_rss_mb": 1000, "cores": 4, "pairs": {}}
+    whole |= {"seconds": {"00": 9.0, "05": 8.0}}
+    part = {"peak_rss_mb": 10, "seconds": {"05": 7.0}, "pairs": {}}
     after = whole | {"seconds": {"00": 9.0, "05": 7.0}}
-    other = {"wall_seconds": 5, "peak_rss_mb": 1}
+    other = {"wall_seconds": 5, "peak_rss_mb": 1, "pairs": {}}
     for summary, known in ((whole, whole), (part, after), (other, other)):
         write_json(tmp_path / "run" / "summary.json", summary)
         assert read_json(report.publish("tiny") / "summary.json") == known
+
+
+def test_what_is_published_is_of_the_profile_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "DATA", tmp_path)
+    monkeypatch.setattr(report, "results_dir", lambda name: tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    for name in report.RUN:
+        (tmp_path / "run" / name).write_text("id\na\n")
+    tables = {name: sha256(tmp_path / "run" / name) for name in report.RUN}
+    found = stamp(load_profile("tiny", threads=7)) | {"pairs": {}, "tables": tables}
+    write_json(tmp_path / "run" / "summary.json", found)  # threads decide nothing
+    kept = read_json(report.publish("tiny") / "summary.json")
+    assert kept == {key: found[key] for key in ("profile", "versions", "pairs")}
+    (tmp_path / "run" / "verdicts.csv").write_text("id\n")
+    with pytest.raises(DamagedFile, match="verdicts.csv was cut or changed"):
+        report.publish("tiny")
+    write_json(tmp_path / "run" / "summary.json", found | stamp(load_profile("tiny", epsilon=0.2)))
+    with pytest.raises(RecordMismatch, match="settings.epsilon = 0.2"):
+        report.publish("tiny")
+    assert read_json(tmp_path / "published/tiny/summary.json") == kept
 
 
 def test_a_committed_picture_has_few_colours_and_looks_the_same():
@@ -704,6 +760,23 @@ def test_a_file_named_from_home_is_watched_as_any_other(tmp_path, monkeypatch):
             profile = replace(load_profile("tiny"), dataset=name)
             keys.add((name, chain.inputs(profile, source, {}, [])))
     assert len(keys) == 4
+
+
+def test_what_an_adapter_was_trained_on_is_watched_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, "DATA", tmp_path / "none")
+    (tmp_path / "none").mkdir()
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir(), adapter.mkdir()
+    record = json.dumps({"base_model_name_or_path": str(base)})
+    (adapter / "adapter_config.json").write_text(record)
+    pair = replace(load_profile("tiny").pairs[0], base=None, tuned=str(adapter))
+    profile, keys = replace(load_profile("tiny"), pairs=(pair,)), set()
+    for weights in ("one", "another"):
+        (base / "model.safetensors").write_text(weights)
+        keys.add(chain.inputs(profile, book(tmp_path / "a.ipynb"), {}, []))
+    assert len(keys) == 2
+    (adapter / "adapter_config.json").write_text("[]")  # no adapter's record: said where it is read
+    assert chain.inputs(profile, book(tmp_path / "a.ipynb"), {}, [])
 
 
 def test_a_file_that_is_gone_before_it_is_looked_at_is_no_error(tmp_path):

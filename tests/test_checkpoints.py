@@ -421,7 +421,8 @@ def test_a_plan_downloads_no_weights(folder, monkeypatch):
     table = plan.plan(Profile(name="own", dataset="tiny", pairs=pairs))
     parameters = sum(p.numel() for p in zoo.build("llama").parameters())
     assert table["parameters"].tolist() == [parameters] * 2
-    assert [(ref, revision) for ref, revision, _ in asked] == [("a/b", "one"), ("a/c", "two")]
+    read = [("a/c", None), ("a/b", "one"), ("a/c", "two")]
+    assert [(ref, revision) for ref, revision, _ in asked] == read
     assert not any("safetensors" in pattern for *_, patterns in asked for pattern in patterns)
 
 
@@ -529,3 +530,27 @@ def test_an_adapter_that_does_not_fit_is_one_line(adapter, folder, spoil, messag
     with pytest.raises(UserError, match=message) as caught:
         load_model(str(adapter[0]))
     assert "\n" not in str(caught.value)
+
+
+# ---- buffers, shards, names
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_buffer_that_is_not_finite_is_refused(tmp_path, family, value):
+    place = saved(tmp_path / "model", family)
+    weights = load_file(place / "model.safetensors")
+    name = next(n for n in weights if n.endswith("e_score_correction_bias"))
+    weights[name][1] = value
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DamagedFile, match="e_score_correction_bias holds a NaN or an infinity"):
+        load_model(str(place))
+
+
+def test_a_weight_in_two_shards_is_refused(folder):
+    index(folder)
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    name, weight = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: weight * 3}, second, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} stands in {first.name} and in {second.name}"):
+        load_model(str(folder))

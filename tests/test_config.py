@@ -344,8 +344,20 @@ def test_unknown_profile_lists_the_known_ones(profiles):
 
 def test_a_profile_is_named_as_its_file(profiles):
     """Else its counts would land among another profile's."""
-    profiles("name: tiny\ndataset: tiny\n" + PAIR)
+    profiles("name: mine\ndataset: tiny\n" + PAIR)
     assert load_profile("mine").name == "mine"
+    for name, shown in (("tiny", "'tiny'"), ("[mine]", "['mine']"), ("null", "None")):
+        profiles(f"name: {name}\ndataset: tiny\n{PAIR}")
+        with pytest.raises(UserError) as error:
+            load_profile("mine")
+        assert f"mine.yaml: name is {shown}, expected 'mine'" in str(error.value)
+
+
+def test_a_profile_with_another_ending_is_named(profiles, tmp_path):
+    profiles("dataset: tiny\n" + PAIR)
+    (tmp_path / "other.yml").write_text("dataset: tiny\n" + PAIR)
+    with pytest.raises(UserError, match=r"other\.yml does: its ending must be \.yaml\)"):
+        load_profile("other")
 
 
 def test_overrides_replace_keys_and_none_keeps_them(profiles):

@@ -501,3 +501,33 @@ def test_a_gpu_counts_what_a_processor_counts(sequences):
         cells[family] = sum(values.size for values in here.arrays().values())
     print(f"{len(cells)} families, {sum(cells.values())} cells, differing: {sum(found.values())}")
     assert not {name: n for name, n in found.items() if n > cells[name] / 10_000}
+
+
+@pytest.mark.parametrize("length", [301, 2500])
+def test_counts_are_exact_inside_autocast(length):
+    x, masks = torch.ones(1, length, 3), torch.ones(1, 2, length)
+    nobody = torch.zeros(length, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = counter.count_masked(x, masks)
+        one = count_routed(x[0], nobody, torch.arange(length), masks, 1)
+        alone = count_positive(x[0], nobody, 1)
+    assert {*found.flatten().tolist(), *one.flatten().tolist(), *alone.flatten().tolist()} == {
+        float(length)
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_a_model_is_not_counted_inside_autocast(family, sequences):
+    model = zoo.build(family)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UserError, match="leave the autocast block"),
+    ):
+        count_encoded(model, sequences)
+    with count_activations(model) as counting:
+        counting(IDS)
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(UserError, match="leave the autocast block"),
+        ):
+            counting(IDS)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -15,16 +17,16 @@ import zoo
 from test_counter import differing
 
 from helpers import record
-from helpers.capture import budget
+from helpers.capture import budget, selfcheck
 from helpers.capture.count import count, count_activations, count_encoded, flips
 from helpers.capture.counter import watching
 from helpers.capture.interventions import ablate, transplant
 from helpers.capture.loading import load_model
 from helpers.capture.sites import find_sites
-from helpers.capture.tokens import encode
+from helpers.capture.tokens import encode, token_batches
 from helpers.config import Pair, Profile
 from helpers.hexainst import corpus
-from helpers.paths import MODELS, results_dir
+from helpers.paths import MODELS, ROOT, results_dir
 from helpers.record import DamagedFile, RecordMismatch, UserError
 from helpers.run import __main__ as command
 from helpers.study import answers as answers_room
@@ -404,6 +406,22 @@ def profile_of_two(tmp_path):
     shutil.rmtree(results_dir(profile.name), ignore_errors=True)
 
 
+@pytest.mark.parametrize("checkpoint", ["llama"], indirect=True)
+def test_base_and_tuned_read_the_same_tokens_or_nothing_is_counted(setting, checkpoint, tmp_path):
+    """Markers of a chat format that are words of the tuned tokenizer alone."""
+    profile, pair = setting
+    tuned, tokenizer = tmp_path / "chat", zoo.tokenizer()
+    shutil.copytree(checkpoint, tuned)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    tokenizer.save_pretrained(tuned)
+    profile = dataclasses.replace(profile, template="<|user|>{instruction}")
+    pair = dataclasses.replace(pair, tuned=str(tuned))
+    with pytest.raises(UserError, match="pair: of '.* base reads .* tokens and tuned"):
+        capture(profile, pair, "base", "prompt", ROWS)
+    plain = dataclasses.replace(profile, template="{instruction}:")
+    assert len(capture(plain, pair, "base", "prompt", ROWS).tokens) == len(ROWS)
+
+
 def test_two_processes_leave_the_same_bytes_as_one(profile_of_two, tmp_path, monkeypatch):
     profile, pair = profile_of_two
     rows = pd.concat([ROWS] * 20, ignore_index=True)  # two shards of 128, 72
@@ -518,6 +536,41 @@ def test_answers_are_those_of_each_row_alone_and_kept(setting, tmp_path, monkeyp
         Study(profile, pair, named()[::-1]).answers()
 
 
+PROMPTS = ["add 1 and 2", "a", "name 3 fish, please.", "x", "who?", "say hello twice", "b"]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen2_moe", "bart", "marian"])
+def test_answers_in_a_batch_are_those_one_by_one(family, tmp_path, monkeypatch):
+    """Whatever left padding does to a family's positions; what is tried first is no line of the
+    ledger, and where it changes nothing lengths are batched as ever.
+    """
+    model, encoded = zoo.build(family), encode(zoo.tokenizer(), PROMPTS)
+    model.generation_config.eos_token_id = None
+    alone = [continuations(model, [one], max_new_tokens=8)[0] for one in encoded]
+    monkeypatch.setenv(budget.LEDGER, str(tmp_path / "ledger"))
+    assert continuations(model, encoded, max_new_tokens=8, batch_tokens=400) == alone
+    lengths = [line["lengths"] for line in budget.lines_of(tmp_path / "ledger")]
+    batches = token_batches(encoded, 400, "left", 8, answers_room.LOOSE)
+    mixed = [[len(encoded[row].ids) for row in batch.rows] for batch in batches]
+    assert any(len(set(some)) > 1 for some in mixed)
+    if family in ("bart", "marian"):
+        assert all(len(set(some)) == 1 for some in lengths)
+        assert max(map(len, lengths)) > 1  # those of one length are together
+    else:
+        assert lengths == mixed
+
+
+def test_whether_padding_moves_a_model_is_tried_once(monkeypatch):
+    model, encoded, tried = zoo.build("llama"), encode(zoo.tokenizer(), PROMPTS), []
+    own = selfcheck._generated
+    monkeypatch.setattr(selfcheck, "_generated", lambda *args: tried.append(1) or own(*args))
+    continuations(model, encoded[:1], max_new_tokens=2)  # nothing is padded
+    assert not tried
+    for _ in range(3):
+        continuations(model, encoded, max_new_tokens=2)
+    assert len(tried) == 2  # beside a longer row, and alone
+
+
 def test_nothing_of_an_ablated_model_is_kept(setting, tmp_path):
     study = Study(*setting, named())
     model, intact = study.model()[0], study.generate()
@@ -610,3 +663,34 @@ def test_units_are_those_that_the_model_has(setting):
     study = Study(*setting, named())
     sparse = study.counts().routed is not None
     assert study.units == (("neurons", "shared", "experts") if sparse else ("neurons",))
+
+
+@pytest.mark.parametrize("size", ["abc", "", "0", "-1", "2"])
+def test_a_number_of_processes_that_nobody_started_is_one_line(size):
+    """At a second try, too; in a process of its own, for the first try leaves its mark."""
+    code = "from helpers.record import UserError\nfrom helpers.study import counting\n"
+    code += "for _ in range(2):\n try: counting.processes()\n except UserError as e: print(e)\n"
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    run = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(
+        run, env=env | {"WORLD_SIZE": size}, cwd=ROOT, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    for line in lines:
+        assert line.startswith(f"WORLD_SIZE is {size!r}")
+        assert line.endswith("Unset it, or start with torchrun or `accelerate launch`.")
+
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize(
+    "text", ["# README", "[]", "{}", '{"profile": []}', '{"profile": {"pairs": [{"x": 1}]}}']
+)
+def test_a_job_that_is_none_is_one_line(text, tmp_path, capsys):
+    (tmp_path / "job").write_text(text)
+    assert command.main(["count", "--job", str(tmp_path / "job")]) == 1
+    said = capsys.readouterr().err
+    assert f"--job {tmp_path / 'job'} is no job of ours" in said
+    assert len(said.splitlines()) == 1

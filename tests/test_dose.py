@@ -61,6 +61,37 @@ def test_a_gradual_rise_a_bend_and_a_fall_are_told_apart():
     assert down["largest_step"]["share"] is None
 
 
+@pytest.mark.parametrize(
+    ("curve", "shape"),
+    [
+        (
+            [0, -0.1, -0.2, -0.1, 0.4, 0.9],
+            "falls to its lowest at 1, then it rises, with a fall at 0, 1",
+        ),
+        (
+            [0, -0.05, -0.1, -0.15, -0.2, 1],
+            f"falls to its lowest at {DOSES[4]:g}, then a jump from {DOSES[4]:g} to",
+        ),
+        ([0, 1.2, -0.2, 0.2, 0.5, 0.9], "falls to its lowest at 1, then it rises"),
+        ([0, -0.01, -0.02, 0.3, 0.6, 0.9], "flat up to 1, then it rises"),
+        ([0, 0.1, 0.2, 0.5, 0.9, 1.3], "rises"),
+    ],
+)
+def test_what_comes_before_a_rise_is_said_with_its_sign(curve, shape):
+    """Down by more than a tenth of the rise, by less, or up."""
+    assert dose_curve(DOSES, parts(curve, noise=0.02), GROUPS, 300)["shape"].startswith(shape)
+
+
+def test_p_is_of_the_effect_that_the_curve_prints():
+    """Groups of 5 and 20 rows: the mean over groups is above 0, that over rows is 0."""
+    groups = np.repeat([0, 1], [5, 20])
+    own, rng = np.where(groups == 0, 1.0, -0.25), np.random.default_rng(0)
+    given = [(k * own + rng.normal(0, 0.02, 25), np.zeros((25, 2))) for k in (1, 2, 3, 4)]
+    for k, row in enumerate(dose_curve([1, 2, 3, 4], given, groups, 999)["curve"], 1):
+        assert row["effect"] == pytest.approx(0.375 * k, abs=0.02)
+        assert row["p"] < 0.1
+
+
 def test_the_curve_is_own_minus_control_with_an_interval_that_covers():
     given = parts([0, 0, 0.1, 0.2, 0.2, 0.3], 3)
     found = dose_curve(DOSES, given, GROUPS, 300)

@@ -2,7 +2,7 @@
 planted one.
 """
 
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from helpers.analysis.effects import (
     critical_by_category,
     drawn_means,
     exchange,
+    group_flips,
     group_mean,
     label_statistic,
     slope_of,
@@ -20,7 +21,7 @@ from helpers.analysis.effects import (
     specificity,
     swapped,
 )
-from helpers.analysis.stats import resample_weights
+from helpers.analysis.stats import paired_effect, resample_weights
 from helpers.record import NotTestable, UserError
 
 GROUPS = np.repeat(np.arange(6), 10)
@@ -157,14 +158,20 @@ def test_sets_dealt_anew_is_level_for_sets_that_fit_no_category_and_finds_those_
 
 
 def test_halves_with_draws_of_their_own_are_resampled_apart():
-    rng, y, half = np.random.default_rng(0), np.tile(GROUPS, 2), np.repeat([0, 1], 60)
-    spread = rng.normal(0, 1, (2, 1, 3, 6))[half, 0]  # a draw's harm is the same for all rows
-    together = specificity(np.zeros((120, 6)), spread, y, half, 500)
-    one = specificity(np.zeros((120, 6)), spread, y, np.zeros(120, int), 500)
-    assert (
-        together["specificity_sees"] < one["specificity_sees"]
-        or together["specificity_sees"] < 1e-9
+    """A draw's harm is the same in all rows of a category, so draws alone vary. Picked apart for
+    two halves, their mean has half the variance; both by hand.
+    """
+    y, half = np.tile(GROUPS, 2), np.repeat([0, 1], 60)
+    harm = np.random.default_rng(0).normal(0, 1, (6, 3, 6))  # [C measured, draws, C ablated]
+    apart, one = (
+        specificity(np.zeros((120, 6)), harm[y], y, halves, 4000)["specificity_sees"]
+        for halves in (half, 0 * half)
     )
+    weigh = np.eye(6) / 6 - (1 - np.eye(6)) / 30  # the gap of a matrix [C measured, C ablated]
+    gaps = np.einsum("cds,cs->ds", harm, weigh)  # what each draw of each set adds to the gap
+    by_hand = 2.8 * np.sqrt((gaps.var(0) / 3).sum())
+    assert one == pytest.approx(by_hand, rel=0.05)
+    assert apart == pytest.approx(by_hand / np.sqrt(2), rel=0.05)
 
 
 def test_slope_of_a_straight_line_and_a_plain_difference():
@@ -193,6 +200,50 @@ def test_exchange_and_beyond_on_cases_by_hand():
     assert exchange(np.ones(20), np.eye(1, 3).repeat(20, 0), halves) == pytest.approx(4 / 16)
     assert label_statistic(np.eye(3) * 2, np.arange(3)[None]) == 2
     assert label_statistic(np.ones((3, 3)), np.arange(3)[None]) == 0
+
+
+UNEVEN = np.repeat([0, 1], [4, 9])
+
+
+def test_p_of_rows_is_of_the_mean_over_groups_by_all_flips():
+    """Groups of unlike sizes: every one of the 2 ** 13 ways to flip signs, group means by hand."""
+    for seed in range(3):
+        rows = np.random.default_rng(seed).normal(0, 1, 13) + np.where(UNEVEN == 0, 0.6, -0.2)
+        signs = np.array(list(product([-1, 1], repeat=13)))
+        means = (signs * rows)[:, UNEVEN == 0].mean(1), (signs * rows)[:, UNEVEN == 1].mean(1)
+        exact = np.mean(np.abs(np.mean(means, 0)) >= abs(group_mean(rows, UNEVEN)) - 1e-9)
+        assert group_flips(rows, UNEVEN, 20_000, seed) == pytest.approx(exact, abs=0.015)
+        signs = np.array(list(product([-1, 1], repeat=5)))[
+            :, [0, 0, 1, 1, *[2] * 3, *[3] * 3, *[4] * 3]
+        ]
+        means = (signs * rows)[:, UNEVEN == 0].mean(1), (signs * rows)[:, UNEVEN == 1].mean(1)
+        exact = np.mean(np.abs(np.mean(means, 0)) >= abs(group_mean(rows, UNEVEN)) - 1e-9)
+        wordings = list("aabbcccdddeee")
+        found = group_flips(rows, UNEVEN, 20_000, seed, wordings)
+        assert found == pytest.approx(exact, abs=0.015)
+
+
+def test_p_of_rows_and_interval_speak_of_one_number():
+    """Five rows of effect 1 and twenty of -.25: the mean over groups is .375, that over rows 0."""
+    groups, noise = np.repeat([0, 1], [5, 20]), np.random.default_rng(0).normal(0, 0.02, 25)
+    own, control = np.where(groups == 0, 1.0, -0.25) + noise, np.zeros((25, 4))
+    found = critical(own, {"random": control}, groups)
+    slope = slope_of([(own, control)], groups, [1.0])
+    assert abs(own.mean()) < 0.01
+    assert found["critical_ci"][0] > 0.3
+    assert found["p_critical"] == slope["p"] < 0.1  # five signs alike come up in 1 of 16 flips
+    assert paired_effect(own, 0 * own).p > 0.9
+
+
+@pytest.mark.parametrize("clusters", [None, np.repeat(np.arange(30), 2)])
+def test_p_of_rows_of_equal_groups_is_that_of_their_plain_mean(clusters):
+    own, controls = values(5, 0.1)
+    rows = own - controls["random"].mean(1)
+    plain = float(paired_effect(rows, 0 * rows, 499, seed=3, clusters=clusters).p)
+    part = {"random": controls["random"]}
+    assert critical(own, part, GROUPS, 499, 3, clusters)["p_critical"] == plain
+    slope = slope_of([(own, controls["random"])], GROUPS, [1.0], 499, 3, clusters)
+    assert slope["p"] == plain
 
 
 def test_controls_of_other_rows_are_refused():
@@ -232,16 +283,14 @@ def test_specificity_of_wordings_is_level():
     assert np.mean(p["rows"]) > 0.1
 
 
-def test_each_category_has_its_own_verdict_and_a_mean_hides_no_sign():
+def test_each_category_stands_alone_and_a_mean_hides_no_sign():
     rng = np.random.default_rng(0)
     labels = np.repeat(["up", "down", "none", "few"], [30, 30, 30, 4])
     own = rng.normal(0, 0.1, 94) + np.select([labels == "up", labels == "down"], [0.8, -0.8], 0)
     controls = {k: rng.normal(0, 0.1, (94, 6)) for k in ("random", "rate")}
     controls["rate"] = controls["rate"] + 0.1
-    found = critical_by_category(own, controls, labels, resamples=300)
-    rows = {row["category"]: row for row in found["categories"]}
-    assert found["verdict"] == "in 1 of 4 categories"
-    assert (found["supported"], found["testable"]) == (1, 3)
+    found = critical_by_category(own, controls, labels, resamples=300)["categories"]
+    rows = {row["category"]: row for row in found}
     assert rows["up"]["low"] > 0 < rows["up"]["sees"]
     assert rows["down"]["high"] < 0
     assert rows["few"]["note"].startswith("not testable: group")
@@ -251,10 +300,9 @@ def test_each_category_has_its_own_verdict_and_a_mean_hides_no_sign():
         np.zeros(30),
         300,
     )
-    for key, name in (("effect", "critical"), ("p", "p_critical"), ("own", "own")):
+    for key, name in (("effect", "critical"), ("p_sets", "p_sets"), ("own", "own")):
         assert rows["up"][key] == alone[name]
     assert rows["up"]["control"] == alone["rate"]
-    assert rows["up"]["holm"] == min(1, 3 * alone["p_critical"])
     with pytest.raises(NotTestable, match="no category"):
         critical_by_category(own[-4:], {"r": controls["rate"][-4:]}, labels[-4:])
 

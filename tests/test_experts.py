@@ -75,9 +75,22 @@ def test_each_expert_of_the_layer_is_rerouted_alone(study, found, category):
         near = np.argsort(abs(f - f[expert]), kind="stable")[1:5]
         line = np.polyfit(f[near], losses.mean(0)[near], 1)
         row = mine[mine["own"]].iloc[0]
-        assert row["expected"] == pytest.approx(np.polyval(line, f[expert]), abs=1e-5)
+        assert row["expected"] == pytest.approx(max(np.polyval(line, f[expert]), 0), abs=1e-5)
         assert mine.loc[~mine["own"], ["low", "high"]].isna().all(axis=None)
     assert np.abs(losses).max() > 1e-3
+
+
+def test_what_nothing_uses_costs_nothing(study, monkeypatch):
+    """The line through the four others of nearest use runs below 0 at a use of .01."""
+    rows = study.measured().category("CODE")
+    used = np.tile(np.array([0.01, 0.5, 0.6, 0.7, 0.8, 0.9]), (len(study.rows), 1, 1))
+    costs = np.tile([0.2, 0.0, 1.0, 2.0, 3.0, 4.0], (len(rows.rows), 1))
+    monkeypatch.setattr(experts, "ablation_matrix", lambda *_, **__: pd.DataFrame(costs))
+    place = {"category": "CODE", "layer": 0, "place": 0, "expert": 0}
+    first, *others = experts._layer_of(study, "A", used, **place)
+    assert first["expected"] == 0
+    assert not first["rows"][:, 1].any()
+    assert others[-1]["expected"] == pytest.approx(4)
 
 
 def test_beyond_is_the_mean_over_categories_and_halves(study, found):
@@ -145,7 +158,7 @@ def test_the_sentence_and_the_figure_say_what_the_tables_hold(found):
     own = found[0][found[0]["own"]]
     layers = found[0].groupby(["measured on", "category"])["increase"].max()
     most = sum(row.increase == layers[row[1], row.category] for row in own.itertuples())
-    assert f"In {most} of 12 layers the own expert is" in said
+    assert f"In {most} of 12 cases (a category on one half) the own expert is" in said
     drawn = [line.get_segments()[0][:, 0] for line in figure_of(found).collections]
     for row, (low, high) in zip(own.itertuples(), drawn, strict=True):
         assert low == pytest.approx(min(row.expected + row.low, row.increase))

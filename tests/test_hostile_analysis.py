@@ -95,7 +95,6 @@ CALLS = {
     similarity.gap_across: (S, LABELS, HALVES),
     similarity.jensen_shannon: (ROUTED, ROUTED[::-1]),
     similarity.routing_similarity: (ROUTED,),
-    similarity.membership_histogram: (CHOSEN,),
     similarity.nearest_consensus: (SETS, LABELS, HALVES),
     similarity.churn: (SETS, SETS[::-1]),
     similarity.noise_floor: ((COUNTS, COUNTS[::-1]), (COUNTS, COUNTS[::-1]), 0.3),
@@ -105,8 +104,6 @@ CALLS = {
     generality.share_test: (SETS, LABELS, L, 0.5, None, None, FEW),
     generality.nearest_profile: (ROUTED, LABELS, HALVES),
     generality.category_scores: ("contrast", P, LABELS),
-    generality.stability: ("contrast", P, LABELS, HALVES, 5, 9),
-    generality.overlap_of: (CHOSEN, CHOSEN[::-1]),
     nulls.rate_null: (COUNTS, TOKENS, 8),
     nulls.null_of: (COUNTS.reshape(ROWS, -1).sum(0), P.mean(1), TOKENS, 8),
     nulls.expected_jaccard: (NULL,),
@@ -142,6 +139,7 @@ CALLS = {
     dose.dose_curve: (np.arange(4), [(OWN * k, DRAWS) for k in range(4)], LABELS, 19),
     effects.drawn_means: (DRAWS, LABELS, np.ones((3, ROWS)), RNG),
     effects.group_mean: (OWN, LABELS),
+    effects.group_flips: (OWN, LABELS, 19),
     effects.critical: (OWN, {"random": DRAWS}, LABELS, 19),
     effects.critical_by_category: (OWN, {"random": DRAWS}, LABELS, None, 19),
     effects.specific_by_category: (MATRIX, EVERYWHERE, LABELS, 0 * LABELS, 19),
@@ -159,12 +157,12 @@ CALLS = {
     stats.cluster_sizes: (WORDINGS, LABELS),
     stats.length_strata: (TOKENS,),
     stats.permutation_test: (apart, LABELS, None, 19),
+    stats.shuffled: (LABELS, HALVES, RNG.random((19, ROWS))),
     stats.plus_one: (0.5, RNG.random(19)),
     stats.adjust: (RNG.random(6), "holm"),
     stats.paired_effect: (OWN, 0.5 * OWN[::-1], 19),
+    stats.sign_flips: (OWN, 19),
     stats.clustered_share: (RNG.random(ROWS) < 0.3, WORDINGS),
-    stats.pair_residuals: (S, DISTANCE),
-    stats.partial_mantel: (S, S[::-1, ::-1], DISTANCE),
     stats.shared_profile: (P, LABELS, 19),
     stats.shared_profile_beyond: (P, P[::-1], LABELS, 19),
 }
@@ -205,8 +203,9 @@ PARTS = {  # rows left: none, one, two; one category; unlike sizes; a category o
     "unbalanced": np.r_[0:8, 8:14, 16:18],
     "lonely": slice(0, 17),
 }
-# a caller's function has rows of its own; names of clusters are handed back as they came
-LEFT_OUT = {stats.bootstrap: "groups", stats.permutation_test: "labels", stats.cluster_codes: "*"}
+# a caller's function has rows of its own; names of clusters are handed back as they came; what is
+# shuffled has been looked at by permutation_test
+LEFT_OUT = {stats.bootstrap, stats.permutation_test, stats.cluster_codes, stats.shuffled}
 
 
 def finite(found):
@@ -317,3 +316,23 @@ def test_constant_columns_stand_for_nothing():
     found = sets.contrast(values, LABELS)
     assert (found[:, :2] == 0).all()
     assert found[1, 2] == found[:, 2].max() > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "others"),
+    [
+        (similarity.jaccard_matrix, ()),
+        (similarity.nearest_consensus, (LABELS, HALVES)),
+        (similarity.churn, (SETS,)),
+        (sets.category_counts, (LABELS,)),
+        (sets.consensus, (LABELS,)),
+        (sets.membership, ()),
+        (generality.shares, (LABELS, L, 0.5)),
+    ],
+)
+def test_counts_are_not_taken_for_sets(call, others):
+    counts = COUNTS.reshape(ROWS, -1)
+    with pytest.raises(UserError, match="holds int64 other than 0 and 1; expected sets"):
+        call(counts, *others)
+    again, found = call(SETS.astype(int), *others), call(SETS, *others)  # zeros and ones will do
+    np.testing.assert_equal(again, found)

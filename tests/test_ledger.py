@@ -9,6 +9,7 @@ import pytest
 
 import helpers.study.ledger
 from helpers.paths import ROOT
+from helpers.record import read_json
 from helpers.study.ledger import (
     first_example,
     forest_table,
@@ -24,6 +25,7 @@ ROW = {
     "ci": "e.{unit}.{half}_ci",
     "null": "0",
     "p": "p.{unit}.{half}",
+    "detectable": "seen.{unit}.{half}",
 }
 EACH = {key: value.replace("{half}", "{half}.{category}") for key, value in ROW.items()}
 
@@ -118,10 +120,24 @@ def test_the_committed_ledger_is_complete(tunings):
     rows = read_ledger(tunings=tunings)
     assert rows["id"].is_unique
     assert (rows["needs"] == "tunings").all() if tunings else "tunings" not in set(rows["needs"])
-    assert (rows.drop(columns=["needs", "replaces", "headline", "amended"]) != "").all(axis=None)
+    assert (
+        rows.drop(columns=["needs", "detectable", "replaces", "headline", "amended"]) != ""
+    ).all(axis=None)
     replaced = {name for names in rows["replaces"] for name in names.split()}
     assert replaced <= set(rows["id"])
     assert set(rows["source"]) <= {"paper", "ours"}
+
+
+def test_a_claim_finds_what_its_own_test_would_have_seen():
+    """A key that no page writes would be passed over for the interval's number without a word."""
+    numbers = read_json(ROOT / "data/published/tiny/summary.json")["pairs"]["tiny-moe"]
+    rows = read_ledger()
+    tests = look_up(rows, {"tiny-moe": numbers}, ["all"], ["CLS"])
+    assert len(tests) > 40
+    for test in tests.to_dict("records"):
+        key = rows.set_index("id").loc[test["id"], "detectable"]
+        names = {"unit": test["components"], "half": test["half"], "category": test["category"]}
+        assert key == "" or numbers[key.format(**names)] == test["detectable"], test["id"]
 
 
 def test_the_readme_shows_at_most_twelve_claims():
@@ -134,7 +150,7 @@ def test_beside_a_verdict_stands_what_would_have_been_seen():
     found = numbers(0.1, 0.9)
     tests = judge(look_up(rows, {"m": found}, ["all"], []))
     assert tests["detectable"].tolist() == pytest.approx([2.8 / 1.96])
-    found |= {"e.neurons.all_sees": 0.3}
+    found |= {"seen.neurons.all": 0.3}
     tests = judge(look_up(rows, {"m": found, "n": numbers(0.1, 0.9)}, ["all"], []))
     assert tests["detectable"].tolist() == pytest.approx([0.3, 2.8 / 1.96])
     said = verdicts(rows, tests).iloc[0]

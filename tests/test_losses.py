@@ -5,6 +5,7 @@ asks first; measured again where anything that decides them is another.
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -214,12 +215,37 @@ def test_a_line_cut_short_costs_its_own_set_alone(study, passes, tmp_path):
     np.testing.assert_allclose(table(study()), first, atol=1e-6)
     assert len(passes) == seen + 1
     odd = ["[1]", '"x"', "null", '["a", 3, [1]]', '{"b": ']
-    settings, key, _ = json.loads(path.read_text().splitlines()[-1])
-    for value in ("[NaN]", "[" * 5000, "9" * 400, "[[1]]", "1]"):
-        odd.append(f'["{settings}","{key}",{value}]')
+    settings, key, _, end = json.loads(path.read_text().splitlines()[-1])
+    for value in ("[NaN]", "[" * 5000, "9" * 400, "9" * 5000, "[[1]]", "1]", "[" * 900 + "]" * 900):
+        odd += [f'["{settings}","{key}",{value}]', f'["{settings}","{key}",{value},"{end}"]']
     path.write_text("\n".join([path.read_text(), *odd]))
     np.testing.assert_allclose(table(study()), first, atol=1e-6)
     assert len(passes) == seen + 1
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        lambda line: re.sub(r"\[[\d.,]+\]", "[9.0]", line),
+        lambda line: re.sub(r"\[([\d.]+),", r"[\1,\1,", line),
+        lambda line: re.sub(r",[\d.]+\]", "]", line),
+        lambda line: line.replace('"zero', '"mean', 1),
+        lambda line: line.rpartition(",")[0] + "]",  # as former versions kept it
+    ],
+)
+def test_a_line_that_is_not_as_it_was_written_is_measured_again(tmp_path, edited):
+    """One value would be everyone's: it stretches over all rows."""
+    path, losses_of = tmp_path / "a.jsonl", [[0.0, 1.5, 2.0], [3.0, 4.0, 5.5]]
+    losses.Losses(path)(["zero-a", "zero-b"], lambda missing: losses_of)
+    first, line, rest = path.read_text().partition("\n")[2].partition("\n")
+    path.write_text(f"\n{edited(first)}{line}{rest}")
+    assert path.read_text() != f"\n{first}\n{rest}"
+    again, asked = losses.Losses(path), []
+    found = again(["zero-a", "zero-b"], lambda missing: asked.extend(missing) or losses_of[:1])
+    assert np.array_equal(found, losses_of)
+    assert asked == ["zero-a"]
+    assert np.array_equal(losses.Losses(path)(["zero-a", "zero-b"], None), losses_of)
+    assert set(losses.Losses(path).kept) == {"zero-a", "zero-b"}
 
 
 def test_models_that_were_handed_over_have_no_file(study, tmp_path):

@@ -34,7 +34,7 @@ from helpers.study.needed import (
 from tests import zoo
 
 SHARED = ("by_consensus", "grid", "places", "pseudo", "sufficient")  # sets or draws may be the same
-SHARED = dict.fromkeys(SHARED, 0.85) | {"parts": 0.25}  # a part may be empty, or the whole
+SHARED = dict.fromkeys(SHARED, 0.85) | {"parts": 0.25, "pseudo": 0.7}  # no part, or grouping
 SETTINGS = {
     "epsilon": 0.01,
     "sizes": (0.01, 0.02, 0.05, 0.1),
@@ -58,6 +58,7 @@ def test_sentences_say_of_which_categories_a_test_was_made():
     key = "ablation.equal.frequency.all"
     one.numbers = {f"{key}.critical": 1.0, f"{key}.critical_ci": [0.5, 1.5]}
     one.numbers |= {"ablation.positive": 2.0, "ablation.negative": 0.0}
+    one.numbers["ablation.negative_ci"] = [-0.1, 0.1]
     said = " ".join(sentences({"p": one}))
     assert said.count("no category: none can be tested") == 2
     one.numbers |= {f"{key}.a.p_sets": 0.02, f"{key}.a.critical_ci": [0.1, 2.0]}
@@ -165,7 +166,10 @@ def test_groups_are_of_like_size_and_in_both_halves():
     for name in ("length", "random"):
         first, second = groups_of(name, one, two, 6)
         assert set(first) == set(second) == set(range(6))
-        assert np.bincount(np.r_[first, second]).max() <= 24 + 1
+        assert max(np.ptp(np.bincount(codes)) for codes in (first, second)) <= 1
+    size = (two["instruction"] + two["input"]).str.len().to_numpy()
+    longest = groups_of("length", one, two, 6)[1]
+    assert all(size[longest == n].max() <= size[longest > n].min() for n in range(5))
     with pytest.raises(NotTestable, match="no row in a half"):
         groups_of("random", one.head(2), two.head(2), 6)
 
@@ -365,7 +369,7 @@ def test_places_are_where_neurons_are_zero_and_nowhere_else():
 def test_each_row_is_measured_under_its_own_set_and_one_other(needed):
     half, found = needed.halves[0], needed.places().set_index(["score", "where", "operator"])
     here, own = needed.here(half), needed._masks("contribution", needed.halves[0])
-    drawn = {("random", c): masks[0] for c, masks in needed.controls(own, 1).items()}
+    drawn = {("random", c): masks[0] for c, masks in needed.controls(own, 1, half).items()}
     table = ablation_matrix(here, own | drawn, "zero").to_numpy()
     own_set, drawn_set, labels = table[:, :6], table[:, 6:], here.labels
     other = partners(labels, 6)
@@ -394,7 +398,7 @@ def test_what_places_cost_is_said_in_their_order():
     places = [said.index(words) for words in ("every token", "but the first", "prompt", "response")]
     costs = [said.index(f"{cost}.00 nats per token [") for cost in (1, 2, 3, 4)]
     assert sorted(places + costs) == [x for pair in zip(costs, places, strict=True) for x in pair]
-    assert said.endswith("by 0.10 where a random set is zero at every token.")
+    assert said.endswith("One random set a category, zero at every token: 0.10.")
     assert list(_said_of_places({})) == []
 
 

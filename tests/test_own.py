@@ -22,6 +22,7 @@ from helpers.config import defaults
 from helpers.paths import DATA, ROOT
 from helpers.record import NotTestable, UserError
 from helpers.study import own, planted, quick
+from helpers.study.atlas import own_study
 from helpers.study.evaluate import plain_text_nll
 from tests import zoo
 
@@ -116,6 +117,34 @@ def test_a_planted_circuit_is_found_and_what_it_is_not_needed_for():
     assert (found["note"] == "").all()
     assert len(own.sentences(found)) == 6
     assert all("needs its set" in line for line in own.sentences(found))
+
+
+def test_a_label_needs_its_set_if_the_set_does_more_than_its_control_draws(tiny):
+    """Holm by hand over p_sets of the own sets; too few draws could not pass, and that is said."""
+    given = TOPICS["text"], TOPICS["label"]
+    table = helpers.ablation_table(*tiny, *given, **FEW | {"controls": 9})
+    on_own = table[table["ablated"] == table["measured"]]
+    assert (on_own["p_sets"] >= 0.01).all()  # the least of 10 ** 2 exchanges
+    order = on_own.sort_values("p_sets")
+    by_hand = np.minimum(np.maximum.accumulate(order["p_sets"] * [3, 2, 1]), 1)
+    assert order["holm"].tolist() == pytest.approx(by_hand.tolist())
+    assert table.loc[table["ablated"] != table["measured"], "holm"].isna().all()  # two draws
+    for row, line in zip(on_own.itertuples(), own.sentences(table), strict=True):
+        needed = row.low > 0 and row.holm < 0.05
+        assert f"{row.measured} {'needs' if needed else 'is not shown to need'} its set" in line
+    few = helpers.ablation_table(*tiny, *given, **FEW | {"controls": 6})  # 3 / 49 > .05
+    assert few["holm"].isna().all()
+    assert few["p_sets"].notna().all()
+    said = "could not be shown to need its set by so few control draws: "
+    assert all(said in line for line in own.sentences(few))
+
+
+def test_rows_that_are_hurt_by_any_set_do_not_make_a_set_needed(tiny):
+    """The rows' own p is small for a set that is one of many; the sets' is not."""
+    table = helpers.ablation_table(*tiny, BINARY["text"], BINARY["label"], **FEW)
+    on_own = table["ablated"] == table["measured"]
+    one_of_many = table.assign(low=0.1, p=0.001, p_sets=0.4, holm=np.where(on_own, 0.8, np.nan))
+    assert all("is not shown to need" in line for line in own.sentences(one_of_many))
 
 
 def test_halves_are_drawn_within_labels_and_copies_stay_together(tiny):
@@ -473,3 +502,35 @@ def test_bars_are_seen_in_a_terminal_and_a_notebook_alone():
     assert seen(stream)
     page = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
     assert seen(page())
+
+
+@pytest.mark.parametrize("label", ["\ud800x", "\ud800", "x\udfff"])
+def test_half_a_character_in_a_label_is_refused_everywhere(tiny, label):
+    counts, labels = helpers.count(*tiny, GOOD), ["a", "a", label, label]
+    for use in (
+        lambda: helpers.find_sets(counts, labels),
+        lambda: helpers.overlap(counts, labels),
+        lambda: helpers.ablation_table(*tiny, GOOD, labels),
+        lambda: own_study(*tiny, GOOD, labels, counts),
+    ):
+        with pytest.raises(UserError, match="label 2 is .*: expected a name or a number"):
+            use()
+
+
+@pytest.mark.parametrize("labels", [[1, 1, True, True], [False, 0, 1, 1], [2, 2, 0, np.False_]])
+def test_true_beside_one_is_no_label(labels):
+    with pytest.raises(UserError, match="the same to Python"):
+        quick.labels_of(labels, 4)
+    assert quick.labels_of([True, np.True_, 0, 0.0], 4)[0].tolist() == [0, 0, 1, 1]
+
+
+def test_a_tokenizer_without_an_end_says_what_a_user_can_do():
+    """Doing it is enough."""
+    model, tokenizer = zoo.build("llama"), zoo.tokenizer()
+    end, tokenizer.eos_token = tokenizer.eos_token, None
+    given = model, tokenizer, GOOD, list("aabb"), GOOD
+    with pytest.raises(UserError, match=r"eos_token.*tokenizer\.eos_token = ") as error:
+        own.Own.on(*given)
+    assert "eos=" not in str(error.value)
+    tokenizer.eos_token = end
+    assert own.Own.on(*given).referenced

@@ -119,8 +119,36 @@ def test_summary_parts_of_other_settings_are_refused(tmp_path, monkeypatch):
     other = Profile("mine", "tiny", PROFILE.pairs, seed=7)
     with pytest.raises(RecordMismatch, match="settings.seed = 0, this run has 7"):
         summary.read_parts(other, ["05_x"])
-    threaded = Profile("mine", "tiny", PROFILE.pairs, threads=2)
-    assert summary.read_parts(threaded, ["05_x"]) == summary.read_parts(PROFILE, ["05_x"])
+
+
+@pytest.mark.parametrize("how", ["threads", "jobs", "processes"])
+def test_by_how_many_a_summary_part_was_computed_decides_nothing(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(summary, "results_dir", lambda name: tmp_path / name)
+    summary.write_part(PROFILE, "05_x", {"a": {"overlap.gap": 0.5}})
+    other = Profile("mine", "tiny", PROFILE.pairs, **{how: 2})
+    assert summary.stamp(other) != summary.stamp(PROFILE)
+    assert summary.read_parts(other, ["05_x"]) == {"a": {"overlap.gap": 0.5}}
+
+
+def test_a_number_that_is_not_0_is_not_written_as_0(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "results_dir", lambda name: tmp_path / name)
+    numbers = {
+        "p": 4.56789e-9,
+        "low": -1.23456e-7,
+        "ci": [2.5e-300, 0.1234567],
+        "nought": 0.0,
+        "small": 5.1e-7,  # six decimals hold it
+    }
+    summary.write_part(PROFILE, "05_x", {"a": numbers})
+    assert summary.read_parts(PROFILE, ["05_x"]) == {
+        "a": {
+            "p": 4.57e-9,
+            "low": -1.23e-7,
+            "ci": [2.5e-300, 0.123457],
+            "nought": 0,
+            "small": 1e-6,
+        }
+    }
 
 
 def test_damaged_summary_parts_are_refused(tmp_path, monkeypatch):

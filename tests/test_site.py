@@ -16,7 +16,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from helpers import config, paths
-from helpers.record import UserError
+from helpers.record import UserError, sha256, write_json
 from helpers.run import atlas_page, render, site
 from helpers.run.__main__ import main
 from helpers.study.ledger import read_ledger
@@ -309,6 +309,39 @@ def test_half_a_character_is_shown_and_bytes_that_are_no_text_are_refused(world)
     refused(path, "cannot be read")
 
 
+def test_tables_that_are_not_the_ones_that_were_written_are_refused(world):
+    """Cut at a line's end they are whole tables, of fewer rows."""
+    results = world / "data" / "results" / "alpha"
+    names = ("claims.csv", "verdicts.csv")
+    write_json(results / "atlas.json", {"csv": sha256(results / "atlas.csv")})
+    tables = {name: sha256(results / name) for name in names}
+    write_json(results / "summary.json", {"pairs": {}, "tables": tables})
+    shutil.rmtree(site.build("alpha"))
+    for name in (*names, "atlas.csv"):
+        path = results / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: whole[:-1].rindex(b"\n") + 1])
+        refused(path, "was cut or changed")
+        path.write_bytes(whole)
+    write_json(results / "summary.json", {"pairs": {}})  # a former version's
+    path.write_bytes(whole)
+    assert site.verified(results, names[0]) == results / names[0]
+    (results / "verdicts.csv").write_bytes(b"")
+    refused(results / "verdicts.csv", "is missing or empty")
+    with pytest.raises(UserError, match="none.csv is missing or empty"):
+        site.verified(results, "none.csv")
+
+
+@pytest.mark.parametrize("summary", [[], {"pairs": 3}, {"pairs": {}, "tables": "claims.csv"}])
+def test_a_summary_that_is_none_is_one_line(world, summary):
+    path = world / "data" / "results" / "alpha" / "summary.json"
+    write_json(path, summary)
+    refused(path)
+    write_json(path.with_name("atlas.json"), summary)
+    path.unlink()
+    refused(path.with_name("atlas.json"))
+
+
 def test_an_atlas_without_a_column_or_a_row_is_refused_or_empty(world):
     path = world / "data" / "results" / "alpha" / "atlas.csv"
     atlas().drop(columns="rank_QA").to_csv(path, index=False)
@@ -374,11 +407,23 @@ def test_the_families_are_those_of_the_zoo(target):
     assert sorted(names) == sorted(zoo.families())
 
 
-def test_the_explorer_has_the_committed_grid_for_the_settings_it_was_made_with(world):
+def made_as(profile):
+    return {"seed": profile.seed, "epsilon": profile.epsilon}
+
+
+def test_the_explorer_has_the_committed_grid_for_the_settings_it_was_made_with(world, monkeypatch):
     profile = config.load_profile("alpha")
     table = site.matrices(profile)
     assert set(table.columns) >= {"pair", "score", "size", "ablated", "measured", "own", "random"}
     assert site.matrices(config.load_profile("alpha", epsilon=0.02)) is None
+    folder = world / "grid"
+    folder.mkdir()
+    monkeypatch.setattr(site.grid, "GRID", folder)
+    for record in ([], {"seed": 0}, {"sha256": 3}, {"sha256": {}, **made_as(profile)}):
+        write_json(folder / f"{profile.grid or profile.name}.json", record)
+        (folder / f"{profile.grid or profile.name}-matrices.csv").write_text("a\n")
+        with pytest.raises(UserError, match=profile.grid or profile.name):
+            site.matrices(profile)
     assert "make reproduce" in (site.Source(profile) and (site.PAGES / "explorer.html").read_text())
 
 

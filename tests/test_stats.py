@@ -2,12 +2,15 @@
 effect.
 """
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from helpers.analysis import stats
 from helpers.analysis.sets import top_sets
@@ -175,6 +178,32 @@ def test_paired_effect_agrees_with_the_t_test(rng):
     assert (result.difference[2], result.d[2], result.p[2]) == (0, 0, 1)
 
 
+def test_sign_flips_by_all_of_them(rng):
+    """Two columns of ten rows: all 2 ** 10 signs; with clusters of two rows, all 2 ** 5."""
+    rows = rng.normal(0.4, 1, (10, 2))
+    for clusters, units in ((None, np.arange(10)), (list("aabbccddee"), np.arange(10) // 2)):
+        signs = np.array(list(product([-1, 1], repeat=units.max() + 1)))[:, units]
+        means = np.abs(signs @ rows / 10)
+        exact = (means >= np.abs(rows.mean(0)) - 1e-9).mean(0)
+        found = stats.sign_flips(rows, 20_000, 1, clusters)
+        assert found == pytest.approx(exact, abs=0.015)
+        effect = stats.paired_effect(rows, 0 * rows, 20_000, seed=1, clusters=clusters)
+        assert (effect.p == found).all()
+
+
+def test_a_share_of_0_or_1_rests_on_as_many_rows_as_there_are_clusters():
+    """Nothing tells whether rows of a wording are copies: twenty ones in five wordings are Wilson's
+    five of five, whatever the wordings' sizes; alone they are twenty of twenty.
+    """
+    for value in (0.0, 1.0):
+        for names in (np.repeat(np.arange(5), 4), np.repeat(np.arange(5), [1, 1, 1, 1, 16])):
+            found = stats.clustered_share(np.full(20, value), names)
+            assert found == pytest.approx(proportion_confint(5 * value, 5, method="wilson"))
+        alone = proportion_confint(20 * value, 20, method="wilson")
+        for names in (None, np.arange(20)):
+            assert stats.clustered_share(np.full(20, value), names) == pytest.approx(alone)
+
+
 def test_p_of_effects_is_uniform_without_an_effect(rng):
     """300 data sets at once, along the trailing axis."""
     noise = rng.standard_t(4, (30, 300))
@@ -183,54 +212,6 @@ def test_p_of_effects_is_uniform_without_an_effect(rng):
     assert (
         0.88 < np.mean((result.low <= 0) & (result.high >= 0)) < 0.97
     )  # small samples: a little short of 95 %
-
-
-def pairs(rng, size):
-    upper = np.triu(rng.normal(size=(size, size)), 1)
-    return upper + upper.T
-
-
-def test_pair_residuals_are_orthogonal_to_the_covariates(rng):
-    a, b, c = (pairs(rng, 12) for _ in range(3))
-    similarity, off = 0.5 + 0.4 * a - 0.1 * b + c, ~np.eye(12, dtype=bool)
-    residual = stats.pair_residuals(similarity, a, b)
-    assert np.isclose(residual[off].mean(), similarity[off].mean())
-    assert all(abs(np.cov(residual[off], m[off])[0, 1]) < 1e-10 for m in (a, b))
-    exact = stats.pair_residuals(0.5 + 0.4 * a - 0.1 * b, a, b)
-    assert np.allclose(exact[off], exact[off][0])
-    assert (np.diag(exact) == 0).all()
-
-
-def test_partial_mantel_is_the_partial_correlation(rng):
-    off = ~np.eye(15, dtype=bool)
-    control, extra = pairs(rng, 15), pairs(rng, 15)
-    first, second = control + extra + pairs(rng, 15), control + 0.5 * extra + pairs(rng, 15)
-    table = np.corrcoef([first[off], second[off], control[off]])
-    expected = (table[0, 1] - table[0, 2] * table[1, 2]) / np.sqrt(
-        (1 - table[0, 2] ** 2) * (1 - table[1, 2] ** 2)
-    )
-    assert np.isclose(
-        stats.partial_mantel(first, second, control, resamples=9).estimate, expected, atol=1e-6
-    )
-    assert np.isclose(
-        stats.partial_mantel(first, second, resamples=9).estimate, table[0, 1], atol=1e-6
-    )
-
-
-def test_partial_mantel_is_calibrated_and_removes_the_control():
-    """Two distance matrices that share only the control's axis: no partial correlation, a plain
-    one.
-    """
-    rng = np.random.default_rng(15)
-    p, plain = [], []
-    for _ in range(300):
-        shared, own, other = (rng.normal(size=20) for _ in range(3))
-        distance = lambda x: np.abs(x[:, None] - x)  # noqa: E731
-        first, second = distance(shared) + distance(own), distance(shared) + distance(other)
-        p.append(stats.partial_mantel(first, second, distance(shared), resamples=99, seed=len(p)).p)
-        plain.append(stats.partial_mantel(first, second, resamples=99, seed=len(p)).p)
-    assert scipy_stats.kstest(p - rng.random(300) / 100, "uniform").pvalue > 0.01
-    assert np.mean(np.array(plain) <= 0.05) > 0.8
 
 
 def test_shared_profile_by_loop(rng):
@@ -281,18 +262,9 @@ def test_shared_profile_finds_nothing_in_unrelated_profiles():
         (lambda: stats.paired_effect([1.0, np.nan], [0, 0]), "first is empty or holds NaN"),
         (lambda: stats.paired_effect([1.0, 2], [0, 0]), "2 instructions"),
         (
-            lambda: stats.partial_mantel(np.eye(5), pairs(np.random.default_rng(0), 5)),
-            "does not vary",
-        ),
-        (
-            lambda: stats.partial_mantel(*[pairs(np.random.default_rng(0), 5)] * 3),
-            "controls explain it wholly",
-        ),
-        (
             lambda: stats.shared_profile(np.ones((9, 3)), np.zeros(9)),
             "1 group; expected at least 2",
         ),
-        (lambda: stats.pair_residuals(np.full((4, 4), np.nan)), "similarity is empty or holds NaN"),
     ],
 )
 def test_bad_input_is_said_clearly(call, message):

@@ -13,6 +13,7 @@ import torch
 from scipy.stats import hypergeom
 
 from helpers import plots
+from helpers.analysis.sets import top_experts
 from helpers.analysis.similarity import jaccard
 from helpers.capture.count import passes
 from helpers.capture.counts import Gathered
@@ -446,6 +447,18 @@ def test_one_half_only_leaves_what_needs_two_untested():
     assert alteration.sentences(pairs, alteration.measured(pairs, alteration.churned))
 
 
+def stay(study, layer, one, there, two, here) -> float:
+    """Of each row's K most used experts under one count, the share so used under the other."""
+    k, seed, shares = study.counts().per_token(), study.profile.seed, []
+    for first, second in zip(
+        top_experts(study.counts(one, there).routed, k, seed),
+        top_experts(study.counts(two, here).routed, k, seed + 1),
+        strict=True,
+    ):
+        shares.append(len({*np.flatnonzero(first[layer])} & {*np.flatnonzero(second[layer])}) / k)
+    return np.mean(shares)
+
+
 def test_a_layer_is_its_number_in_the_model_where_the_first_are_dense():
     """DeepSeek-V3: layer 0 has no experts, so the layers of the tables are 1 and 2."""
     base, tuned, other = (zoo.build("deepseek_v3", seed=seed) for seed in (0, 0, 1))
@@ -463,6 +476,17 @@ def test_a_layer_is_its_number_in_the_model_where_the_first_are_dense():
         values = alteration.similarities(study, unit).layers[1].mean(0)
         assert own.to_dict() == pytest.approx({1: values[0], 2: values[1]})
     assert routed["layer"].tolist() == fates["layer"].tolist() == [1, 2]
+    for n, row in enumerate(routed.to_dict("records")):
+        assert row["kept"] == pytest.approx(stay(study, n, "base", "prompt", "tuned", "prompt"))
+        split = "prompt-even", "prompt-odd"
+        floor = [stay(study, n, one, split[0], one, split[1]) for one in ("base", "tuned")]
+        across = [
+            stay(study, n, one, split[0], two, split[1])
+            for one, two in (("base", "tuned"), ("tuned", "base"))
+        ]
+        assert (row["floor"], row["across"]) == pytest.approx((np.mean(floor), np.mean(across)))
+        assert row["excess"] == pytest.approx(row["floor"] - row["across"])
+        assert row["ci"][0] <= row["excess"] <= row["ci"][1]
     assert bins.groupby("panel")["layer"].unique().map(list).tolist() == [[1, 2]] * 3
     kept = alteration.of_union(alteration.similarities(study, "neurons").fates)["kept"]
     assert fates.set_index("layer")["kept"].to_dict() == pytest.approx(

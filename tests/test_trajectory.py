@@ -221,6 +221,12 @@ def test_other_settings_have_no_trajectory_and_other_weights_are_refused(made, r
     assert trajectory.read(profile, dataclasses.replace(pair, name="other"), rows, tables) == {}
     assert trajectory.read(profile, pair, rows, folder / "nothing here") == {}
     assert trajectory.read(profile, pair, rows.assign(instruction="hello."), tables) == {}
+    assert trajectory.read(dataclasses.replace(profile, run_code=True), pair, rows, tables) == {}
+    checkers = [{"name": "exact", "answer": reference} for reference in rows["reference"]]
+    assert trajectory.read(profile, pair, rows.assign(checker=checkers), tables) == {}
+    names = list(rows["category"].unique())
+    turned = rows["category"].map(dict(zip(names, names[1:] + names[:1], strict=True)))
+    assert trajectory.read(profile, pair, rows.assign(category=turned), tables) == {}
     for name in ("base", "tuned"):
         wrong = dataclasses.replace(pair, **{name: str(folder / "lora" / "0002")})
         with pytest.raises(RecordMismatch, match=f"measured beside another {name} model"):

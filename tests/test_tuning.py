@@ -569,6 +569,50 @@ def test_parts_are_known_by_the_rows_that_ablations_were_measured_on(measured, r
     assert {key for key in want if want[key] != other[key]} == {"measured"}
 
 
+def changes_of(rows):
+    """Rows of the same ids and texts, each otherwise in one way that decides a part."""
+    names = list(pd.unique(rows["category"]))
+    turned = dict(zip(names, names[1:] + names[:1], strict=True))
+    labels = [{"name": "label", "answer": ref, "labels": [ref, "x"]} for ref in rows["reference"]]
+    return {
+        "category": rows["category"].map(turned),
+        "half": rows["half"].map({"A": "B", "B": "A"}),
+        "checker": labels,
+    }
+
+
+@pytest.mark.parametrize("column", ["category", "half", "checker"])
+def test_parts_are_known_by_what_else_rows_say_of_themselves(measured, runs, column):
+    plan, _ = measured
+    other = plan._replace(rows=plan.rows.assign(**{column: changes_of(plan.rows)[column]}))
+    known = tuning.read_runs(runs)
+    want, changed = tuned.Tunings(plan, known).want(), tuned.Tunings(other, known)
+    assert [key for key in want if want[key] != changed.want()[key]] == ["rows"]
+    with pytest.raises(RecordMismatch, match="made with rows"):
+        changed.measure()
+
+
+def test_parts_are_known_by_what_is_read_around_rows_and_in_which_numbers(measured, runs):
+    plan, _ = measured
+    other = plan._replace(profile=replace(plan.profile, template="so: {instruction}"))
+    known = tuning.read_runs(runs)
+    want, changed = tuned.Tunings(plan, known).want(), tuned.Tunings(other, known)
+    assert [key for key in want if want[key] != changed.want()[key]] == ["template"]
+    with pytest.raises(RecordMismatch, match="made with template"):
+        changed.measure()
+    assert f"torch.{want['dtype']}" == str(changed.loaded("start")[0].dtype)
+
+
+def test_the_committed_parts_were_read_in_the_template_that_was_tuned_in():
+    committed = sorted(tuned.TABLES.glob("*.safetensors"))
+    around = {run["template"] for run in read_json(tuned.TABLES / tuned.RUNS).values()}
+    records = [read_json(path.with_suffix(".json")) for path in committed]
+    assert {(record["template"], record["dtype"]) for record in records} == {
+        (template, "float32") for template in around
+    }
+    assert len(around) == 1
+
+
 def test_a_part_of_other_rows_is_refused_by_the_tables(measured, tmp_path):
     plan, _ = measured
     shutil.copytree(plan.out, tmp_path / "tables")

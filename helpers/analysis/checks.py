@@ -18,7 +18,8 @@ def takes(**shapes: str):
 
     A letter is a size, the same wherever it stands in one call; `...` are any dimensions, also
     none. Lists become arrays; None and what has no dimensions of its own to show are left alone.
-    A trailing `!` asks for whole numbers or booleans. COUNTED arguments are whole numbers above 0;
+    A trailing `!` asks for whole numbers or booleans, `?` for booleans (or zeros and ones): sets.
+    COUNTED arguments are whole numbers above 0;
     `layers` divides M. Raises UserError for shapes, NotTestable for empty arrays and NaN or
     infinite values.
 
@@ -76,7 +77,7 @@ def _check(where, name, value, shape, sizes) -> None:
     found = getattr(value, "shape", None)
     if found is None:
         return
-    whole, names = shape.endswith("!"), shape.rstrip("!").split()
+    names = shape.rstrip("!?").split()
     fixed = [n for n in names if n != "..."]
     fits = len(found) == len(fixed) or ("..." in names and len(found) > len(fixed))
     at = names.index("...") if "..." in names else len(names)
@@ -96,8 +97,13 @@ def _check(where, name, value, shape, sizes) -> None:
             "one row."
         )
     kind = getattr(getattr(value, "dtype", None), "kind", "b")
-    if whole and kind not in "bui":
+    if shape.endswith("!") and kind not in "bui":
         raise UserError(f"{where}: {name} is {value.dtype}; expected whole numbers or booleans.")
+    if shape.endswith("?") and kind != "b" and not np.isin(value, (0, 1)).all():
+        raise UserError(
+            f"{where}: {name} holds {value.dtype} other than 0 and 1; expected sets: which "
+            "components are in, as booleans. Make them of counts (top_sets, consensus)."
+        )
     if kind == "f" and not np.isfinite([value.min(), value.max()]).all():
         raise NotTestable(
             f"{where}: {name} is empty or holds NaN or infinite values; expected finite ones. "

@@ -9,10 +9,10 @@ import numpy as np
 
 from ..record import NotTestable, UserError
 from .checks import takes
-from .effects import drawn_means, group_mean
-from .stats import SEEN_TWO_SIDED, cluster_sizes, interval, paired_effect, resample_weights
+from .effects import drawn_means, group_flips, group_mean
+from .stats import SEEN_TWO_SIDED, cluster_sizes, interval, resample_weights
 
-FLAT = 0.1  # a curve that has made at most this share of its rise by the change point was flat
+FLAT = 0.1  # what is at most this share of a curve's rise, up or down, is no movement
 
 
 @takes(doses="X", values="R X")
@@ -53,14 +53,15 @@ def dose_curve(doses, parts, groups, resamples=2000, seed=0, clusters=None) -> d
     doses: [X >= 4], rising; parts: for each dose (own [n], control [n, D]), the same rows; groups,
     clusters as in effects.critical. The same rows are drawn at all doses, control draws apart.
     Returns
-      curve: a row per dose {dose, effect, low, high, p (signs flipped, two-sided), sees};
+      curve: a row per dose {dose, effect, low, high, p (see effects.group_flips), sees};
       change {at, low, high}: where two lines meet that fit best, with its bootstrap interval;
       bend: the share of what one straight line leaves that two take away;
       before, after {slope, low, high}: slopes of the two lines;
       falls: doses at which the curve is lower than at the dose before, interval below 0;
       monotone: whether there is none;
       largest_step {from, to, share}: the step with the largest rise, as a share of the whole rise;
-      shape, in words.
+      shape, in words: of a curve that rises, whether it is flat up to the change point, or falls
+        first, by more than FLAT of the rise.
     """
     doses, groups = np.asarray(doses, float), np.asarray(groups)
     if len(doses) != len(parts) or len(doses) < 4 or (np.diff(doses) <= 0).any():
@@ -76,14 +77,13 @@ def dose_curve(doses, parts, groups, resamples=2000, seed=0, clusters=None) -> d
         mine = drawn_means(np.asarray(own, float)[:, None], groups, weights, rng)
         drawn.append(mine - drawn_means(np.asarray(control, float), groups, weights, rng))
         low, high = interval(drawn[-1], sizes=sizes)
-        flips = paired_effect(rows, 0 * rows, resamples, seed=seed, clusters=clusters)
         curve.append(
             {
                 "dose": float(dose),
                 "effect": group_mean(rows, groups),
                 "low": float(low),
                 "high": float(high),
-                "p": float(flips.p),
+                "p": group_flips(rows, groups, resamples, seed, clusters),
                 "sees": SEEN_TWO_SIDED * float(np.std(drawn[-1])),
             }
         )
@@ -95,21 +95,25 @@ def _shape(doses, curve, drawn, sizes) -> dict:
     effect = np.array([row["effect"] for row in curve])
     if not np.ptp(effect) > 0:
         raise NotTestable("the effect is the same at all doses: there is no curve. Not testable.")
-    fit, again = ({k: v for k, v in hinge(doses, y).items()} for y in (effect[None], drawn))
-    steps, share = np.diff(effect), FLAT
+    fit, again = hinge(doses, effect[None]), hinge(doses, drawn)
+    at, steps = fit["at"][0], np.diff(effect)
     falls = doses[1:][interval(np.diff(drawn, axis=1), sizes=sizes)[1] < 0]
-    rise, jump = effect[-1] - effect[0], int(np.argmax(steps))
-    before = effect[doses <= fit["at"][0]][-1] - effect[0]
+    rise, jump, low = effect[-1] - effect[0], int(np.argmax(steps)), int(np.argmin(effect))
+    before = effect[doses == at][0] - effect[0]
     whole = interval(drawn[:, -1] - drawn[:, 0], sizes=sizes)
-    if whole[0] > 0 and abs(before) <= share * rise:
-        shape = f"flat up to {fit['at'][0]:g}, then it rises"
-        if steps[jump] >= (1 - share) * rise:
-            shape = f"flat, then a jump from {doses[jump]:g} to {doses[jump + 1]:g}"
+    jumps = jump >= low and steps[jump] >= (1 - FLAT) * rise
+    then = f"a jump from {doses[jump]:g} to {doses[jump + 1]:g}" if jumps else "it rises"
+    if whole[0] <= 0:
+        shape = "falls" if whole[1] < 0 else "no rise seen"
+    elif effect[low] - effect[0] < -FLAT * rise:
+        shape = f"falls to its lowest at {doses[low]:g}, then {then}"
+    elif before <= FLAT * rise:
+        shape = f"flat, then {then}" if jumps else f"flat up to {at:g}, then {then}"
     else:
-        shape = "rises" if whole[0] > 0 else "falls" if whole[1] < 0 else "no rise seen"
+        shape = "rises"
     shape += f", with a fall at {', '.join(f'{x:g}' for x in falls)}" if len(falls) else ""
     return {
-        "change": _with_interval("at", fit["at"][0], again["at"], None),
+        "change": _with_interval("at", at, again["at"], None),
         "bend": float(1 - fit["left"][0] / max(fit["straight"][0], 1e-300)),
         "before": _with_interval("slope", fit["before"][0], again["before"], sizes),
         "after": _with_interval("slope", fit["after"][0], again["after"], sizes),

@@ -7,10 +7,10 @@ shuffled labels give. Pure functions, ours.
 import numpy as np
 
 from ..record import NotTestable, UserError
-from .checks import each_category, takes
-from .sets import category_means, category_sets, codes, column_blocks, contrast, lape, margin
-from .similarity import _profiles, jaccard_matrix, jensen_shannon
-from .stats import Permutation, permutation_test, plus_one
+from .checks import takes
+from .sets import category_means, codes, column_blocks, consensus, contrast, lape, margin
+from .similarity import _profiles, jensen_shannon
+from .stats import Permutation, permutation_test
 
 CATEGORY_SCORES = ("frequency", "lape", "contrast", "attribution", "contribution")
 
@@ -25,7 +25,7 @@ def own_gaps(matrices) -> np.ndarray:
     return inside - (matrices.sum(-1) + matrices.sum(-2) - 2 * inside) / (2 * others)
 
 
-@takes(sets="I M", labels="... I", weights="R I")
+@takes(sets="I M?", labels="... I", weights="R I")
 def shares(sets, labels, layers: int, tau: float, weights=None) -> np.ndarray:
     """Shares of each layer's components that are unique (in one consensus set) and general (in all
     C), and of all components in any set that are unique: [R, 2 L + 1] for labels [R, I]. sets:
@@ -49,7 +49,7 @@ def shares(sets, labels, layers: int, tau: float, weights=None) -> np.ndarray:
     )
 
 
-@takes(sets="I M", labels="I", strata="I", clusters="I")
+@takes(sets="I M?", labels="I", strata="I", clusters="I")
 def share_test(
     sets, labels, layers: int, tau: float, strata=None, clusters=None, **how
 ) -> Permutation:
@@ -57,16 +57,16 @@ def share_test(
     [2 L + 1], p, null [R, 2 L + 1]. One-sided: more unique components than shuffled labels give,
     *fewer* general ones. how: resamples, seed. Raises NotTestable if all consensus sets are empty.
     """
-    layer = np.r_[np.ones(layers), -np.ones(layers), 1]
+    layer, labels = np.r_[np.ones(layers), -np.ones(layers), 1], codes(labels)
+    if not consensus(sets, labels, tau).any():
+        raise NotTestable(f"all consensus sets are empty at tau {tau}; lower it.")
     test = permutation_test(
         lambda y: shares(sets, y, layers, tau) * layer,
-        codes(labels),
+        labels,
         strata,
         clusters=clusters,
         **how,
     )
-    if not test.estimate.any():
-        raise NotTestable(f"no component is unique or general at tau {tau}; lower it.")
     return Permutation(test.estimate * layer, test.p, test.null * layer)
 
 
@@ -112,60 +112,3 @@ def category_scores(score: str, values, labels) -> np.ndarray:
         return contrast(values, labels)
     means = category_means(values, labels)
     return {"lape": lape, "contribution": margin}.get(score, lambda m: m)(means)
-
-
-@takes(values="I M", labels="I", folds="I")
-def stability(
-    score: str, values, labels, folds, size: int, resamples: int = 39, seed: int = 0
-) -> dict:
-    """Are a category's `size` best components the same when chosen on one half as on the other,
-    more than others'?
-
-    `within` J of a category's two sets, `between` J of sets of different categories, `gap`;
-    `null_gap` and `p` with the labels shuffled within each half (same scores, same sizes,
-    everything chosen anew); `sets` {fold: bool [C, M]}.
-    """
-    labels, names = codes(labels), np.unique(folds)
-    if len(names) != 2:
-        raise NotTestable(
-            f"{len(names)} halves; expected two to choose on one and compare with the other."
-        )
-    each_category(labels, labels.max() + 1, folds)
-    parts = [(values[folds == n], labels[folds == n]) for n in names]
-    rng = np.random.default_rng(seed)
-
-    def sets_of(shuffle):
-        return [
-            category_sets(
-                category_scores(score, v, rng.permutation(y) if shuffle else y), size, seed
-            )
-            for v, y in parts
-        ]
-
-    chosen = sets_of(False)
-    within, between = _same_other(*chosen)
-    null = np.array([np.subtract(*_same_other(*sets_of(True))) for _ in range(resamples)])
-    return {
-        "within": within,
-        "between": between,
-        "gap": within - between,
-        "null_gap": null.mean(),
-        "p": plus_one(within - between, null),
-        "sets": dict(zip(names, chosen, strict=True)),
-    }
-
-
-def _same_other(first, second):
-    """Mean Jaccard of sets of the same category, and of different ones, [C, M] each; float32."""
-    J = jaccard_matrix(first, second)
-    inside = np.eye(len(J), dtype=bool)
-    return J[inside].mean(), J[~inside].mean()
-
-
-@takes(first="C M", second="C M")
-def overlap_of(first, second=None) -> float:
-    """Mean Jaccard of sets [C, M] of different categories; with `second`, of the same category in
-    both.
-    """
-    same, other = _same_other(first, second)
-    return float(other if second is None else same)

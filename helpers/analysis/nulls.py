@@ -18,6 +18,8 @@ from .sets import codes, consensus, membership
 from .similarity import jaccard
 from .stats import Permutation, plus_one
 
+BINS = 512  # steps of log odds: components within one share their rate
+
 
 class Null(NamedTuple):
     """inclusion [I, G] in [0, 1]; group, int [M]; dispersion [G], the token-level dependence kept
@@ -49,14 +51,14 @@ def _rows(counts):
 
 
 @takes(counts="I ...", tokens="I")
-def rate_null(counts, tokens, size, rule="quantile", dependence=False, bins=512) -> Null:
+def rate_null(counts, tokens, size, rule="quantile", dependence=False) -> Null:
     """The rate-matched null: every component keeps its mean rate, every instruction its T and its
     overall level.
 
     counts: integers [I, ...], read row by row; tokens: T [I]; size: k, the nominal set size; rule
     as in top_sets. Rates are q = expit(component + instruction), fitted so that both margins are
     kept; counts are redrawn independently and cut as top_sets cuts, in closed form. Components of
-    like rate (`bins` steps of log odds) share q. dependence=False redraws tokens independently
+    like rate (BINS steps of log odds) share q. dependence=False redraws tokens independently
     (binomial): what instructions of identical behaviour would show. It does not keep that a
     component fires in bursts (a word twice, a topic), which makes real counts differ more and
     overlap less. dependence=True keeps that on average: beta-binomial counts with the intraclass
@@ -71,11 +73,11 @@ def rate_null(counts, tokens, size, rule="quantile", dependence=False, bins=512)
         total = total + row
         level.append(row.mean() / length)
     theta = (lambda *margins: _dispersion(counts, tokens, *margins)) if dependence else None
-    return null_of(total, np.array(level), tokens, size, rule, bins, theta)
+    return null_of(total, np.array(level), tokens, size, rule, theta)
 
 
 @takes(total="M", level="I", tokens="I")
-def null_of(total, level, tokens, size, rule="quantile", bins=512, theta=None) -> Null:
+def null_of(total, level, tokens, size, rule="quantile", theta=None) -> Null:
     """rate_null from its margins alone: `total` [M], a component's counts over all instructions
     (any multiple of it), `level` [I], an instruction's mean p over components, `tokens` [I].
     theta(q, group, members): see _dispersion.
@@ -91,7 +93,7 @@ def null_of(total, level, tokens, size, rule="quantile", bins=512, theta=None) -
     total = np.asarray(total, float) * (level @ tokens) * len(total) / np.sum(total)
     edge = 0.5 / tokens.sum()
     rate = logit(np.clip(total / tokens.sum(), edge, 1 - edge))
-    step = max(np.ptp(rate), 1e-9) / bins
+    step = max(np.ptp(rate), 1e-9) / BINS
     group = np.unique(np.round((rate - rate.min()) / step).astype(int), return_inverse=True)[1]
     members = np.bincount(group).astype(float)  # [G]
     q, target = _fit(np.bincount(group, total) / members, members, tokens, level * len(total), edge)

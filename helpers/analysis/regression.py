@@ -16,18 +16,15 @@ from .stats import SEEN_ONE_SIDED, bootstrap, cluster_codes, permutation_test
 
 
 class Excess(NamedTuple):
-    """Per similarity: the coefficient of `same category`, percentile interval, one-sided p;
-    `null`, its mean over shuffles; d = estimate / SD over pairs of what the covariates leave;
-    `detectable`, the smallest coefficient that the test would find: SEEN_ONE_SIDED SDs of the
-    shuffled ones, above their mean or above 0.
+    """Per similarity: the coefficient of `same category`, bootstrap interval (percentiles; of
+    wordings Student's, see stats.interval), one-sided p; `detectable`, the smallest coefficient
+    that the test would find: SEEN_ONE_SIDED SDs of the shuffled ones, above their mean or above 0.
     """
 
     estimate: np.ndarray
     low: np.ndarray
     high: np.ndarray
     p: np.ndarray
-    null: np.ndarray
-    d: np.ndarray
     detectable: np.ndarray
 
 
@@ -107,8 +104,6 @@ def _excess(similarity, labels, covariates, units, how) -> Excess:
         found.low,
         found.high,
         test.p,
-        expected,
-        test.estimate * scale / (spread / np.sqrt(counted.sum())),
         np.maximum(expected, 0) + SEEN_ONE_SIDED * test.null.std(0) * scale,
     )
     return Excess(*(np.reshape(part, values.shape[:-2])[()] for part in parts))

@@ -289,7 +289,7 @@ def share_experts(routing, share=0.5, seed=0) -> np.ndarray:
     return np.take_along_axis(before < share - 1e-6, place, axis=-1)
 
 
-@takes(sets="I M", labels="I")
+@takes(sets="I M?", labels="I")
 def category_counts(sets, labels) -> np.ndarray:
     """In how many instructions of each category a component is in the set: int32 [C, M]."""
     groups = indicator(labels)
@@ -299,7 +299,7 @@ def category_counts(sets, labels) -> np.ndarray:
     return counts
 
 
-@takes(sets="I M", labels="I")
+@takes(sets="I M?", labels="I")
 def consensus(sets, labels, tau=0.5) -> np.ndarray:
     """Consensus sets C_tau: components in at least a share tau of the category's instructions,
     bool [C, M].
@@ -313,7 +313,7 @@ def consensus(sets, labels, tau=0.5) -> np.ndarray:
     return category_counts(sets, labels) >= needed[:, None]
 
 
-@takes(consensus_sets="C M")
+@takes(consensus_sets="C M?")
 def membership(consensus_sets) -> np.ndarray:
     """In how many of the C consensus sets a component stands, int [M]: C = general, 1 = unique, 0
     = in none.
@@ -386,7 +386,7 @@ def category_sets(scores, size, seed=0) -> np.ndarray:
     return top_k(np.asarray(scores, float), size, seed=seed)
 
 
-@takes(found="... M", planted="... M")
+@takes(found="... M?", planted="... M?")
 def recovery(found, planted) -> dict:
     """How well sets found [.., M] recover those planted [.., M]: precision (share of the found
     that were planted) and recall (of the planted that were found), arrays [..]; 0 where none are.

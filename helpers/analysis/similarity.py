@@ -11,7 +11,7 @@ from scipy.special import entr
 
 from ..record import NotTestable, UserError
 from .checks import alongside, takes
-from .sets import codes, column_blocks, consensus, membership, top_sets
+from .sets import codes, column_blocks, consensus, top_sets
 from .stats import cluster_codes
 
 
@@ -39,7 +39,7 @@ def jaccard(shared, first, second) -> np.ndarray:
     return shared / np.where(union > 0, union, 1)
 
 
-@takes(sets="I M", others="J M")
+@takes(sets="I M?", others="J M?")
 def jaccard_matrix(sets, others=None) -> np.ndarray:
     """All pairwise Jaccard similarities |A & B| / |A | B|, exact, float32 [I, I] (or [I, I2]
     against `others`).
@@ -228,30 +228,21 @@ def jensen_shannon(first, second) -> np.ndarray:
 
 
 @takes(routing="I L E")
-def routing_similarity(routing, per_layer=False) -> np.ndarray:
-    """Jensen-Shannon similarity of all pairs of instructions from f or counts [I, L, E]: float32
-    [I, I], the mean over layers, or [L, I, I] with per_layer. About 20 s for 1,200 x 24 x 60.
+def routing_similarity(routing) -> np.ndarray:
+    """Jensen-Shannon similarity of all pairs of instructions from f or counts [I, L, E], mean over
+    layers: float32 [I, I]. About 20 s for 1,200 x 24 x 60.
     """
     profiles = _profiles(routing)
-    size, layers = profiles.shape[:2]
-    entropy = entr(profiles).sum(-1)  # [I, L]
-    similarity = np.empty((layers if per_layer else 1, size, size), np.float32)
+    size, entropy = len(profiles), entr(profiles).sum(-1)  # [I, L]
+    similarity = np.empty((size, size), np.float32)
     for i in range(size):
         mixed = entr((profiles[i] + profiles[i:]) / 2).sum(-1)  # [I - i, L]
         row = np.clip(1 - (mixed - (entropy[i] + entropy[i:]) / 2) / np.log(2), 0, 1)
-        similarity[:, i, i:] = similarity[:, i:, i] = row.T if per_layer else row.mean(1)
-    return similarity if per_layer else similarity[0]
+        similarity[i, i:] = similarity[i:, i] = row.mean(1)
+    return similarity
 
 
-@takes(consensus_sets="C M")
-def membership_histogram(consensus_sets) -> np.ndarray:
-    """How many components stand in exactly 1, 2, .. C consensus sets: int [C], from unique to
-    general.
-    """
-    return np.bincount(membership(consensus_sets), minlength=len(consensus_sets) + 1)[1:]
-
-
-@takes(sets="I M", labels="I", folds="I")
+@takes(sets="I M?", labels="I", folds="I")
 def nearest_consensus(sets, labels, folds, tau=0.5) -> dict:
     """Guess each instruction's category as the consensus set it overlaps most (Jaccard),
     cross-fitted over folds.
@@ -305,7 +296,7 @@ def _rows(sets, chosen):
     return type(sets)(sets.bits[chosen], sets.width) if hasattr(sets, "bits") else sets[chosen]
 
 
-@takes(base="I M", tuned="I M")
+@takes(base="I M?", tuned="I M?")
 def churn(base, tuned, layers=1) -> dict:
     """What became of each instruction's set from base to tuned: `kept`, `gained`, `lost`, int [I,
     L] (components per layer, M = layers x N), and `jaccard` [I] over all layers. Also for two
@@ -331,7 +322,7 @@ def noise_floor(base_halves, tuned_halves, epsilon, layers=1, rule="quantile", s
     tokens.
 
     base_halves, tuned_halves: two count arrays [I, ...] each, of disjoint token positions of one
-    model (from capture, or totals split by nulls.split). `base` and `tuned`, half against half in
+    model (from capture). `base` and `tuned`, half against half in
     one model, are the floor; `across` sums base-first/tuned-second and base-second/tuned-first.
     Full counts have more tokens and so less noise than this floor: compare `across` with `base`
     and `tuned`, never full-count churn. Each is a dict like churn's.

@@ -1,5 +1,4 @@
-"""Intervals, permutation tests, effects, pairwise regression. General-purpose: nothing here knows
-what a neuron is.
+"""Intervals, permutation tests, effects. General-purpose: nothing here knows what a neuron is.
 
 A `statistic` is a function of resampling weights [R, I] (bootstrap) or of shuffled labels [R, I]
 (permutation) that returns one value, or one array, per resample: [R, ...]. `clusters` [I] says
@@ -16,7 +15,7 @@ from scipy.stats import false_discovery_control, t
 from statsmodels.stats.proportion import proportion_confint
 
 from ..record import NotTestable, UserError
-from .checks import same_shape, takes
+from .checks import takes
 
 BLOCK = 256  # resamples worked on at a time
 SMALLEST = 5  # instructions (or clusters) of a group that a bootstrap may rest on
@@ -26,7 +25,7 @@ SEEN_TWO_SIDED = 2.8
 
 
 class Interval(NamedTuple):
-    """A percentile bootstrap interval; `replicates` [R, ...] are the bootstrap values."""
+    """A bootstrap interval, percentiles or Student's (see `interval`); `replicates` [R, ...]."""
 
     estimate: np.ndarray
     low: np.ndarray
@@ -55,8 +54,9 @@ class Permutation(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """A mean difference with percentile interval, standardised effect `d` (0 where nothing varies),
-    p, and `detectable`: the smallest difference that would be found, with power 0.8.
+    """A mean difference with bootstrap interval (see `interval`), standardised effect `d` (0 where
+    nothing varies), p, and `detectable`: the smallest difference that would be found, with power
+    0.8.
     """
 
     difference: np.ndarray
@@ -252,18 +252,26 @@ def permutation_test(
             "use fewer strata, or add rows."
         )
     observed = np.asarray(statistic(labels[None]))[0]
-    rng, places = np.random.default_rng(seed), np.argsort(strata, kind="stable")
-    null = []
+    rng, null = np.random.default_rng(seed), []
     for start in range(0, resamples, BLOCK):
         noise = rng.random((min(BLOCK, resamples - start), len(units)))
-        shuffled = np.empty(noise.shape, labels.dtype)
-        shuffled[:, places] = units[
-            np.argsort(strata + noise, axis=1)
-        ]  # both sides in order of strata
-        null.append(np.asarray(statistic(shuffled[:, code])))
+        null.append(np.asarray(statistic(shuffled(units, strata, noise)[:, code])))
     null = np.concatenate(null)
     _finite(null=null, observed=observed)
     return Permutation(observed, plus_one(observed, null), null)
+
+
+def shuffled(labels, strata, noise) -> np.ndarray:
+    """Labels [K] shuffled within strata (int [K]), once for each row of noise [R, K], uniform in
+    [0, 1): [R, K].
+
+    >>> shuffled(np.array(list("abc")), np.array([0, 1, 0]), np.array([[0.9, 0.5, 0.1]])).tolist()
+    [['c', 'b', 'a']]
+    """
+    found = np.empty(noise.shape, labels.dtype)
+    in_order = np.argsort(strata, kind="stable")
+    found[:, in_order] = labels[np.argsort(strata + noise, axis=1)]
+    return found
 
 
 @takes(observed="...", null="R ...")
@@ -310,16 +318,29 @@ def paired_effect(first, second, resamples=2000, level=0.95, seed=0, clusters=No
         return np.tensordot(w, difference, 1) / w.sum(1).reshape(-1, *[1] * (difference.ndim - 1))
 
     found = bootstrap(mean, np.zeros(n), resamples, level, seed, clusters)
-    code = slice(None) if clusters is None else cluster_codes(clusters)[0]
-    units = n if clusters is None else code.max() + 1
-    signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], (resamples, units))[:, code]
-    null = np.abs(np.tensordot(signs, difference, 1)) / n
     return Effect(
         *found[:3],
         _standardised(found.estimate, difference.var(0, ddof=1)),
-        plus_one(np.abs(found.estimate), null),
+        sign_flips(difference, resamples, seed, clusters),
         found.detectable,
     )
+
+
+@takes(difference="n ...", clusters="n")
+def sign_flips(difference, resamples=2000, seed=0, clusters=None) -> np.ndarray:
+    """Two-sided p [...] that the mean of a difference [n, ...] lies this far from 0: the signs of
+    rows (of whole clusters, where given) flipped.
+
+    >>> float(sign_flips([1.0, 1.0, -1.0]))
+    1.0
+    """
+    difference = np.asarray(difference, float)
+    n = len(difference)
+    code = np.arange(n) if clusters is None else cluster_codes(clusters)[0]
+    shape = resamples, code.max() + 1
+    signs = np.random.default_rng([seed, 1]).choice([-1.0, 1.0], shape)[:, code]
+    null = np.abs(np.tensordot(signs, difference, 1)) / n
+    return plus_one(np.abs(difference.mean(0)), null)
 
 
 def _standardised(difference, variance):
@@ -332,10 +353,14 @@ def clustered_share(values, clusters=None, level=0.95) -> tuple[float, float]:
     independent rows as their clusters leave. It has a width where all values are equal, too.
 
     n rows count as n / D: D is the variance of the mean with whole clusters as units over that of
-    independent rows, at least 1 (Korn and Graubard 1998, with Wilson's interval).
+    independent rows, at least 1 (Korn and Graubard 1998, with Wilson's interval). Where all values
+    are 0, or all 1, nothing tells D, and rows of a cluster may be one and the same: the clusters
+    count. (Ours.)
 
     >>> [round(x, 2) for x in clustered_share([0.0] * 20)]
     [0.0, 0.16]
+    >>> [round(x, 2) for x in clustered_share([0.0] * 20, [*range(5)] * 4)]
+    [0.0, 0.43]
     """
     values = np.asarray(values, float)
     _finite(values=values)
@@ -344,56 +369,9 @@ def clustered_share(values, clusters=None, level=0.95) -> tuple[float, float]:
     totals, plain = np.bincount(code, values - share), share * (1 - share) / max(n - 1, 1)
     units = len(totals)
     spread = units / max(units - 1, 1) * (totals**2).sum() / n**2
-    independent = n / max(1.0, spread / plain) if plain > 0 else n
+    independent = n / max(1.0, spread / plain) if plain > 0 else units
     low, high = proportion_confint(share * independent, independent, 1 - level, "wilson")
     return float(low), float(high)
-
-
-@takes(similarity="I I")
-def pair_residuals(similarity, *covariates) -> np.ndarray:
-    """What least squares on pairwise covariates [I, I] leaves of a similarity [I, I], grand mean
-    kept; diagonal 0.
-
-    E.g. Jaccard given token overlap and length difference: hand the result to any statistic of
-    pairs.
-    """
-    same_shape(similarity, covariates, "a covariate")
-    off = ~np.eye(len(similarity), dtype=bool)
-    columns = np.stack([np.ones(off.sum()), *(np.asarray(c, float)[off] for c in covariates)], 1)
-    values = np.asarray(similarity, float)[off]
-    _finite(similarity=values, covariates=columns)
-    fitted = columns @ np.linalg.lstsq(columns, values, rcond=None)[0]
-    residual = np.zeros(np.shape(similarity))
-    residual[off] = values - fitted + values.mean()
-    return residual
-
-
-@takes(first="I I", second="I I")
-def partial_mantel(first, second, *controls, resamples=999, seed=0) -> Permutation:
-    """Partial Mantel test: correlation of two symmetric pairwise matrices given the controls, all
-    [I, I].
-
-    Rows and columns of `first`'s residuals are shuffled together (Legendre's residual method);
-    two-sided, on |r|. Without controls: the plain Mantel test. About 5 ms per resample at I =
-    1,200.
-    """
-    off = ~np.eye(len(first), dtype=bool)
-    left, right = (pair_residuals(m, *controls) for m in (first, second))
-    left, right = (np.where(off, m - m[off].mean(), 0) for m in (left, right))
-    norms = [np.sqrt((m**2).sum()) for m in (left, right)]
-    scale = [np.std(np.asarray(m, float)[off]) * np.sqrt(off.sum()) for m in (first, second)]
-    if min(norms[0] - 1e-6 * scale[0], norms[1] - 1e-6 * scale[1]) <= 0:
-        raise NotTestable(
-            "a matrix does not vary, or the controls explain it wholly; expected pairs that "
-            "differ. "
-            "Not testable."
-        )
-    left, right = (left / norms[0]).astype(np.float32), (right / norms[1]).astype(np.float32)
-    r, rng, null = float(np.vdot(left, right)), np.random.default_rng(seed), np.empty(resamples)
-    for n in range(resamples):
-        order = rng.permutation(len(left))
-        null[n] = np.vdot(left[order][:, order], right)
-    return Permutation(r, plus_one(abs(r), np.abs(null)), null)
 
 
 @takes(values="I L", groups="I")

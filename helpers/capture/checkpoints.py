@@ -82,7 +82,7 @@ def gguf_file(ref: str, revision: str | None = None) -> Path | None:
         return path
     if not os.path.isdir(path) or any(path.glob("*.safetensors*")):
         return None
-    found = sorted(path.glob("*.gguf"))
+    found = sorted(p for p in path.glob("*") if p.suffix.lower() == ".gguf" and p.is_file())
     if len(found) > 1:
         raise UserError(
             f"{short(path)} holds {len(found)} GGUF files "
@@ -193,7 +193,7 @@ def configuration(ref: str, revision: str | None = None):
 
 def prove(folder: Path, ref: str) -> Path:
     """`folder`, if it can be loaded as it stands: no code of its own, one layout of float weights,
-    every file whole (only headers are read), a tokenizer.
+    every file whole (only headers are read), no weight in two of them, a tokenizer.
     """
     refuse_code(folder)
     if (folder / ADAPTER).is_file():
@@ -205,8 +205,14 @@ def prove(folder: Path, ref: str) -> Path:
         _whole(folder / ADAPTER_WEIGHTS, ref)
         return folder
     check_config(folder, ref)
+    place = {}
     for path in weight_files(folder):
-        _whole(path, ref)
+        for name in _whole(path, ref):
+            if (other := place.setdefault(name, path)) != path:  # which one would be loaded?
+                raise UserError(
+                    f"{short(folder)}: {name} stands in {other.name} and in {path.name}, expected "
+                    f"once. Copy or download the checkpoint {ref!r} again, or take one out."
+                )
     if not any((folder / name).is_file() for name in TOKENIZERS):  # else an empty one is made up
         raise DamagedFile(
             f"{short(folder)} has no tokenizer: expected one of {', '.join(TOKENIZERS)}. Copy or "
@@ -337,9 +343,9 @@ def _inside(name: str) -> bool:
     return path.suffix == ".safetensors" and not path.is_absolute() and ".." not in path.parts
 
 
-def _whole(path: Path, ref: str) -> None:
-    """Raise DamagedFile unless a safetensors file is there and whole, UserError unless its weights
-    are floats.
+def _whole(path: Path, ref: str) -> list[str]:
+    """Names of the tensors in a safetensors file. Raises DamagedFile unless it is there and whole,
+    UserError unless its weights are floats.
     """
     if not path.is_file():
         raise DamagedFile(
@@ -360,6 +366,7 @@ def _whole(path: Path, ref: str) -> None:
                 f"{short(path)}: {name} is stored as {kind}: quantised, where exactness is not "
                 f"proven. Use a checkpoint with float weights in place of {ref!r}."
             )
+    return list(kinds)
 
 
 def fingerprint(folder: Path) -> str:

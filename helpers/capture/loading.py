@@ -3,6 +3,7 @@
 import re
 import tempfile
 import warnings
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -123,7 +124,8 @@ def _whole(folder: Path) -> Path:
 
 def _refuse_misfits(ref, model, info) -> None:
     """Raise DamagedFile unless every weight of the architecture came from the files, every weight
-    of the files went into it, and all are finite.
+    of the files went into it, and all are finite, buffers that files keep (a router's correction
+    bias) among them.
     """
     random = sorted(info["missing_keys"]) + sorted(str(key[0]) for key in info["mismatched_keys"])
     if random:
@@ -137,7 +139,9 @@ def _refuse_misfits(ref, model, info) -> None:
             f"{ref!r}: {len(left)} weights are left over ({', '.join(left[:3])}): config.json "
             "describes a smaller or another model. Check that it belongs to these weights."
         )
-    for name, weight in model.named_parameters():
+    kept = model.state_dict(keep_vars=True)
+    buffers = ((n, b) for n, b in model.named_buffers() if n in kept and b.is_floating_point())
+    for name, weight in chain(model.named_parameters(), buffers):
         if weight.numel() and not weight.is_meta and not _finite(weight.detach()):
             raise DamagedFile(
                 f"{ref!r}: {name} holds a NaN or an infinity in {weight.dtype}. Copy the "

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from .bank import activated, gate_part, observed, pre_activations
-from .budget import reading
+from .budget import reading, state
 from .counter import ROUNDING, ready_sites, watching
 from .sites import UnreadableModel, input_device, returning_dicts
 from .tokens import Encoded, padded
@@ -188,7 +188,8 @@ def _active(bank, h, shift):
 @torch.no_grad()
 def left_padding_is_neutral(model) -> bool:
     """Whether a sequence that is padded on the left goes on as it does alone: only then may
-    sequences of several lengths be generated from in one batch. Tried once per model. (Ours.)
+    sequences of several lengths be generated from in one batch. Tried once per model; under
+    an open intervention each time, for it may draw at random. (Ours.)
 
     Two tokens are generated from a short row beside a long one, and from the short row alone; their
     logits must agree up to rounding. Not so in BART-likes without position ids, and DeepSeek-V4.
@@ -204,7 +205,10 @@ def left_padding_is_neutral(model) -> bool:
             float((a[-1] - b[-1]).abs().max()) for a, b in zip(beside, by_itself, strict=True)
         )
         largest = max(float(b.abs().max()) for b in by_itself)
-        _neutral[model] = gap <= ROUNDING[by_itself[0].dtype] * largest
+        neutral = gap <= ROUNDING[by_itself[0].dtype] * largest
+        if state(model):
+            return neutral
+        _neutral[model] = neutral
     return _neutral[model]
 
 

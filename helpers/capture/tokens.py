@@ -1,13 +1,12 @@
 """Texts to token ids: encoded with position masks, padded into batches."""
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from string import ascii_letters
 
 import torch
-from jinja2 import TemplateError
 
 from ..record import UserError, visible
 from .budget import OWN_WORDS
@@ -15,7 +14,16 @@ from .sites import refuse_wrapped
 
 PADDING, SMALL = 0.05, 0.1  # share of a batch that may be padding; of the budget that is small
 TODAY = date(2025, 1, 1)  # in chat templates that ask for the date: tomorrow's counts are the same
-DATED = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+CODES = [f"%{flag}{letter}" for flag in ("", *"-_0^#") for letter in ascii_letters]
+WRITTEN = [("%%", "\0"), *((code, TODAY.strftime(code)) for code in CODES), ("\0", "%")]
+DATED = (  # stands before a chat template: its strftime_now is of TODAY
+    "{% macro strftime_now(format) %}{% set now = namespace(text=format) %}"
+    f"{{% for code, value in {WRITTEN} %}}{{% set now.text = now.text.replace(code, value) %}}"
+    "{% endfor %}{{ now.text }}{% endmacro %}\n"
+)
+PROBE = 'A "b"  <C> & d\'s\n\n{e}'  # what a chat template might change: case, HTML, white space
+REPEATED = 16  # renderings of a chat template that must agree: one that draws at random shows
+OWN_TEMPLATE = "Set `chat: false` and give a `template` in the profile"
 MARKER = "▁"  # SentencePiece's: stands for the white space before a word
 
 
@@ -89,6 +97,7 @@ def encode_groups(
     """
     if not isinstance(template, str) or template.count("{instruction}") != 1:
         raise UserError(f"template {template!r} must hold {{instruction}} once.")
+    _refuse_half(template, "the template")
     texts = list_of(texts, "texts")
     given = responses is not None
     responses = list_of(responses, "responses") if given else [None] * len(texts)
@@ -129,28 +138,42 @@ def encode_groups(
 def chat_template(tokenizer) -> str:
     """The model's chat format as a template: what it expects around one instruction, up to where
     its answer begins. A template that asks for the date gets TODAY. Raises UserError for a
-    tokenizer without one, for one that cannot be rendered, or that changes the text.
+    tokenizer without one, for one that cannot be rendered, that draws at random, or that changes
+    the text (white space around it apart, which stays here).
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"{type(tokenizer).__name__} has no chat template. Set `chat: false` and give a "
-            "`template` in the profile, or use the tokenizer of an instruction-tuned model."
+            f"{type(tokenizer).__name__} has no chat template. {OWN_TEMPLATE}, or use the "
+            "tokenizer of an instruction-tuned model."
         )
-    turn = [{"role": "user", "content": "{instruction}"}]
     try:
-        source = DATED.sub(lambda m: repr(TODAY.strftime(m[2])), tokenizer.get_chat_template())
-        text = tokenizer.apply_chat_template(
-            turn, chat_template=source, tokenize=False, add_generation_prompt=True
-        )
-    except (ValueError, TypeError, TemplateError) as error:
+        found = sorted({_rendered(tokenizer, "{instruction}") for _ in range(REPEATED)})
+        probed = _rendered(tokenizer, PROBE)
+    except Exception as error:  # a template is foreign code: whatever it raises
         raise UserError(
             f"the chat template of {type(tokenizer).__name__} cannot be rendered for one "
-            f"instruction: {' '.join(str(error).split())[:200]}. Set `chat: false` and give a "
-            "`template` in the profile, or mend the tokenizer's `chat_template`."
+            f"instruction: {type(error).__name__}: {' '.join(str(error).split())[:200]}. "
+            f"{OWN_TEMPLATE}, or mend the tokenizer's `chat_template`."
         ) from error
-    if text.count("{instruction}") != 1:
-        raise UserError(f"the chat template gives {text!r}: it must hold the text once, unchanged.")
+    text, fault = found[0], None
+    if len(found) > 1:
+        fault = f"then {found[1]!r}: it must be the same each time"
+    elif text.count("{instruction}") != 1 or probed != text.replace("{instruction}", PROBE):
+        fault = f"and {probed!r} for {PROBE!r}: it must hold the text once, unchanged"
+    if fault:
+        raise UserError(f"the chat template gives {text!r}, {fault}. {OWN_TEMPLATE}.")
+    _refuse_half(text, "the chat template's text")
     return text
+
+
+def _rendered(tokenizer, content: str) -> str:
+    """A chat of one message of the user's, up to where the answer begins, on the day TODAY."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=DATED + tokenizer.get_chat_template(),
+        tokenize=False,
+        add_generation_prompt=True,
+    )
 
 
 def list_of(values, what: str) -> list:
@@ -190,7 +213,7 @@ def _refuse_half(text, where) -> None:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where} holds half of a character ({text[error.start]!r} at place {error.start}), "
-            "which no tokenizer can read. Repair the row."
+            "which no tokenizer can read. Repair it."
         ) from error
 
 

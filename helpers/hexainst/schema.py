@@ -145,11 +145,14 @@ def _decimal(digits):
 
 
 def read_row(line: bytes):
-    """The JSON value of one line; ValueError says why it is none, or none that can be kept: a key
-    twice, a number that is not finite or too long, half a surrogate pair, too long, too deep.
+    """The JSON value of one line; ValueError says why it is none, or none that can be kept: a
+    blank line, a key twice, a number that is not finite or too long, half a surrogate pair, too
+    long, too deep.
     """
     if len(line) > LINE:
         raise ValueError(f"more than {LINE} bytes")
+    if not line.strip():
+        raise ValueError("the line is blank, expected a row in each. Take it out")
     try:
         row = json.loads(
             line.decode(),

@@ -199,23 +199,25 @@ def improved(table: pd.DataFrame) -> Figure:
 
 def transplant(table: pd.DataFrame) -> Figure:
     """Loss along the share of neurons transplanted; columns panel, set ("most moved", "random"),
-    share, loss, low, high (of the draws), host (loss without), donor (the other model's), n.
+    share, loss, low, high (of the draws), host (loss without), donor (the other model's, which may
+    lie far off: a number in the title), n.
     """
     fig, drawn = _panels(table, (4.3, 3.5))
     kinds = {
         "most moved": ("most moved first", {"color": PALETTE[0], "marker": "o"}),
         "random": ("null: as many random, same layers (band: all draws)", NULL | {"marker": "D"}),
     }
-    ends = {"host": ("the model as it was", 1), "donor": ("the model the weights come from", 2)}
     for ax, _, part in drawn:
         for kind, (label, look) in kinds.items():
             line = part[part["set"] == kind]
             band = {"color": look["color"], "alpha": 0.25, "linewidth": 0}
             ax.fill_between(100 * line["share"], line["low"], line["high"], **band)
             ax.plot(100 * line["share"], line["loss"], label=label, markersize=5, **look)
-        for end, (label, colour) in ends.items():
-            line = {"color": PALETTE[colour], "linewidth": 1.2, "linestyle": "-:"[colour - 1]}
-            ax.axhline(part[end].iloc[0], label=label, **line)
+        ax.axhline(
+            part["host"].iloc[0], color=PALETTE[1], linewidth=1.2, label="the model as it was"
+        )
+        donor = f"the weights are those of a model at {part['donor'].iloc[0]:.2f}"
+        ax.set_title(f"{ax.get_title()}\n{donor}")
         ax.set(xlabel="% of neurons transplanted", xlim=(-2, 102))
     return _finish(fig, drawn, "loss of references\n(nats per token)", 2)
 

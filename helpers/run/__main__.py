@@ -104,7 +104,8 @@ def run_chain(options) -> int:
     name = options.profile or values.get("profile") or "tiny"
     if values.setdefault("profile", name) != name:
         raise UserError(f"--profile {name} and -p profile {values['profile']} differ. Name one.")
-    settings = {k: v for k, v in values.items() if k in Profile.__annotations__}
+    known = Profile.__annotations__.keys() - {"name"}  # which no notebook takes
+    settings = {k: v for k, v in values.items() if k in known}
     profile = load_profile(name, **settings)  # a bad value ends here, not in a notebook
     chain.run(profile, chain.notebooks(options.notebooks), values, options.together)
     return 0
@@ -183,7 +184,7 @@ def run_count(options) -> int:
     from ..study.study import Study, studies
 
     if options.job:
-        todo = [Study.from_job(options.job)]
+        todo = [_job(Study, options.job)]
     else:
         profile = replace(load_profile(options.profile), processes=1)
         todo = [
@@ -199,6 +200,16 @@ def run_count(options) -> int:
             where = f"{shards.total} instructions in {shards.folder}"
             print(f"{study.name} {variant} {positions}: {where}")
     return 0
+
+
+def _job(study, path):
+    try:
+        return study.from_job(path)
+    except (ValueError, TypeError, LookupError, StopIteration, RecursionError) as error:
+        raise UserError(
+            f"--job {path} is no job of ours ({type(error).__name__}): `processes` in a profile "
+            "writes them. Take --job out and name a --profile."
+        ) from error
 
 
 @command(

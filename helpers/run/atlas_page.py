@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..paths import short
-from ..record import DamagedFile
+from ..record import DamagedFile, read_record, sha256
 
 KEYS = ("pair", "unit", "layer", "expert", "neuron", "score", "sets", "part", "fate", "massive")
 EFFECT = ("effect", "effect_low", "effect_high", "effect_control", "effect_of")
@@ -46,9 +46,15 @@ class Atlas:
 
 
 def read(path: Path) -> Atlas:
-    """The atlas at `path`. Raises DamagedFile, with the line, for what is none: a column that is
-    missing, a p outside 0 to 1, tokens that are no list of records.
+    """The atlas at `path`. Raises DamagedFile for one that is not what the record beside it
+    describes and, with the line, for what is none: a column that is missing, a p outside 0 to 1,
+    tokens that are no list of records.
     """
+    record = path.with_suffix(".json")
+    if record.is_file() and read_record(record, {"csv": str})["csv"] != sha256(path):
+        raise DamagedFile(
+            f"{short(path)} was cut or changed: its sha256 is not the one in {record.name}. {AGAIN}"
+        )
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:

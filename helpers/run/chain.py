@@ -8,6 +8,7 @@ came to its end has nothing to resume; the next one runs everything.
 """
 
 import asyncio
+import os
 import resource
 import sys
 import time
@@ -23,7 +24,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..analysis.stats import SMALLEST
-from ..config import Profile, load_profile
+from ..config import CORES, Profile, load_profile
 from ..paths import DATA, PROFILES, ROOT, figures_dir, resolve, results_dir, short
 from ..record import DamagedFile, UserError, digest, read_json, versions, write_json
 from ..study.summary import NOTEBOOKS
@@ -69,12 +70,21 @@ def inputs(profile: Profile, path: Path, parameters: dict, before: list[str]) ->
     data, checkpoints, versions, and the notebooks `before` it (their own digests).
     """
     named = [name for pair in profile.pairs for name in (pair.base, pair.tuned) if name]
+    named += [base for name in named for base in _under(resolve(name))]
     local = [resolve(name) for name in (*named, profile.dataset)]
     given = [p for p in DATA.iterdir() if p.name not in MADE]
     given.append(ROOT / "requirements.txt")
     files = [HELPERS, *given, *local, PROFILES / f"{profile.name}.yaml"]
     cells = [cell.source for cell in read(path).cells]
     return digest([cells, parameters, repr(profile), state_of(files), versions(), before])
+
+
+def _under(folder: Path) -> list[str]:
+    """The model that an adapter's folder was trained on, if it is one."""
+    file = folder / "adapter_config.json"
+    found = read_json(file) if file.is_file() else None
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    return [base] if isinstance(base, str) and base else []
 
 
 class Chain:
@@ -203,7 +213,8 @@ class Chain:
                 "peak_rss_mb": max(round(peak), before.get("peak_rss_mb", 0)),
             }
             if set(NOTEBOOKS) <= set(seconds) and not self.resumed:  # the whole chain, in one go
-                costs |= {"wall_seconds": round(wall), "gflops": round(gflops())}
+                machine = {"gflops": round(gflops()), "cores": cores()}
+                costs |= {"wall_seconds": round(wall)} | machine
             write_json(summary, before | costs)
         self.record.unlink(missing_ok=True)
         before = f", {len(self.resumed)} of them before" if self.resumed else ""
@@ -220,6 +231,11 @@ def gflops(size: int = 1024) -> float:
     """
     one = np.ones((size, size), np.float32)
     return 2 * size**3 / min(repeat(lambda: one @ one, number=1, repeat=5)) / 1e9
+
+
+def cores() -> int:
+    """How many cores this process may use; where the system does not say, all that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else CORES
 
 
 def _changed(file: Path) -> int:

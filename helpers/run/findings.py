@@ -32,7 +32,7 @@ def effect_cell(tests, null: bool = True) -> str:
         return f"{held} of {len(tests)}: {values.min():.3f} to {values.max():.3f}"
     one = tests.iloc[0]
     beside = f" / {one.null:.3f}" if null else ""
-    return f"{one.effect:.3f} [{one.low:.3f}, {one.high:.3f}]{beside}"
+    return f"{_signed(one)}{beside}"
 
 
 def answer(tests) -> str:
@@ -227,6 +227,11 @@ def _listed(keys) -> str:
 CHANGES = {  # a question: (claim, components, tuning)
     "references of rows it never saw likelier, nats per token": ("improves", "likelier", "full"),
     "the row's own instruction helps more, nats per token": ("improves", "gain", "full"),
+    "the right answer, or the own reference, ranks first more often": (
+        "improves",
+        "ranked",
+        "full",
+    ),
     "references likelier than after dealt answers, nats per token": (
         "needs-pairing",
         "likelier",
@@ -272,8 +277,8 @@ def in_short(folder) -> str:
         f"References that it never saw became likelier in {held['full']} of "
         f"{helped['category'].nunique()} categories, by mere training in {held[CONTROL]}, by dealt "
         f"answers in {held[DEALT]}. The sets moved {_further(moved)} ({listed}), and "
-        f"{_further(wrong, 'dealt answers')}. Two seeds of the tuning end more alike than tuning "
-        f"and mere training do, by {_signed(apart)}, and than tuning and dealt answers do, by "
+        f"{_further(wrong, 'dealt answers')}. How much more alike two seeds of the tuning end than "
+        f"tuning and mere training do: {_signed(apart)}; than tuning and dealt answers do: "
         f"{_signed(pairing)}."
     )
 
@@ -287,15 +292,17 @@ def _whole(tests, name) -> list:
 def _further(row, control: str = "mere training") -> str:
     if row.low <= 0 <= row.high:
         return f"neither further nor less far than by {control}: {_signed(row)}"
-    side = "further" if row.effect > 0 else "less far"
-    return f"{side} than by {control}, by {_signed(row)}"
+    if row.effect > 0:
+        return f"further than by {control}, by {_signed(row)}"
+    return f"less far than by {control}, by {_interval(-row.effect, -row.high, -row.low)}"
 
 
 def _signed(row) -> str:
-    """An effect and its interval without the sign of the effect."""
-    ends = sorted((row.low, row.high), key=abs) if row.effect < 0 else (row.low, row.high)
-    side = -1 if row.effect < 0 else 1
-    return f"{side * row.effect:.3f} [{side * ends[0]:.3f}, {side * ends[1]:.3f}]"
+    return _interval(row.effect, row.low, row.high)
+
+
+def _interval(effect, low, high) -> str:
+    return f"{effect:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _changes(folder) -> str:
@@ -316,7 +323,8 @@ def _changes(folder) -> str:
 
 def claims_table(folders) -> str:
     """A Markdown row per headline claim: for each published folder the verdict, and each pair's
-    effect on all data; a line per kind of component where there are several.
+    effect on all data; a line per kind of component where there are several. Below it, the current
+    claims that are no headline and not supported everywhere.
     """
     claims = ledger.read_ledger()
     claims = claims[claims["headline"] == "yes"]
@@ -332,7 +340,25 @@ def claims_table(folders) -> str:
             cells = [_cells(tests, verdicts, claim["id"], component) for component in components]
             line += [_stacked(components, cell) for cell in zip(*cells, strict=True)]
         lines.append(line)
-    return rows_of(lines)
+    return f"{rows_of(lines)}\n\n{_others(folders)}"
+
+
+def _others(folders) -> str:
+    """Current claims beside the headline ones, of each folder those that were judged and not
+    supported everywhere.
+    """
+    claims = ledger.read_ledger()
+    newer = {old for names in claims["replaces"] for old in names.split()}
+    beside = set(claims.loc[claims["headline"] != "yes", "id"]) - newer
+    said = []
+    for folder in map(Path, folders):
+        found = _verdicts(folder / PUBLISHED[1], beside)
+        missed = [
+            f"{verdict}: {_listed([key for key, one in found.items() if one == verdict])}"
+            for verdict in JUDGED[1:]
+        ]
+        said.append(f"`{folder.name}`: {'; '.join(missed)}.")
+    return f"Current claims beside these that are not supported everywhere. {' '.join(said)}"
 
 
 def _cells(tests, verdicts, name, component) -> list[str]:

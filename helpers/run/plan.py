@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..capture.checkpoints import configuration
 from ..capture.gguf_files import BAD, one_line
+from ..capture.loading import MAY_DIFFER
 from ..capture.sites import find_sites
 from ..config import Pair, Profile, load_profile
 from ..hexainst.corpus import text
@@ -36,8 +37,9 @@ EXAMPLES = {
 
 
 def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict:
-    """One pair's cost, from its configuration alone: parameters, memory, neurons, experts, counts
-    on disk, reading. config: its transformers configuration (default: the checkpoint's own).
+    """One pair's cost, from its configurations alone: parameters, memory, neurons, experts, counts
+    on disk, reading. config: the transformers configuration of both (default: the checkpoints'
+    own). Raises UserError where these are no pair.
 
     `memory GB` is one model's weights; notebooks 00 and 07 hold two. `analysis GB` is what
     notebook 05 holds of counts. `passes` over all rows, all kinds of positions in each: the pair's
@@ -46,10 +48,7 @@ def costs(pair: Pair, profile: Profile, rows: pd.DataFrame, config=None) -> dict
     one core, to a factor of about two: 2 operations per parameter in use and token, four letters to
     a token, no generation.
     """
-    if config is None:
-        ref = (pair.base, pair.base_revision) if pair.base else (pair.tuned, pair.tuned_revision)
-        config = configuration(*ref)
-    model = _empty(config, pair.name)
+    model = _planned(pair) if config is None else _empty(config, pair.name)
     sites = find_sites(model)
     parameters = sum(p.numel() for p in model.parameters())
     neurons = sum(site.width * site.experts for site in sites)
@@ -85,6 +84,32 @@ def _empty(config, name: str):
         raise UserError(
             f"{name}: no causal language model by its configuration: {one_line(error)}"
         ) from error
+
+
+def _planned(pair: Pair):
+    """A pair's model without weights. Raises UserError where base and tuned differ in what
+    `capture.loading.check_pair` would refuse: configuration, names and shapes of the weights.
+    """
+    tuned = _empty(configuration(pair.tuned, pair.tuned_revision), pair.name)
+    if not pair.base:
+        return tuned
+    base = _empty(configuration(pair.base, pair.base_revision), pair.name)
+    one, other = base.config.to_dict(), tuned.config.to_dict()
+    differ = sorted(
+        k for k in (one.keys() | other.keys()) - MAY_DIFFER if one.get(k) != other.get(k)
+    )
+    if _shapes(base) != _shapes(tuned):
+        differ.append("parameters")
+    if differ:
+        raise UserError(
+            f"{pair.name}: base {pair.base!r} and tuned {pair.tuned!r} differ in "
+            f"{', '.join(differ)}: they are no pair. Correct `base` and `tuned` in the profile."
+        )
+    return base
+
+
+def _shapes(model) -> list[tuple]:
+    return [(name, weight.shape) for name, weight in model.named_parameters()]
 
 
 def _in_use(model, sites) -> float:

@@ -6,14 +6,17 @@ from pathlib import Path
 import pandas as pd
 from statsmodels.stats.proportion import proportion_confint
 
+from ..config import load_profile
 from ..hexainst import human
 from ..paths import DATA, HEXAINST, ROOT, checked, results_dir, short
-from ..record import UserError, atomic, read_json, write_json, write_table
+from ..record import UserError, atomic, read_json, read_record, write_json, write_table
+from ..study.summary import refuse_other, verified
 from . import findings
 from .plan import plans
 
+RUN = ("claims.csv", "verdicts.csv")  # tables of a run's folder
 SHOWN = ("smollm2", "tiny")  # whose numbers have columns on the page
-WHOLE = ("wall_seconds", "gflops", "peak_rss_mb")  # what a run of the whole chain took
+WHOLE = ("wall_seconds", "gflops", "cores", "peak_rss_mb")  # what a run of the whole chain took
 PLANNED = {  # README's columns: {title: (column of plans.csv, format)}
     "profile": ("profile", "`{}`"),
     "pair": ("pair", "{}"),
@@ -62,7 +65,8 @@ def cost(tiny: dict, real: dict) -> str:
 
 def _cores(summary) -> str:
     speed = f"{summary['gflops']} GFLOP/s each" if "gflops" in summary else "unknown speed"
-    return f"two cores of {speed}"
+    number = summary.get("cores", "")
+    return f"{number} core{'s' * (number != 1)} of {speed}".lstrip()
 
 
 def plans_table() -> str:
@@ -110,12 +114,18 @@ def publish(profile: str) -> Path:
     """Copy a run's ledger and summary, which hold no text of others, to data/published/<profile>:
     every test, every verdict, every headline number. The folder. What the whole chain and each of
     its notebooks took is kept where a run of some notebooks does not say it.
+
+    Raises RecordMismatch for a run of other settings than the profile's, DamagedFile for tables
+    that are not those of the run's summary.
     """
     folder, results = DATA / "published" / checked(profile, "profile"), results_dir(profile)
-    tests, verdicts = (pd.read_csv(results / name) for name in ("claims.csv", "verdicts.csv"))
+    path, summary = folder / "summary.json", read_record(results / "summary.json", {"pairs": dict})
+    refuse_other(summary, load_profile(profile), results / "summary.json")
+    tests, verdicts = (pd.read_csv(verified(results, name)) for name in RUN)
     write_table(folder / findings.PUBLISHED[0], tests)
     write_table(folder / findings.PUBLISHED[1], verdicts)
-    path, summary = folder / "summary.json", read_json(results / "summary.json")
+    for name in ("settings", "tables"):
+        summary.pop(name, None)
     if "wall_seconds" not in summary and path.is_file():
         before = read_json(path)
         summary |= {name: before[name] for name in WHOLE if name in before}

@@ -23,8 +23,18 @@ from ..config import Profile, load_profile
 from ..hexainst import schema
 from ..paths import DATA, NOTEBOOKS, PROFILES, ROOT, figures_dir, resolve, results_dir, short
 from ..plots.explorer import explorer
-from ..record import DamagedFile, UserError, locked, read_json, read_tensors, sha256, write_json
+from ..record import (
+    DamagedFile,
+    UserError,
+    locked,
+    read_json,
+    read_record,
+    read_tensors,
+    sha256,
+    write_json,
+)
 from ..study import grid, ledger
+from ..study.summary import verified
 from . import atlas_page
 from .findings import PUBLISHED, effect_cell
 from .render import Book, led, markdown, plain
@@ -60,7 +70,9 @@ class Source:
             (DATA / "published" / self.name, PUBLISHED),
         ):
             if all((folder / name).is_file() for name in names):
-                return tuple(_read(folder / name, *TABLES[n]) for n, name in enumerate(names))
+                return tuple(
+                    _read(verified(folder, name), *TABLES[n]) for n, name in enumerate(names)
+                )
         return None
 
     @cached_property
@@ -178,9 +190,9 @@ def matrices(profile: Profile) -> pd.DataFrame | None:
     name = profile.grid or profile.name
     path, record = grid.GRID / f"{name}-matrices.csv", grid.GRID / f"{name}.json"
     if record.is_file():
-        made = read_json(record)
+        made = read_record(record, {"sha256": dict})
         if (made.get("seed"), made.get("epsilon")) == (profile.seed, profile.epsilon):
-            if not path.is_file() or sha256(path) != made["sha256"][path.name]:
+            if not path.is_file() or sha256(path) != made["sha256"].get(path.name):
                 raise DamagedFile(f"{short(path)} is not the one its record describes. {GRID}")
             return pd.read_csv(path)
     found = {}

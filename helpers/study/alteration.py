@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..analysis.alteration import change_correlation, changes, common_gain, lead, shares
 from ..analysis.controls import layer_matched
-from ..analysis.sets import codes, consensus, frequency, top_experts, top_sets
+from ..analysis.sets import codes, consensus, frequency, set_size, top_experts, top_sets
 from ..analysis.similarity import agreement, churn, jensen_shannon, noise_floor
 from ..analysis.stats import adjust, attempt, bootstrap, paired_effect, plus_one
 from ..capture.interventions import transplant, weight_change
@@ -177,11 +177,19 @@ def _of_experts(study):
     def alike(one, two):  # (model, positions) twice -> [I, L]
         return jensen_shannon(*(study.counts(*which).routed for which in (one, two)))
 
-    even, odd = SPLIT
-    floor = sum(alike((model, even), (model, odd)) for model in MODELS) / 2
-    across = alike(("base", even), ("tuned", odd)) + alike(("tuned", even), ("base", odd))
+    floor, across = _halves_of_tokens(alike)
     whole = alike(("base", "prompt"), ("tuned", "prompt")).mean(1)
-    return Similarities(whole, floor.mean(1), across.mean(1) / 2, (floor, across / 2), None)
+    return Similarities(whole, floor.mean(1), across.mean(1), (floor, across), None)
+
+
+def _halves_of_tokens(alike) -> tuple[np.ndarray, np.ndarray]:
+    """(floor, across): how alike even and odd tokens are in one model, mean of both; and even
+    tokens of one model and odd ones of the other, mean of both ways. alike: of (model, positions).
+    """
+    even, odd = SPLIT
+    floor = [alike((model, even), (model, odd)) for model in MODELS]
+    across = [alike((one, even), (two, odd)) for one, two in (MODELS, MODELS[::-1])]
+    return sum(floor) / 2, sum(across) / 2
 
 
 def of_union(found: dict, axis=None) -> dict:
@@ -293,20 +301,33 @@ def _frequencies(study, unit):
 
 
 def routing(pairs: dict) -> pd.DataFrame:
-    """Per layer, the share of the K most used experts that stay: pair, layer, kept, ci, n."""
+    """Per layer, the share of the K most used experts that stay: pair, layer, K, kept (of whole
+    prompts), across (of base and tuned on the other half of the tokens), floor (of one model on
+    both halves), excess = floor minus across, ci, n.
+    """
     found = []
     for pair, study in pairs.items():
         if "experts" not in study.units:
             continue
-        one, two = (study.counts(model) for model in MODELS)
-        k, seed = one.per_token(), study.profile.seed
-        most = [top_experts(c.routed, k, seed + n) for n, c in enumerate((one, two))]
-        kept = _effect(study, agreement(*most))
-        numbers = layer_numbers(study, "experts")
-        for layer, value, low, high in zip(numbers, *kept[:3], strict=True):
-            place = {"pair": pair, "layer": layer, "K": k}
-            found.append(place | {"kept": value, "ci": [low, high], "n": len(one.tokens)})
+        alike = partial(_alike_experts, study)
+        kept = alike(("base", "prompt"), ("tuned", "prompt")).mean(0)
+        floor, across = _halves_of_tokens(alike)
+        excess = _effect(study, floor, across)
+        numbers, k = layer_numbers(study, "experts"), study.counts().per_token()
+        for n, layer in enumerate(numbers):
+            row = {"kept": kept[n], "across": across[:, n].mean(), "floor": floor[:, n].mean()}
+            row |= {"excess": excess.difference[n], "ci": [excess.low[n], excess.high[n]]}
+            found.append({"pair": pair, "layer": layer, "K": k} | row | {"n": len(floor)})
     return pd.DataFrame(found)
+
+
+def _alike_experts(study, one, two) -> np.ndarray:
+    """Of the K most used experts under one (model, positions), the share that are so under the
+    other, too: [I, L]; ties are broken apart.
+    """
+    k, seed = study.counts().per_token(), study.profile.seed
+    routed = [study.counts(*which).routed for which in (one, two)]
+    return agreement(*(top_experts(counts, k, seed + n) for n, counts in enumerate(routed)))
 
 
 # ---- is it tuning, or just training?
@@ -443,14 +464,14 @@ def _lines(runs):
     run, trained = runs[TUNED], runs.get(TRAINED)
     lines = {"neurons: left the base's sets": shares(run.neurons)[0]}
     lines |= {"neurons: came to the final sets": shares(run.to_final)[0]}
-    if run.experts is not None:
-        lines["experts: left the base's routing"] = shares(run.experts)[0]
     ability = run.correct.mean(1)  # NaN where a category could not be scored
     if np.isfinite(ability).all():
-        lines = {"accuracy": shares(run.correct)[0]} | lines
+        lines["accuracy"] = shares(run.correct)[0]
         if trained is not None and np.array_equal(trained.steps, run.steps):
             gained = trained.correct.mean(1) - trained.correct[0].mean()
             lines["null: accuracy, further pre-training"] = gained / (ability[-1] - ability[0])
+    if run.experts is not None:
+        lines["experts: left the base's routing"] = shares(run.experts)[0]
     return lines
 
 
@@ -703,7 +724,7 @@ def _transplants(study):
 
             parts = {0.0: (nll(host, read[0], size), nll(donor, read[1], size))}
             for share in SHARES:
-                members = np.isin(np.arange(len(order)), order[: round(share * len(order))])
+                members = np.isin(np.arange(len(order)), order[: set_size(len(order), share)])
                 mask = mask_of("neurons", members)
                 drawn = [layer_matched(mask, rng) for _ in range(DRAWS[share])]
                 parts[share] = loss(mask), np.array([loss(one) for one in drawn])

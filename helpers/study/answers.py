@@ -1,11 +1,13 @@
 """Greedy answers of a model."""
 
+from dataclasses import replace
+
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from ..capture.budget import reading
 from ..capture.counter import longest
+from ..capture.selfcheck import greedy, left_padding_is_neutral
 from ..capture.sites import input_device
 from ..capture.tokens import Encoded, token_batches
 from ..record import UserError
@@ -60,22 +62,15 @@ def continuations(
 ) -> list[list[int]]:
     """Greedy continuations as token ids, without the end-of-sequence token; order as given.
     Sampling and penalties that a chat model's own generation settings name are put aside
-    meanwhile: base and tuned are decoded alike. (Ours.)
+    meanwhile (see `greedy`): base and tuned are decoded alike. (Ours.)
     """
     refuse_no_room(model, encoded, max_new_tokens)
-    own, out, device = model.generation_config, [[] for _ in encoded], input_device(model)
-    stops = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]) - {
-        None
-    }
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=own.eos_token_id,
-    )
+    end, device = model.generation_config.eos_token_id, input_device(model)
+    stops, out = set(end if isinstance(end, list) else [end]) - {None}, [[] for _ in encoded]
+    batches = _batches(model, encoded, batch_tokens, max_new_tokens)
     bar = tqdm(total=len(encoded), desc="answers", unit=" instructions", delay=5, leave=False)
-    try:
-        for batch in token_batches(encoded, batch_tokens, "left", max_new_tokens, LOOSE):
+    with bar, greedy(model, max_new_tokens=max_new_tokens, eos_token_id=end):
+        for batch in batches:
             ids, mask = batch.input_ids, batch.attention_mask
             with reading(model, ids, mask, "answers") as behind:
                 told = model.generate(ids.to(device), attention_mask=mask.to(device))
@@ -83,10 +78,20 @@ def continuations(
                     out[row] = new[: next((i for i, t in enumerate(new) if t in stops), len(new))]
                     behind.append(len(out[row]))
             bar.update(len(batch.rows))
-    finally:
-        model.generation_config = own
-        bar.close()
     return out
+
+
+def _batches(model, encoded, batch_tokens, ahead):
+    """Batches to be generated from, padded on the left; of one length each where that would move
+    the positions of a model's tokens.
+    """
+    lengths = {len(one.ids) for one in encoded}
+    moved = len(lengths) > 1 and not left_padding_is_neutral(model)
+    for length in sorted(lengths, reverse=True) if moved else [None]:
+        here = [i for i, one in enumerate(encoded) if length in (None, len(one.ids))]
+        some = [encoded[i] for i in here]
+        for batch in token_batches(some, batch_tokens, "left", ahead, LOOSE):
+            yield replace(batch, rows=[here[row] for row in batch.rows])
 
 
 def refuse_no_room(model, encoded, new: int) -> None:

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..capture.counts import Shards
+from ..capture.gguf_files import one_line
 from ..paths import ROOT
 from ..record import UserError, versions
 from .reading import COUNTED
@@ -76,13 +77,23 @@ def made_with(model) -> dict:
 
 def processes():
     """(rank, processes, wait for all): what `accelerate launch` or torchrun set up, or this
-    process alone.
+    process alone. Raises UserError where WORLD_SIZE says other than what comes about.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size.strip() == "1":
         return 0, 1, lambda: None
-    state = PartialState(
-        cpu=not torch.cuda.is_available(), timeout=timedelta(days=30)
-    )  # the others may take long
+    try:
+        world = int(size)
+        state = PartialState(
+            cpu=not torch.cuda.is_available(), timeout=timedelta(days=30)
+        )  # the others may take long
+        if state.num_processes != world:
+            raise ValueError(f"{state.num_processes} came together")
+    except (ValueError, RuntimeError, AttributeError) as error:  # the last at a second try
+        raise UserError(
+            f"WORLD_SIZE is {size[:80]!a}, but there are no such processes to share the work "
+            f"({one_line(error)}). Unset it, or start with torchrun or `accelerate launch`."
+        ) from error
     return state.process_index, state.num_processes, state.wait_for_everyone
 
 

@@ -229,9 +229,9 @@ def similarities(drawn: Drawn, unit: str, rule: str = "quantile"):
 
 
 def equal_routing_similarity(routed) -> np.ndarray:
-    """overlap.routing_similarity for profiles of equal totals, counts [I, L, E] -> float32 [I, I]:
-    as counts are few whole numbers, the entropies of all mixtures are one product of a table's
-    rows with one-hot counts.
+    """similarity.routing_similarity for profiles of equal totals, counts [I, L, E] -> float32
+    [I, I]: as counts are few whole numbers, the entropies of all mixtures are one product of a
+    table's rows with one-hot counts.
     """
     layers, n, most = routed.shape[1], int(routed[0, 0].sum()), int(routed.max()) + 1
     if (routed.sum(-1) != n).any():

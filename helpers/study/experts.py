@@ -26,8 +26,9 @@ def alone(study) -> pd.DataFrame:
     The own expert is chosen on the prompts of the half that is not measured. Columns: measured on,
     category, layer, expert, own (is it that one?), f (its share of the tokens of the category's
     prompts and references), increase (nats per reference token), expected (the same at its f, from
-    others of the layer, see `expected_at_usage`), n (rows), and `rows`: increase and expected of
-    each of these, [n, 2]. Raises NotTestable where a layer has too few experts for that.
+    others of the layer, see `expected_at_usage`; 0 where their line runs below it), n (rows), and
+    `rows`: increase and expected of each of these, [n, 2]. Raises NotTestable where a layer has too
+    few experts for that.
     """
     routed = study.counts().routed
     experts = 0 if routed is None else routed.shape[2]
@@ -58,6 +59,7 @@ def _layer_of(part, half, used, category, layer, place, expert) -> list[dict]:
     rows = part.measured().category(category)
     increase = ablation_matrix(rows, masks, "reroute", allow_inert=True).to_numpy()  # [n, E]
     expected = expected_at_usage(increase, np.broadcast_to(f, increase.shape), NEIGHBOURS)
+    expected = np.where(expected.mean(0) > 0, expected, 0)  # what nothing uses costs nothing
     head = {"measured on": half, "category": category, "layer": layer, "n": len(increase)}
     return [
         head
@@ -72,7 +74,7 @@ def beyond_use(study, table: pd.DataFrame) -> pd.DataFrame:
     row for each half and category, for each with halves pooled ("all"), and so for all categories.
 
     Columns: measured on, category, increase, expected, beyond, low, high (95 %, rows resampled), p
-    (signs flipped over rows, two-sided: are these rows hurt more by this expert?), p_sets (the own
+    (signs flipped over rows, two-sided: do these rows differ by this expert?), p_sets (the own
     expert and the others of its layer, each against its own neighbours in use, change places,
     one-sided: is it this expert?), sees (the smallest effect found with power 0.8), n, note.
     """
@@ -182,7 +184,8 @@ def sentences(singly: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
             f"[{row['low']:.3f}, {row['high']:.3f}] (null 0; detectable from {row['sees']:.3f}; p "
             f"{row['p_sets']:.3f} with the experts of a layer exchanged, before Holm). Category by "
             f"category the interval lies above 0 in {', '.join(above) or 'none'}, below 0 in "
-            f"{', '.join(below) or 'none'}. In {most} of {layers.ngroups} layers the own expert is "
-            f"the one whose loss costs most (by chance: {chance:.1f})."
+            f"{', '.join(below) or 'none'}. In {most} of {layers.ngroups} cases (a "
+            f"category on one half) the own expert is the one of its layer whose loss costs most "
+            f"(by chance: {chance:.1f})."
         )
     return said

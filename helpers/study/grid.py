@@ -342,6 +342,12 @@ def write_categories(studies: dict, found: dict) -> Path:
     verify(record["pairs"], kept(studies), GRID / f"{profile.name}.json")
     before = pd.read_csv(GRID / f"{profile.name}.csv").set_index(["pair", "score", "size", "half"])
     again = table_of(found, profile.resamples, profile.seed).set_index(before.index.names)
+    if len(missing := again.index.difference(before.index)):
+        raise UserError(
+            f"{short(GRID / profile.name)}.csv has no row of {missing[0]}, whose cells are to be "
+            f"told by category. Add {' and '.join(HEADLINE)} to the profile's scores and run "
+            "`make grid`."
+        )
     gap = (again["own"] - before.loc[again.index, "own"]).abs().max()
     if not gap < 0.01:
         raise UserError(f"own effects differ from the grid's by up to {gap:.3f}. Run `make grid`.")
@@ -355,13 +361,23 @@ def write_categories(studies: dict, found: dict) -> Path:
 def write(studies: dict, found: dict) -> list[Path]:
     """Write data/grid/<profile>.csv, -matrices.csv, -categories.csv and their record: how many
     cells they hold.
+
+    Raises UserError where no cell is finished, or not all are and a table of the grid is there.
     """
     profile = next(iter(studies.values())).profile
+    record = GRID / f"{profile.name}.json"
+    every = sum(len(cells_of(profile)) * len(study.halves) for study in studies.values())
+    if not found or len(found) < every and record.exists():
+        raise UserError(
+            f"{len(found)} of {every} cells of the grid are finished: nothing is written. Run "
+            f"`make grid PROFILE={profile.name}` to the end"
+            + (f", or remove {short(record)} first." if found else ".")
+        )
     paths = [GRID / f"{profile.name}{end}.csv" for end in TABLES]
     for path, table in zip(paths, _tables_of(studies, found), strict=True):
         write_table(path, table)
     write_json(
-        GRID / f"{profile.name}.json",
+        record,
         {
             "profile": profile.name,
             "seed": profile.seed,

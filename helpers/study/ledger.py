@@ -1,8 +1,9 @@
 """The ledger of claims: each is looked up in the summary's numbers and judged by its declared rule.
 
 A row of data/claims.csv names keys of the summary with {unit} (the kind of component, or a score),
-{half} and perhaps {category} left open; its `null` is a key or a number. A *test* is one claim for
-one kind of component, pair and half (and category).
+{half} and perhaps {category} left open; its `null` is a key or a number; `detectable` is a key, or
+empty where the test says no such number of its own. A *test* is one claim for one kind of
+component, pair and half (and category).
 """
 
 from itertools import product
@@ -16,7 +17,6 @@ from ..paths import CLAIMS
 
 TEST = ["id", "components", "pair", "half", "category"]
 LEVEL = 0.05
-SEES = ("_detectable", "_sees")  # ends of keys that say what a test would have seen
 TUNINGS = "tunings"  # what these claims need: the tables of data/tuning
 
 
@@ -30,8 +30,8 @@ def read_ledger(path=CLAIMS, tunings: bool = False) -> pd.DataFrame:
 
 def look_up(ledger, numbers: dict, halves, categories) -> pd.DataFrame:
     """Every test that the numbers {pair: {key: value}} hold: TEST, effect, low, high, null, p,
-    detectable (the smallest effect beyond the null that would be found in 4 of 5 experiments, in
-    the claim's unit).
+    detectable (the smallest effect that would be found in 4 of 5 experiments, in the claim's unit:
+    the test's own number, else 2.8 standard errors of the interval).
 
     Keys that a pair does not have (routed experts in a dense model) give no test.
     """
@@ -53,10 +53,10 @@ def _test(row, numbers, where) -> list[dict]:
         return []
     low, high = numbers[ci]
     null = numbers[null] if null in numbers else float(null)
-    own = [numbers[key] for end in SEES if (key := effect + end) in numbers]
+    own = numbers.get(row["detectable"].format(**names))
     # an interval of 95 % reaches 1.96 standard errors to either side
     found = {"effect": numbers[effect], "low": low, "high": high, "null": null, "p": numbers[p]}
-    found["detectable"] = own[0] if own else SEEN_TWO_SIDED * (high - low) / (2 * 1.96)
+    found["detectable"] = SEEN_TWO_SIDED * (high - low) / (2 * 1.96) if own is None else own
     return [where | found]
 
 

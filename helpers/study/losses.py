@@ -3,6 +3,7 @@ notebook and after no interruption.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,24 @@ def code_of(helpers) -> str:
 CODE = code_of(Path(__file__).resolve().parents[1])  # as it was imported
 
 
+def line_of(settings: str, key: str, losses: list[float]) -> str:
+    """What is kept of one set: JSON that ends with a digest of the rest, so that a line which was
+    cut or edited is not taken for one that was measured.
+
+    >>> line_of("settings", "key", [0.5])
+    '["settings","key",[0.5],"6396ff9710b3e1b7"]'
+    """
+    held = [settings, key, losses]
+    return json.dumps([*held, digest(held)[:16]], separators=(",", ":"))
+
+
 class Losses:
     """{key: losses of some rows, nats per token, float64 [n]} in a file of JSON lines, one for each
     set that was measured; written at once, in one piece, so any number of processes may share it.
 
     settings: all that decides a loss besides its key. Lines of other settings stay, and are not
-    read; a line that is not whole is measured again, and so is a loss that is not finite. Without
-    a path they are remembered, not kept. (Ours.)
+    read; a line that is not as it was written is measured again, and so is a loss that is not
+    finite. Without a path they are remembered, not kept. (Ours.)
     """
 
     def __init__(self, path=None, settings: dict | None = None):
@@ -52,18 +64,15 @@ class Losses:
         for line in text.splitlines():
             if not line.startswith(f'["{self.settings}",'):
                 continue
-            try:
-                _, key, losses = json.loads(line)
-                found = np.array(losses, float)
-            except (ValueError, TypeError, OverflowError, RecursionError):
-                continue
-            if isinstance(key, str) and found.ndim == 1 and np.isfinite(found).all():
-                yield key, found
+            with suppress(ValueError, RecursionError):  # no JSON, or of another form
+                _, key, losses, _ = json.loads(line)
+                if line == line_of(self.settings, key, losses):
+                    yield key, np.array(losses, float)
 
     def _keep(self, key, losses):
         if not self.path:
             return
-        line = json.dumps([self.settings, key, losses.tolist()], separators=(",", ":"))
+        line = line_of(self.settings, key, losses.tolist())
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab", buffering=0) as file:

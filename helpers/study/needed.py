@@ -24,7 +24,7 @@ from ..analysis.sets import (
     top_sets,
 )
 from ..analysis.similarity import within_between
-from ..analysis.stats import adjust, plus_one, resample_weights
+from ..analysis.stats import SMALLEST, adjust, plus_one, resample_weights
 from ..bars import moved, stage
 from ..capture.interventions import ablate
 from ..hexainst.corpus import texts
@@ -78,9 +78,11 @@ class Needed:
         """The rows that are measured of a half."""
         return self.study.half(half).measured()
 
-    def controls(self, own: dict, number: int, draw=layer_matched) -> dict[str, list]:
-        """`number` random sets of the same layers for each category's mask."""
-        rng = np.random.default_rng(self.profile.seed)
+    def controls(self, own: dict, number: int, half: str, draw=layer_matched) -> dict[str, list]:
+        """`number` random sets of the same layers for each category's mask; others for the sets
+        that are measured on the other half.
+        """
+        rng = np.random.default_rng([self.profile.seed, self.halves.index(half)])
         return {c: [draw(mask, rng) for _ in range(number)] for c, mask in own.items()}
 
     def levels(self, parts: dict):
@@ -95,7 +97,7 @@ class Needed:
         """Own sets and random ones, each on its own category's rows alone."""
         number = number or self.profile.controls_elsewhere
         sets = {"own": {c: [mask] for c, mask in own.items()}}
-        sets["random"] = self.controls(own, number)
+        sets["random"] = self.controls(own, number, half)
         return measure(self.here(half), {}, sets, operator, variant=variant, **options)
 
     def _critical(self, arrays, groups, kinds=("random",)) -> dict:
@@ -148,7 +150,7 @@ class Needed:
             parts = {}
             for half in self.halves:
                 own = self.study.masks(sets[kind, self.study.other(half)], unit)
-                drawn = {"random": self.controls(own, self.profile.controls)}
+                drawn = {"random": self.controls(own, self.profile.controls, half)}
                 everywhere = self.profile.controls_all_rows
                 parts[half] = measure(self.here(half), own, drawn, operator, everywhere)
             for level, arrays, _, half in self.levels(parts):
@@ -202,7 +204,8 @@ class Needed:
                 if pd.notna(row[name]):
                     self.numbers[f"{prefix}.{name}"] = row[name]
                     self.numbers[f"{prefix}.{name}_ci"] = [row[f"{name}_low"], row[f"{name}_high"]]
-            self._keep(prefix, row, [k for k in ("p_sets", "p_specific") if pd.notna(row[k])])
+            beside = ("p_sets", "p_specific", "critical_sees", "specific_sees")
+            self._keep(prefix, row, [k for k in beside if pd.notna(row[k])])
 
     # ---- dose
 
@@ -369,10 +372,10 @@ class Needed:
         for half in self.halves:
             own = self.study.masks(chosen["experts", self.study.other(half)], "experts")
             matched = self.controls(
-                own, self.profile.controls, lambda mask, rng: usage_matched(mask, used, rng)
+                own, self.profile.controls, half, lambda mask, rng: usage_matched(mask, used, rng)
             )
             sets = {"own": {c: [mask] for c, mask in own.items()}, "usage": matched}
-            sets["random"] = self.controls(own, self.profile.controls)
+            sets["random"] = self.controls(own, self.profile.controls, half)
             parts[half] = measure(self.here(half), {}, sets, "reroute")
         for level, arrays, groups, _ in self.levels(parts):
             found = self._critical(arrays, groups, ("usage",))
@@ -416,7 +419,7 @@ class Needed:
             parts = {}
             for half in self.halves:
                 own = self._masks(score, half)
-                drawn = self.controls(own, self.profile.controls)
+                drawn = self.controls(own, self.profile.controls, half)
                 parts[half] = self._drawn_effects(self.here(half), own, drawn, _lost)["lost"]
             table = self.by_category(f"ablation.gain.{score}", parts, "lost")
             tables.append(table.assign(score=score))
@@ -459,7 +462,7 @@ class Needed:
 
     def _split(self, score, half) -> dict:
         own = self._masks(score, half)
-        drawn = self.controls(own, self.profile.controls)
+        drawn = self.controls(own, self.profile.controls, half)
         return self._drawn_effects(self.here(half), own, drawn, damage_split)
 
     def own_part(self) -> pd.DataFrame:
@@ -509,7 +512,7 @@ class Needed:
         here, count = self.here(half), self.profile.controls
         found = {"own": np.zeros((len(here.rows), 1))}
         found["random"] = np.zeros((len(here.rows), count))
-        for category, drawn in self.controls(own, count).items():
+        for category, drawn in self.controls(own, count, half).items():
             at = (here.rows["category"] == category).to_numpy()
             masks = {"own": own[category]} | dict(enumerate(drawn))
             increase = ablation_matrix(here.take(at), masks, "zero", allow_inert=True).to_numpy()
@@ -530,7 +533,7 @@ class Needed:
                 missing.append(str(reason))
         note = {"note": " ".join(missing)} if missing else {}
         compared = [name for name in GROUPINGS if name in parts]
-        if not compared:
+        if "category" not in parts or not compared:
             return pd.DataFrame([{"pair": self.study.name, "measured on": "all"} | note])
         rows = []
         for some in (self.halves, *([half] for half in self.halves)):
@@ -564,26 +567,29 @@ class Needed:
             scores = category_scores("contribution", output, chosen)
             size = set_size(scores.shape[1], self.profile.epsilon)
             sets = category_sets(scores, size, self.profile.seed)
-        counts = self.study.counts()
+        few, counts = np.bincount(groups).min(), self.study.counts()
+        if few < SMALLEST:
+            raise NotTestable(
+                f"groups by {name}: {few} rows of one are measured, and {SMALLEST} are needed."
+            )
         own = {g: counts.mask("neurons", members) for g, members in enumerate(sets)}
-        drawn = self.controls(own, 1)
+        drawn = self.controls(own, 1, half)
         masks = own | {("random", g): masks[0] for g, masks in drawn.items()}
         increase = ablation_matrix(here, masks, "zero", allow_inert=True).to_numpy()
         return increase[:, : len(own)] - increase[:, len(own) :], groups
 
     def _drawn(self, parts) -> np.ndarray:
-        """Specificity of [(effect, groups)], first as it is, then rows resampled: [1 + R]."""
+        """Specificity of [(effect, groups)], first as it is, then rows resampled within groups,
+        each part by itself: [1 + R].
+        """
         found = []
-        for effect, groups in parts:
-            weights = resample_weights(
-                np.zeros(len(groups)), self.profile.resamples, self.profile.seed
-            )
+        for number, (effect, groups) in enumerate(parts):
+            seed = [self.profile.seed, number]
+            weights = resample_weights(groups, self.profile.resamples, seed)
             weights = np.vstack([np.ones(len(groups)), weights])  # [1 + R, n]
-            count = effect.shape[1]
-            member = groups == np.arange(count)[:, None]  # [G, n]
-            total = np.maximum(weights @ member.T, 1e-9)  # [1 + R, G]
+            member = groups == np.arange(effect.shape[1])[:, None]  # [G, n]
             means = np.einsum("rn,gn,ns->rgs", weights, member, effect, optimize=True)
-            found.append(within_between(means / total[..., None])["gap"])
+            found.append(within_between(means / member.sum(1)[:, None])["gap"])
         return np.mean(found, axis=0)
 
     def places(self) -> pd.DataFrame:
@@ -596,7 +602,7 @@ class Needed:
         labels, other = here.labels, partners(here.labels, len(self.study.categories))
         for score in TESTED:
             own = self._masks(score, half)
-            drawn = self.controls(own, 1)
+            drawn = self.controls(own, 1, half)
             for where in WHERE:
                 for operator in ("zero", "mean"):
                     options = {"reference": reference} if operator == "mean" else {}
@@ -643,7 +649,7 @@ class Needed:
         """One row of `accuracy_lost`: sets bool [C, ...], measured on a half."""
         unit, operator = ("experts", "reroute") if kind == "experts" else ("neurons", "zero")
         here, masks = self.here(half), self.study.masks(sets, unit)
-        intact, drawn = self._accuracy(here), self.controls(masks, 1)
+        intact, drawn = self._accuracy(here), self.controls(masks, 1, half)
         able = np.nan_to_num(intact) > 0
         missing = [c for c, good in zip(masks, able, strict=True) if not good]
         having, drop = here.take(able[here.labels]), {"own": [], "others": [], "random": []}
@@ -694,10 +700,10 @@ class Needed:
                 for i, (category, mask) in enumerate(masks.items()):
                     point = {"pair": self.study.name, "score": score, "half": half}
                     plain = self.plain_loss(mask) - quiet
-                    points.append(point | {"category": category, "plain": plain, "own": own[i, i]})
+                    point |= {"category": category, "plain": plain, "own": own[i, i]}
+                    points.append(point | {"n": int((here.labels == i).sum())})
         points += self._random_damage(quiet)
         table = pd.DataFrame(points)
-        table["n"] = table["category"].map(self.study.measured_sizes())
         for score, mean in table.groupby("score")["plain"].mean().items():
             if score in scores:
                 self.numbers[f"ablation.equal.{score}.plain_text"] = mean
@@ -706,20 +712,20 @@ class Needed:
     def _random_damage(self, quiet) -> list[dict]:
         points = []
         for half in self.halves:
-            drawn, here = self.controls(self._masks("contribution", half), 1), self.here(half)
+            drawn, here = self.controls(self._masks("contribution", half), 1, half), self.here(half)
             for category, [mask] in drawn.items():
                 part = here.category(category)
                 own = ablation_matrix(part, {"random": mask}, "zero", allow_inert=True)
                 point = {"pair": self.study.name, "score": "null: random", "half": half}
                 point |= {"category": category, "plain": self.plain_loss(mask) - quiet}
-                points.append(point | {"own": float(own["random"].mean())})
+                points.append(point | {"own": float(own["random"].mean()), "n": len(own)})
         return points
 
     # ---- does the instrument work?
 
     def checks(self) -> pd.DataFrame:
-        """A positive control (the whole last layer at once) and a negative one (the own sets in a
-        twin with random weights).
+        """A positive control (the whole last layer at once) and a negative one (the sets by
+        contribution in a twin with random weights, beyond random sets), on n rows of one half.
         """
         half = self.halves[0]
         own, here = self._masks("contribution", half), self.here(half)
@@ -731,7 +737,8 @@ class Needed:
         self.numbers["ablation.negative_ci"] = weak["critical_ci"]
         row = {"pair": self.study.name, "positive: last layer": strong}
         row |= {"negative: twin": weak["critical"], "low": weak["critical_ci"][0]}
-        return pd.DataFrame([row | {"high": weak["critical_ci"][1], "p": weak["p_critical"]}])
+        row |= {"high": weak["critical_ci"][1], "p": weak["p_critical"], "n": len(here.rows)}
+        return pd.DataFrame([row])
 
     def _last_layer(self, like):
         mask = {family: np.zeros_like(values) for family, values in like.items()}
@@ -776,31 +783,35 @@ def ablations(profile, categories: int, experts: int = 0) -> dict[str, int]:
 
 
 def groups_of(name: str, chosen: pd.DataFrame, measured: pd.DataFrame, count: int) -> tuple:
-    """Codes 0..count-1 of the rows that sets are chosen on and of those measured: groups of like
-    size that are no kinds of instruction. `opening`: by the first word; `length`: by characters;
-    `random`.
+    """Codes 0..count-1 of the rows that sets are chosen on and of those measured: groups that are
+    no kinds of instruction. `opening`: by the first word, of like size in both together; `length`:
+    by characters, and `random`: of like size in each.
 
     Raises NotTestable where a group has no row in one of the two. (Ours.)
     """
-    both = pd.concat([chosen, measured], ignore_index=True)
     rng = np.random.default_rng(0)
-    if name == "length":
-        size = (both["instruction"] + both["input"]).str.len().to_numpy()
-        order = np.lexsort((rng.random(len(both)), size)).argsort()
-        found = order * count // len(both)
-    elif name == "opening":
-        word = both["instruction"].str.split().str[0].str.lower()
-        loads, place = np.zeros(count), {}
-        for one, size in word.value_counts().items():
-            place[one] = int(loads.argmin())
-            loads[place[one]] += size
-        found = word.map(place).to_numpy(int)
+    if name == "opening":
+        found = _by_opening(chosen, measured, count)
     else:
-        found = rng.permutation(np.arange(len(both)) % count)
-    one, two = found[: len(chosen)], found[len(chosen) :]
-    if len(set(one)) < count or len(set(two)) < count:
+        found = [_of_like_size(name, rows, count, rng) for rows in (chosen, measured)]
+    if any(len(set(codes)) < count for codes in found):
         raise NotTestable(f"groups by {name}: one of {count} has no row in a half. Add rows.")
-    return one, two
+    return tuple(found)
+
+
+def _by_opening(chosen, measured, count) -> list[np.ndarray]:
+    words = [rows["instruction"].str.split().str[0].str.lower() for rows in (chosen, measured)]
+    loads, place = np.zeros(count), {}
+    for word, size in pd.concat(words).value_counts().items():
+        place[word] = int(loads.argmin())
+        loads[place[word]] += size
+    return [word.map(place).to_numpy(int) for word in words]
+
+
+def _of_like_size(name, rows, count, rng) -> np.ndarray:
+    noise = rng.random(len(rows))
+    size = (rows["instruction"] + rows["input"]).str.len() if name == "length" else 0 * noise
+    return np.lexsort((noise, size)).argsort() * count // len(rows)
 
 
 def partners(labels: np.ndarray, count: int) -> np.ndarray:
@@ -937,14 +948,28 @@ def sentences(found: dict) -> list[str]:
                 f"category that is supported in {_held(numbers, key, 'critical_ci', every)}."
             )
             held = _held(numbers, f"ablation.gain.{score}.all", "lost_ci", every)
-            said.append(f"{name}: losing them takes instruction gain away in {held}.")
+            again = _apart(numbers, score)
+            said.append(f"{name}: losing them takes instruction gain away in {held}.{again}")
         said += [f"{name}: {line}" for line in (*_said_once(numbers), *_said_of_places(numbers))]
         said += [f"{name}: {alike}" for alike in same_experts(one)]
+        low, high = numbers["ablation.negative_ci"]
         said.append(
-            f"{name}: the whole last layer costs {numbers['ablation.positive']:.2f}; the same "
-            f"sets in an untrained twin {numbers['ablation.negative']:.3f}."
+            f"{name}: the controls of the instrument: the whole last layer costs "
+            f"{numbers['ablation.positive']:.2f}; in an untrained twin the sets by contribution "
+            f"cost {numbers['ablation.negative']:.3f} [{low:.3f}, {high:.3f}] beyond random ones."
         )
     return said
+
+
+def _apart(numbers, score) -> str:
+    """The second measure of following: what a set costs with the instruction, less without any."""
+    key = f"ablation.split.{score}.all.following"
+    if f"{key}.critical" not in numbers:
+        return ""
+    return (
+        " What they cost after the row's instruction, less what they cost after an empty one, is "
+        f"{_nats(numbers, key, 'critical')}."
+    )
 
 
 def _nats(numbers, key, name) -> str:
@@ -976,12 +1001,16 @@ ONCE = {  # beginnings of keys, what of them, the sentence around the value
     ),
     "dose.{score}": (
         "second_least",
-        "more of what {score} ranks first adds, at every step between sizes but one, at least {} "
-        "beyond random sets.",
+        "from one size to the next, losing more of what {score} ranks first adds {} or more beyond "
+        "random sets, at every step but one.",
     ),
     "sufficient.{score}": (
         "saved",
         "sparing the category's own set by {score} saves {} more than sparing random ones.",
+    ),
+    "experts": (
+        "specificity",
+        "losing a category's most used experts costs its own rows {} more than the others' rows.",
     ),
     "usage.experts": (
         "critical",
@@ -1007,8 +1036,8 @@ def _said_of_places(numbers):
             yield (
                 f"losses rise by {every} where the sets by {score} are zero at every token, by "
                 f"{later} at all but the first, by {prompt} at the prompt alone, by {response} at "
-                f"the response alone; by {numbers[f'{keys[0]}.random']:.2f} where a random set is "
-                "zero at every token."
+                f"the response alone. One random set a category, zero at every token: "
+                f"{numbers[f'{keys[0]}.random']:.2f}."
             )
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..analysis import nulls
 from ..analysis.generality import nearest_profile, share_test, shares
-from ..analysis.regression import excess, excess_of_wordings
+from ..analysis.regression import Excess, excess, excess_of_wordings
 from ..analysis.sets import codes, consensus, nominal_size, top_experts, top_sets
 from ..analysis.similarity import (
     category_matrix,
@@ -30,11 +30,13 @@ from ..analysis.stats import (
     adjust,
     attempt,
     bootstrap,
+    cluster_codes,
     headline,
     length_strata,
     paired_effect,
     permutation_test,
     plus_one,
+    shuffled,
 )
 from ..analysis.wordings import (
     matrix_excess,
@@ -423,7 +425,7 @@ def first_left_over(overlap: Overlap, unit: str, half: str) -> dict:
     wordings, are drawn and permuted.
     """
     found, units = overlap.study.once(("first", half), lambda: _first(overlap, half))
-    value, low, high, p, _, _, least = (part[units.index(unit)] for part in found)
+    value, low, high, p, least = (part[units.index(unit)] for part in found)
     row = {"excess": value, "excess_ci": [low, high], "p_remains": p, "excess_detectable": least}
     return {"": row | {"n": int(overlap.halves[half][overlap.long].sum())}}
 
@@ -488,10 +490,10 @@ def _estimates(overlap, alone, random, which) -> dict:
     strata = length_strata(overlap.lengths[which], STRATA, names)
     one = excess_of_wordings([alone, alone - random], y, names, given, strata, **overlap.how)
     free = excess_of_wordings(alone, y, names, [*given, random], strata, **overlap.how)
-    results = [*zip(*one, strict=True), free]
+    results = [*map(Excess._make, zip(*one, strict=True)), free]
     return {
-        name: {"value": float(r[0]), "ci": [float(r[1]), float(r[2])], "p": float(r[3])}
-        | {"detectable": float(r[6])}
+        name: {"value": float(r.estimate), "ci": [float(r.low), float(r.high)], "p": float(r.p)}
+        | {"detectable": float(r.detectable)}
         for name, r in zip(ESTIMATORS, results, strict=True)
     }
 
@@ -606,7 +608,7 @@ def _shares(overlap, unit) -> dict:
     again = bootstrap(
         lambda w: shares(sets, codes(y), len(layers), tau, w), y, clusters=names, **few
     )
-    error, null = 1.96 * again.replicates.std(0)[:-1], test.null.mean(0)[:-1]
+    error, null = (again.high - again.low)[:-1] / 2, test.null.mean(0)[:-1]
     above, half = test.estimate[:-1] - null, len(layers)
     table = {
         "kind": np.repeat(["unique", "general"], half),
@@ -682,14 +684,13 @@ def _compared(overlap, right, chosen) -> dict:
     best = max(("words", "base"), key=lambda name: means.get(name, -1))
     names, how = overlap.wordings[chosen], overlap.how
     first = paired_effect(here["tuned"], here["twins"], **how)
-    least = (here["tuned"] - here["twins"]).std() / len(names) ** 0.5
     beyond = paired_effect(here["tuned"], here[best], clusters=names, **how)
     return (means | spread) | {
         "chance": 1 / len(set(overlap.labels)),
         "excess": float(first.difference),
         "excess_ci": [float(first.low), float(first.high)],
         "p": float(first.p),
-        "detectable": float(SEEN_ONE_SIDED * least),
+        "detectable": float(first.detectable),
         "yardstick": best,
         "beyond": float(beyond.difference),
         "beyond_ci": [float(beyond.low), float(beyond.high)],
@@ -724,8 +725,8 @@ def readable_picture(found: Found) -> pd.DataFrame:
 
 def halves_agree(overlaps: dict) -> Found:
     """Are instructions of a category more alike than others *across* the halves? Mean similarity of
-    pairs of one row of each half, same category minus other; interval over instructions, p by
-    permuting labels within each half.
+    pairs of one row of each half, same category minus other; interval over wordings, p by
+    permuting labels over whole wordings within each half.
     """
     rows, numbers = [], {pair: {} for pair in overlaps}
     for pair, overlap in overlaps.items():
@@ -741,15 +742,18 @@ def _agreement(overlap, unit) -> dict:
     names = overlap.study.halves
     if len(names) != 2:
         raise NotTestable(f"{overlap.study.name}: {len(names)} half; two are compared.")
-    half = np.unique(overlap.study.rows["fold"], return_inverse=True)[1]
-    found = bootstrap(lambda w: gap_across(S, y, half, w), 2 * y + half, **overlap.how)
-    test = permutation_test(lambda shuffled: gap_across(S, shuffled, half), y, half, **overlap.how)
+    folds, half = np.unique(overlap.study.rows["fold"].to_numpy(str), return_inverse=True)
+    wordings = np.char.add(folds[half], overlap.wordings)  # of even and odd rows one may be in both
+    how = overlap.how | {"clusters": wordings}
+    found = bootstrap(lambda w: gap_across(S, y, half, w), 2 * y + half, **how)
+    test = permutation_test(lambda shuffled: gap_across(S, shuffled, half), y, half, **how)
     return {
         "agreement": float(test.estimate),
         "agreement_ci": [float(found.low), float(found.high)],
         "p": float(test.p),
         "detectable": float(test.detectable),
         "n": len(y),
+        "wordings": len(set(wordings)),
     }
 
 
@@ -784,19 +788,20 @@ def _at_epsilon(overlap, epsilon) -> dict:
 
 def over_tau(overlaps: dict, shuffles: int = 20) -> pd.DataFrame:
     """Unique and general neurons over epsilon and tau: pair, kind, epsilon, tau, components (in any
-    consensus set), value, null (labels permuted over whole wordings).
+    consensus set), value, null (labels permuted over whole wordings, within strata of their mean
+    length: mean of `shuffles` draws).
 
     unique: their share of the components in any set; general: their share of all neurons.
     """
     rows = []
     for pair, overlap in overlaps.items():
         layers = overlap.study.counts().unit("neurons").shape[1]
-        shuffled, y = _shuffled(overlap, shuffles), codes(overlap.labels)
+        dealt, y = _dealt(overlap, shuffles), codes(overlap.labels)
         for epsilon in bar(overlap.profile.epsilons, f"{pair} epsilon", delay=5):
             sets = overlap.sets("tuned", "neurons", epsilon)
             for tau in overlap.profile.taus:
                 size = int(consensus(sets, overlap.labels, tau).any(0).sum())
-                found, null = (shares(sets, labels, layers, tau) for labels in (y, shuffled))
+                found, null = (shares(sets, labels, layers, tau) for labels in (y, dealt))
                 place = {"pair": pair, "epsilon": epsilon, "tau": tau, "components": size}
                 for kind, at in (("unique", slice(-1, None)), ("general", slice(layers, -1))):
                     values = {"value": found[:, at].mean(), "null": null[:, at].mean()}
@@ -804,12 +809,12 @@ def over_tau(overlaps: dict, shuffles: int = 20) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _shuffled(overlap, shuffles) -> np.ndarray:
-    """Labels permuted over whole wordings, int [R, I]."""
-    _, first, code = np.unique(overlap.wordings, return_index=True, return_inverse=True)
-    of, seed = codes(overlap.labels)[first], overlap.profile.seed
-    draws = [np.random.default_rng([seed, n]).permutation(of)[code] for n in range(shuffles)]
-    return np.stack(draws)
+def _dealt(overlap, shuffles) -> np.ndarray:
+    """Labels permuted over whole wordings, within strata of their mean length, int [R, I]."""
+    strata = length_strata(overlap.lengths, STRATA, overlap.wordings)
+    code, of, strata = cluster_codes(overlap.wordings, codes(overlap.labels), strata)
+    noise = np.random.default_rng(overlap.profile.seed).random((shuffles, len(of)))
+    return shuffled(of, strata, noise)[:, code]
 
 
 def over_length(overlaps: dict, sizes=equal_length.SIZES) -> pd.DataFrame:

@@ -106,10 +106,11 @@ def ablation_table(
     the same number of neurons in each layer: random; for a label's own set also rate (neurons about
     as often on) and magnitude (writing about as much), both left out where a set fills more than
     half of a layer. effect: increase minus the hardest control's (`hardest`) with its 95 % interval
-    low, high; p (signs flipped over texts), holm (over own sets; over the others), p_sets (set and
-    draws change places), sees (the smallest effect found with power 0.8). specific, specific_low,
-    specific_high, specific_p: what the own set costs its label beyond the others. note: why a row
-    has no numbers. Raises UserError for texts and labels that cannot be used; see `Own.on`.
+    low, high; p (signs flipped over texts), p_sets (set and draws change places), holm (of p_sets,
+    over own sets; over the others; none where so few draws could not give one below 0.05), sees
+    (the smallest effect found with power 0.8). specific, specific_low, specific_high, specific_p:
+    what the own set costs its label beyond the others. note: why a row has no numbers. Raises
+    UserError for texts and labels that cannot be used; see `Own.on`.
 
     >>> from helpers import ablation_table, load_model
     >>> model, tokenizer = load_model("data/models/tiny-dense/tuned")
@@ -132,10 +133,10 @@ def ablation_table(
     own = table["ablated"] == table["measured"]
     if "p" not in table:  # no label has texts enough
         return table.reindex(columns=COLUMNS)
-    for some in (own, ~own):
-        tested = some & table["p"].notna()
-        if tested.any():
-            table.loc[tested, "holm"] = adjust(table.loc[tested, "p"], "holm")
+    for some, kind in ((own, "random"), (~own, "everywhere")):
+        tested = some & table["p_sets"].notna()
+        if 0 < tested.sum() * _least(arrays[kind].shape[1], study.profile.resamples) < 0.05:
+            table.loc[tested, "holm"] = adjust(table.loc[tested, "p_sets"], "holm")
     return table.merge(_specific(study, arrays, half), how="left").reindex(columns=COLUMNS)
 
 
@@ -187,6 +188,11 @@ def _cells(study, arrays, half):
             row |= {"effect": found["critical"], "low": low, "high": high}
             row |= {"p": found["p_critical"], "p_sets": found["p_sets"]}
             yield row | {"sees": found["critical_sees"]}
+
+
+def _least(draws: int, resamples: int) -> float:
+    """The smallest p_sets that so many draws in each half can give, see `effects.exchange`."""
+    return 1 / min((draws + 1) ** len(HALVES), resamples + 1)
 
 
 def _specific(study, arrays, half) -> pd.DataFrame:
@@ -295,9 +301,11 @@ def sentences(table: pd.DataFrame) -> list[str]:
         if row.note:
             lines.append(f"{row.measured}: {row.note}")
             continue
-        word = (
-            "needs its set" if row.low > 0 and row.holm < 0.05 else "is not shown to need its set"
-        )
+        word = "is not shown to need its set"
+        if pd.isna(row.holm):
+            word = "could not be shown to need its set by so few control draws"
+        elif row.low > 0 and row.holm < 0.05:
+            word = "needs its set"
         lines.append(
             f"{row.measured} {word}: {row.increase:+.2f} nats per token without it, "
             f"{row.effect:+.2f} [{row.low:+.2f}, {row.high:+.2f}] beyond the hardest control "

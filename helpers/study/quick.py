@@ -1,5 +1,7 @@
 """The public face's counts and tables: your model, your texts, your labels, without a profile."""
 
+import re
+
 import numpy as np
 import pandas as pd
 
@@ -152,7 +154,8 @@ def labels_of(labels, texts: int) -> tuple[np.ndarray, list]:
     """Labels of `texts` texts as codes int [texts], and their names in order of first appearance.
 
     Raises UserError unless each text has one (a name or a number), there are 2 to 50 and each has
-    two texts at least; a single label is NotTestable.
+    two texts at least, and for True beside 1, which Python takes for one; a single label is
+    NotTestable.
 
     >>> labels_of(["b", "a", "b", "a"], 4)
     (array([0, 1, 0, 1]), ['b', 'a'])
@@ -163,13 +166,20 @@ def labels_of(labels, texts: int) -> tuple[np.ndarray, list]:
             f"{len(labels)} labels for {texts} texts: give one label per text, in the order of the "
             "texts."
         )
+    first = {}
     for row, label in enumerate(labels):
-        if not pd.api.types.is_scalar(label) or pd.isna(label) or not visible(str(label)):
+        if not pd.api.types.is_scalar(label) or pd.isna(label) or not _is_name(str(label)):
             raise UserError(
                 f"label {row} is {label!r}: expected a name or a number, one for each text. Label "
                 "the text, or leave it out."
             )
-    names = list(dict.fromkeys(labels))
+        other = first.setdefault(label, label)
+        if pd.api.types.is_bool(other) != pd.api.types.is_bool(label):
+            raise UserError(
+                f"label {row} is {label!r}, an earlier one {other!r}: the same to Python. Write "
+                "both as names, or both as numbers."
+            )
+    names = list(first)
     if len(names) < 2:
         raise NotTestable(
             f"one label only ({', '.join(map(repr, names))}), expected 2 to {MOST}: there is "
@@ -189,6 +199,11 @@ def labels_of(labels, texts: int) -> tuple[np.ndarray, list]:
             "of each. Add texts, join labels, or leave them out."
         )
     return y, names
+
+
+def _is_name(label: str) -> bool:
+    """Whether a label can be shown and written: it is visible, and holds no half of a character."""
+    return visible(label) and not re.search(r"[\ud800-\udfff]", label)
 
 
 def _scores(score, counts, tokens, y) -> tuple[np.ndarray, np.ndarray]:

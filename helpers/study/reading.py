@@ -98,7 +98,9 @@ def with_end(tokenizer, encoded: list[Encoded]) -> list[Encoded]:
     """The same sequences with the end-of-sequence token behind them, and that one counted."""
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"{type(tokenizer).__name__} has no end-of-sequence token. Give one, or use eos=False."
+            f"the tokenizer ({type(tokenizer).__name__}) has no end-of-sequence token, which ends "
+            "every reference here. Name the one that the model was trained with as eos_token, in "
+            "the checkpoint's tokenizer_config.json or on the tokenizer: tokenizer.eos_token = ..."
         )
     return [Encoded((*e.ids, tokenizer.eos_token_id), (*e.counted, True)) for e in encoded]
 

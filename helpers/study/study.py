@@ -44,6 +44,7 @@ def rows_of(profile: Profile) -> pd.DataFrame:
     return rows.assign(fold=folds(rows))
 
 
+DECIDING = ("id", "category", "reference", "fold")  # what sets and effects hang on, beside the text
 READ_ALONE = 4  # instructions that are read twice, in a batch and alone
 
 
@@ -275,7 +276,25 @@ class Study:
         rows = self.rows
         if variant.startswith("twin") and positions == "prompt":
             rows = rows.assign(reference="")
-        return encode_once(self._at_hand(variant)[1], rows, self.template, positions)
+        read = encode_once(self._at_hand(variant)[1], rows, self.template, positions)
+        if variant == "base":
+            self._refuse_other_ids(read, positions)
+        return read
+
+    def _refuse_other_ids(self, read, positions) -> None:
+        """Raise UserError for the first row of which base and tuned do not read the same tokens."""
+        ref, revision = _checkpoint(self.pair, "tuned")
+        tokenizer = self._models["tuned"][1] if "tuned" in self._models else None
+        tokenizer = tokenizer or load_tokenizer(ref, revision)
+        tuned = encode_once(tokenizer, self.rows, self.template, positions)
+        for said, one, two in zip(self.rows["instruction"], read, tuned, strict=True):
+            if one.ids != two.ids:
+                raise UserError(
+                    f"{self.name}: of {said[:40]!a} base reads {len(one.ids)} tokens and tuned "
+                    f"{len(two.ids)}, or others: counts of the two could not be compared. A marker "
+                    "of the chat format may be one token to the tuned model alone: take "
+                    "`chat: false` and a template without it."
+                )
 
     # ---- kept on disk
 
@@ -432,12 +451,12 @@ class Study:
 
     def digest(self, what: str = "prompt") -> str:
         """A digest of the rows: of each one's text ("prompt"), with its reference ("response"), or
-        with that, its id and its fold ("rows"); of the names of their "checkers".
+        with that, its id, category and fold ("rows"); of the names of their "checkers".
         """
         of_row = {
             "prompt": lambda row: [text(row), ""],
             "response": lambda row: [text(row), row["reference"]],
-            "rows": lambda row: [row["id"], text(row), row["reference"], row["fold"]],
+            "rows": lambda row: [text(row), *(row[key] for key in DECIDING)],
             "checkers": lambda row: row["checker"]["name"],
         }[what]
         return self.once(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..paths import checked, results_dir, short
-from ..record import DamagedFile, read_record, verify, versions, write_json
+from ..record import DamagedFile, read_record, sha256, verify, versions, write_json
 
 NOTEBOOKS = (
     "00_start_here",
@@ -17,6 +17,8 @@ NOTEBOOKS = (
     "06_ablation",
     "07_alteration",
 )  # those that write a part
+NOISE = 1e-12  # smaller numbers are rounding errors of sums
+HOW = ("threads", "jobs", "processes")  # settings that decide no number: by what it is computed
 
 
 def stamp(profile) -> dict:
@@ -27,11 +29,20 @@ def stamp(profile) -> dict:
     return {"profile": profile.name, "settings": settings, "versions": versions()}
 
 
-def _threadless(record: dict) -> dict:
+def _deciding(record: dict) -> dict:
     settings = record.get("settings")
     if not isinstance(settings, dict):
         return record
-    return record | {"settings": {k: v for k, v in settings.items() if k != "threads"}}
+    return record | {"settings": {k: v for k, v in settings.items() if k not in HOW}}
+
+
+def refuse_other(record: dict, profile, path) -> None:
+    """Raise RecordMismatch where a summary says that it is of other settings than the profile's;
+    one of a former version says nothing, and is taken as it is.
+    """
+    if "settings" in record:
+        stated, now = ({"settings": one["settings"]} for one in (record, stamp(profile)))
+        verify(_deciding(stated), _deciding(now), path)
 
 
 def _part(profile, notebook: str) -> Path:
@@ -40,8 +51,8 @@ def _part(profile, notebook: str) -> Path:
 
 def write_part(profile, notebook: str, pairs: dict[str, dict]) -> None:
     """Write one notebook's headline numbers: {pair: {dotted key: number, list or text}}; floats to
-    6 decimals. What could not be measured (a number that is NaN) is left out: the ledger then says
-    "not testable".
+    6 decimals, or to 3 significant digits where that would make them 0. What could not be measured
+    (a number that is NaN) is left out: the ledger then says "not testable".
     """
 
     def rounded(value):
@@ -49,9 +60,14 @@ def write_part(profile, notebook: str, pairs: dict[str, dict]) -> None:
             return {k: rounded(v) for k, v in value.items() if not _missing(v)}
         if isinstance(value, (list, tuple, np.ndarray)):
             return [rounded(v) for v in value]
-        return round(float(value), 6) if isinstance(value, (float, np.floating)) else value
+        return _short(float(value)) if isinstance(value, (float, np.floating)) else value
 
     write_json(_part(profile, notebook), stamp(profile) | {"pairs": rounded(pairs)})
+
+
+def _short(value: float) -> float:
+    kept = round(value, 6)
+    return kept if kept or abs(value) < NOISE else float(f"{value:.3g}")
 
 
 def _missing(value):
@@ -60,14 +76,14 @@ def _missing(value):
 
 def read_parts(profile, notebooks) -> dict[str, dict]:
     """The merged headline numbers of several notebooks: {pair: {key: value}}; refuses parts of
-    other settings (how many threads computed them decides nothing). A pair that a notebook left out
-    (a model without a base) has none from it.
+    other settings (how many threads and processes computed them decides nothing). A pair that a
+    notebook left out (a model without a base) has none from it.
     """
     merged = {pair.name: {} for pair in profile.pairs}
     for notebook in notebooks:
         path = _part(profile, notebook)
         part = read_record(path, {"pairs": dict})
-        verify(_threadless(part), _threadless(stamp(profile)), path)
+        verify(_deciding(part), _deciding(stamp(profile)), path)
         for pair, numbers in part["pairs"].items():
             if pair not in merged or not isinstance(numbers, dict):
                 raise DamagedFile(
@@ -76,6 +92,24 @@ def read_parts(profile, notebooks) -> dict[str, dict]:
                 )
             merged[pair] |= numbers
     return merged
+
+
+def verified(folder: Path, name: str) -> Path:
+    """The table `name` of a run's folder. Raises DamagedFile where it is missing, empty, or not the
+    one whose sha256 stands in the folder's summary.json under `tables`; a summary of a former
+    version has none, and its tables are taken as they are.
+    """
+    path, summary = folder / name, folder / "summary.json"
+    if not path.is_file() or not path.stat().st_size:
+        raise DamagedFile(f"{short(path)} is missing or empty. Run notebook 08 again.")
+    record = read_record(summary, {"pairs": dict}) if summary.is_file() else {}
+    tables, found = record.get("tables", {}), sha256(path)
+    if not isinstance(tables, dict) or tables.get(name, found) != found:
+        raise DamagedFile(
+            f"{short(path)} was cut or changed: its sha256 is not the one in {short(summary)}. Run "
+            "notebook 08 again."
+        )
+    return path
 
 
 def span(numbers) -> str:

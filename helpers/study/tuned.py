@@ -44,6 +44,7 @@ WEIGHTS_RESAMPLES = 500  # of the interval that ranks all neurons anew each time
 ROWS, RUNS, DATA_TABLE = "rows.csv", "runs.json", "data.csv"
 START, MAIN = "start", "full"
 CONTROL, DEALT = CONTROLS = ("continued", "dealt")
+READ = ["id", "half", "category", "instruction", "input", "reference", "checker", "fold"]
 ABLE = ("own", "other", "none", "gain", "gain_none", "first", "chance")
 MATTERS = {
     "weights": alteration.weights,
@@ -165,6 +166,7 @@ class Tunings:
     def __init__(self, plan: Plan, runs: dict, report=print):
         self.plan, self.runs, self.report = plan, runs, report
         self._studies, self._loaded, self._sets, self._losses = {}, {}, {}, {}
+        self._start = Study(plan.profile, Pair(START, None, plan.start), plan.rows)
 
     # ---- models and what they read
 
@@ -236,18 +238,21 @@ class Tunings:
         self.report(f"{part}: {time.monotonic() - began:.1f} s")
 
     def want(self) -> dict:
-        """What decides every part besides the tuning: profile, rows, the tunings' checkpoints."""
-        plan, profile = self.plan, self.plan.profile
-        said = plan.rows[["id", "instruction", "input", "reference", "fold"]].to_dict("records")
+        """What decides every part besides the tuning: profile, rows, what is read around them, in
+        which numbers it is computed, the tunings' checkpoints.
+        """
+        plan, profile, start = self.plan, self.plan.profile, self._start
         return {
-            "rows": digest(said),
+            "rows": digest(plan.rows[READ].to_dict("records")),
             "tunings": digest_of(self.runs),
             "epsilon": profile.epsilon,
             "tau": profile.tau,
             "resamples": profile.resamples,
             "controls": profile.controls,
             "seed": profile.seed,
-            "measured": Study(profile, profile.pairs[0], plan.rows).measured_rows(),
+            "template": start.template,
+            "dtype": start.pair.dtype,
+            "measured": start.measured_rows(),
             "read": [plan.curve_rows, plan.able_rows, plan.weight_rows],
         }
 

@@ -150,12 +150,13 @@ def measured_rows(rows: pd.DataFrame) -> np.ndarray:
 
 def settings(profile, rows: pd.DataFrame) -> dict:
     """What decides the tables besides the weights; `rows` are those measured."""
-    table = rows.to_dict("records")
+    table, keys = rows.to_dict("records"), ("id", "half", "category", "reference", "checker")
     return {
         "template": profile.template,
         "epsilon": profile.epsilon,
         "max_new_tokens": profile.max_new_tokens,
-        "data": digest([[row["id"], text(row), row["reference"]] for row in table]),
+        "run_code": profile.run_code,
+        "data": digest([[text(row), *(row[key] for key in keys)] for row in table]),
     }
 
 

@@ -15,7 +15,7 @@ Held out is a quarter of all contents (a person's attribute, an operand pair, a 
 hash of the content. A held-out fact or sum may be *stated* in pre-training; it is never asked
 about there or in tuning.
 
-    python -m helpers.world          write data/hexainst/tiny.jsonl anew
+    python -m helpers.tinyworld.world          write data/hexainst/tiny.jsonl anew
 """
 
 import hashlib
