@@ -208,6 +208,17 @@ def _redraw_constants(twin) -> None:
                 weight.normal_(std=std)
 
 
+def unlike(model, other) -> list[str]:
+    """What two models of a pair share, and these do not: keys of their configurations (those apart
+    that a tuning may change), "parameters" for names and shapes of their weights.
+    """
+    one, two = model.config.to_dict(), other.config.to_dict()
+    keys = (one.keys() | two.keys()) - MAY_DIFFER
+    shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (model, other)]
+    differ = sorted(key for key in keys if one.get(key) != two.get(key))
+    return differ + ["parameters"] * (shapes[0] != shapes[1])
+
+
 def check_pair(base, tuned, lowest: float = 0.1) -> list[dict]:
     """Are two (model, tokenizer) a pair, one tuned from the other? Per site: cosine and relative
     change of weights.
@@ -217,17 +228,9 @@ def check_pair(base, tuned, lowest: float = 0.1) -> list[dict]:
     (unrelated weights: about 0). (Ours.)
     """
     (model, tokenizer), (other, tokenizer2), table = base, tuned, []
-    config, config2 = model.config.to_dict(), other.config.to_dict()
     words, words2 = tokenizer.get_vocab(), tokenizer2.get_vocab()
     probe = "Instruction: add 12 and 7.\n\nResponse: Größe, naïve; 北京 — ok"
-    differ = sorted(
-        k for k in (config.keys() | config2.keys()) - MAY_DIFFER if config.get(k) != config2.get(k)
-    )
-    differ += ["parameters"] * (
-        [(n, p.shape) for n, p in model.named_parameters()]
-        != [(n, p.shape) for n, p in other.named_parameters()]
-    )
-    differ += ["token ids"] * (
+    differ = unlike(model, other) + ["token ids"] * (
         any(words2.get(word) != i for word, i in words.items())
         or tokenizer(probe)["input_ids"] != tokenizer2(probe)["input_ids"]
     )

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..capture.checkpoints import configuration
 from ..capture.gguf_files import BAD, one_line
-from ..capture.loading import MAY_DIFFER
+from ..capture.loading import unlike
 from ..capture.sites import find_sites
 from ..config import Pair, Profile, load_profile
 from ..hexainst.corpus import text
@@ -94,22 +94,12 @@ def _planned(pair: Pair):
     if not pair.base:
         return tuned
     base = _empty(configuration(pair.base, pair.base_revision), pair.name)
-    one, other = base.config.to_dict(), tuned.config.to_dict()
-    differ = sorted(
-        k for k in (one.keys() | other.keys()) - MAY_DIFFER if one.get(k) != other.get(k)
-    )
-    if _shapes(base) != _shapes(tuned):
-        differ.append("parameters")
-    if differ:
+    if differ := unlike(base, tuned):
         raise UserError(
             f"{pair.name}: base {pair.base!r} and tuned {pair.tuned!r} differ in "
             f"{', '.join(differ)}: they are no pair. Correct `base` and `tuned` in the profile."
         )
     return base
-
-
-def _shapes(model) -> list[tuple]:
-    return [(name, weight.shape) for name, weight in model.named_parameters()]
 
 
 def _in_use(model, sites) -> float:
