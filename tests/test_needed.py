@@ -501,3 +501,27 @@ def test_equal_sets_of_experts_are_said_to_be_one():
     assert len(said) == 1
     assert said[0].startswith("CODE and MATH have one and the same set")
     assert same_experts(SimpleNamespace(study=study, numbers={})) == []
+
+
+def test_controls_of_the_halves_are_drawn_apart(needed):
+    """Else what is pooled over halves would know of half as much chance as there is."""
+    own = needed._masks("contribution", "A")
+    one, two = (needed.controls(own, 3, half) for half in needed.halves)
+    for category, mask in own.items():
+        for drawn in (*one[category], *two[category]):
+            assert (drawn["dense"].sum(1) == mask["dense"].sum(1)).all()
+        pairs = zip(one[category], two[category], strict=True)
+        assert any((a["dense"] != b["dense"]).any() for a, b in pairs)
+
+
+def test_a_group_is_never_left_out_of_a_resample(needed):
+    """Sets that cost their own group 1 and no other: the specificity of every resample is 1."""
+    groups = np.repeat(np.arange(6), [5, 5, 6, 7, 9, 40])
+    drawn = needed._drawn([(np.eye(6)[groups], groups)])
+    assert len(drawn) == 1 + needed.profile.resamples
+    assert drawn == pytest.approx(1)
+    rng = np.random.default_rng(0)
+    part = rng.random((72, 6)), groups
+    both, one = needed._drawn([part, part]), needed._drawn([part])
+    assert both[0] == pytest.approx(one[0])
+    assert np.std(both) < 0.85 * np.std(one)  # halves are drawn apart: about .71 of it

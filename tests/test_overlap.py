@@ -12,8 +12,14 @@ import zoo
 from helpers.analysis.generality import share_test, shares
 from helpers.analysis.regression import excess
 from helpers.analysis.sets import nominal_size
-from helpers.analysis.similarity import category_matrix, gap, within_between, wording_matrix
-from helpers.analysis.stats import length_strata
+from helpers.analysis.similarity import (
+    category_matrix,
+    gap,
+    gap_across,
+    within_between,
+    wording_matrix,
+)
+from helpers.analysis.stats import bootstrap, length_strata
 from helpers.analysis.wordings import (
     matrix_excess,
     within_excess,
@@ -391,6 +397,33 @@ def test_a_page_never_prints_a_p_of_nothing():
     table = pd.DataFrame({"pair": ["a"], "p_null": [3e-9], "holm": [0.0005], "gap": [0.12345]})
     page = overlap.shown(table.assign(ci=[[0.1, 0.2]]), ["gap", "ci", "p_null", "holm"], ["pair"])
     assert page.loc["a"].tolist() == [0.123, "[0.100, 0.200]", "< 0.0001", "0.0005"]
+
+
+def test_labels_are_dealt_over_whole_wordings_of_like_length(sparse):
+    one = sparse["pair"]
+    dealt, y = overlap._dealt(one, 30), np.unique(one.labels, return_inverse=True)[1]
+    strata = length_strata(one.lengths, overlap.STRATA, one.wordings)
+    assert dealt.shape == (30, len(y))
+    assert any((draw != y).any() for draw in dealt)
+    for draw in dealt:
+        of = pd.DataFrame({"wording": one.wordings, "stratum": strata, "dealt": draw, "own": y})
+        assert (of.groupby("wording")["dealt"].nunique() == 1).all()
+        once = of.drop_duplicates("wording")
+        for _, part in once.groupby("stratum"):
+            assert sorted(part["dealt"]) == sorted(part["own"])
+
+
+def test_halves_agree_over_wordings_not_rows(sparse):
+    """Rows of one wording that are all the same say no more than one of them."""
+    [row] = overlap.halves_agree(sparse).table.query("unit == 'neurons'").to_dict("records")
+    one = sparse["pair"]
+    assert row["wordings"] == len(set(zip(one.study.rows["fold"], one.wordings, strict=True)))
+    S, y = one.similarity("tuned", "neurons"), np.unique(one.labels, return_inverse=True)[1]
+    half = np.unique(one.study.rows["fold"], return_inverse=True)[1]
+    rows = bootstrap(lambda w: gap_across(S, y, half, w), 2 * y + half, **one.how)
+    low, high = row["agreement_ci"]
+    assert row["agreement"] == pytest.approx(float(rows.estimate))
+    assert high - low > 1.05 * float(rows.high - rows.low)
 
 
 def test_sensitivity_takes_every_choice(sparse):
