@@ -235,3 +235,20 @@ def test_an_ablation_that_nothing_ran_under_marks_nothing(ledger):
     with ablate(model, {}, "zero"):
         nll(model, encode(zoo.tokenizer(), TEXTS))
     assert {line["altered"] for line in budget.lines_of(ledger)} == {""}
+
+
+@pytest.mark.parametrize("read", ["losses", "answers"])
+def test_nothing_is_read_inside_autocast(read):
+    """A loss or an answer in bfloat16 would be kept as one in float32."""
+    model, encoded = zoo.build("llama"), encode(zoo.tokenizer(), ["name a fish", "go"])
+    calls = {
+        "losses": lambda: nll(model, encoded),
+        "answers": lambda: continuations(model, encoded, max_new_tokens=3),
+    }
+    whole = calls[read]()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(UserError, match="leave the autocast block"),
+    ):
+        calls[read]()
+    assert np.array_equal(np.concatenate(calls[read](), None), np.concatenate(whole, None))

@@ -80,7 +80,7 @@ def test_holm_keeps_the_error_of_six_categories():
     rng, wrong, p = np.random.default_rng(12), [], []
     for seed in range(SETS):
         own, drawn = rng.normal(0, 1, 240), {"random": rng.normal(0, 1, (240, 20))}
-        rows = critical_by_category(own, drawn, LABELS, HALVES, RESAMPLES, seed)["categories"]
+        rows = critical_by_category(own, drawn, LABELS, HALVES, RESAMPLES, seed)
         found = [row["p_sets"] for row in rows]
         wrong.append(adjust(found, "holm").min() < 0.05)
         p += found

@@ -289,7 +289,7 @@ def test_each_category_stands_alone_and_a_mean_hides_no_sign():
     own = rng.normal(0, 0.1, 94) + np.select([labels == "up", labels == "down"], [0.8, -0.8], 0)
     controls = {k: rng.normal(0, 0.1, (94, 6)) for k in ("random", "rate")}
     controls["rate"] = controls["rate"] + 0.1
-    found = critical_by_category(own, controls, labels, resamples=300)["categories"]
+    found = critical_by_category(own, controls, labels, resamples=300)
     rows = {row["category"]: row for row in found}
     assert rows["up"]["low"] > 0 < rows["up"]["sees"]
     assert rows["down"]["high"] < 0

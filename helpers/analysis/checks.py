@@ -19,9 +19,8 @@ def takes(**shapes: str):
     A letter is a size, the same wherever it stands in one call; `...` are any dimensions, also
     none. Lists become arrays; None and what has no dimensions of its own to show are left alone.
     A trailing `!` asks for whole numbers or booleans, `?` for booleans (or zeros and ones): sets.
-    COUNTED arguments are whole numbers above 0;
-    `layers` divides M. Raises UserError for shapes, NotTestable for empty arrays and NaN or
-    infinite values.
+    COUNTED arguments are whole numbers above 0; `layers` divides M. Raises UserError for shapes,
+    NotTestable for empty arrays and NaN or infinite values.
 
     >>> @takes(x="I L", y="I")
     ... def total(x, y): return (x.sum(1) * y).sum()

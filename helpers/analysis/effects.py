@@ -119,12 +119,12 @@ def _beside(own, controls) -> None:
 @takes(own="n", labels="n", halves="n", clusters="n")
 def critical_by_category(
     own, controls, labels, halves=None, resamples=2000, seed=0, clusters=None
-) -> dict:
+) -> list[dict]:
     """`critical` for each category alone: is *its* set critical? A mean would hide a sign.
 
     labels [n]: each row's category; halves [n]: rows of one category and half share a set.
-    Returns {"categories": a list of rows {category, own, hardest, control, effect, low, high,
-    p_sets, sees}, or {category, note} where one is not testable}.
+    Returns a row {category, own, hardest, control, effect, low, high, p_sets, sees} for each, or
+    {category, note} where one is not testable.
     """
     own, labels = np.asarray(own, float), np.asarray(labels)
     _beside(own, controls)
@@ -154,7 +154,7 @@ def critical_by_category(
         )
     if all("note" in row for row in rows):
         raise NotTestable(f"no category has rows enough: {rows[0]['note'] if rows else 'no rows'}.")
-    return {"categories": rows}
+    return rows
 
 
 @takes(own="n C", everywhere="n e C", labels="n!", halves="n", clusters="n")

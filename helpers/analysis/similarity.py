@@ -322,10 +322,10 @@ def noise_floor(base_halves, tuned_halves, epsilon, layers=1, rule="quantile", s
     tokens.
 
     base_halves, tuned_halves: two count arrays [I, ...] each, of disjoint token positions of one
-    model (from capture). `base` and `tuned`, half against half in
-    one model, are the floor; `across` sums base-first/tuned-second and base-second/tuned-first.
-    Full counts have more tokens and so less noise than this floor: compare `across` with `base`
-    and `tuned`, never full-count churn. Each is a dict like churn's.
+    model (from capture). `base` and `tuned`, half against half in one model, are the floor;
+    `across` sums base-first/tuned-second and base-second/tuned-first. Full counts have more tokens
+    and so less noise than this floor: compare `across` with `base` and `tuned`, never full-count
+    churn. Each is a dict like churn's.
     """
     sets = [
         top_sets(half, epsilon, rule, seed + n)[0]

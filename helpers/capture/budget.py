@@ -14,16 +14,22 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 
 from ..paths import short
 from ..record import DamagedFile, UserError
 
 LEDGER = "SPARCOM_TOKENS"  # the environment variable
 OWN_WORDS = "Use the tokenizer that belongs to the model, no words added, or resize its embeddings."
+CAST = (
+    "torch.autocast is open, so it would be read in another precision than its own: leave the "
+    "autocast block, or load it in the dtype that is meant"
+)
 _names: WeakKeyDictionary = WeakKeyDictionary()  # model -> what the ledger calls it
 _altered: WeakKeyDictionary = WeakKeyDictionary()  # model -> digests of what is done to it now
 _apart: WeakKeyDictionary = WeakKeyDictionary()  # model -> what else is done to each sequence
@@ -94,9 +100,12 @@ def reading(model, ids, mask, purpose: str, begun=None):
     sequence, [B]; it may stay empty. begun: what the sequences go on from (see beginnings); their
     digests are of it and them, their lengths without it.
 
-    Raises UserError, before the pass, for an id that the model has no embedding of.
+    Raises UserError, before the pass, for an id that the model has no embedding of, and inside
+    torch.autocast.
     """
     _refuse_unknown(model, ids)
+    if is_cast(model):
+        raise UserError(f"{type(model).__name__}: {CAST}.")
     path, new, start = os.environ.get(LEDGER), [], time.perf_counter()
     yield new
     if not path:
@@ -119,6 +128,12 @@ def reading(model, ids, mask, purpose: str, begun=None):
     }
     with open(path, "ab", buffering=0) as ledger:
         ledger.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+
+def is_cast(model) -> bool:
+    """Whether torch.autocast is open for a device that the model is on."""
+    kinds = {t.device.type for t in chain(model.parameters(), model.buffers())} - {"meta"}
+    return any(map(torch.is_autocast_enabled, kinds))
 
 
 def _refuse_unknown(model, ids) -> None:

@@ -4,14 +4,13 @@ nothing stored.
 
 import inspect
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 
 import numpy as np
 import torch
 
 from ..record import UserError
 from .bank import observed
-from .budget import reading
+from .budget import CAST, is_cast, reading
 from .counts import Counts
 from .sites import Site, UnreadableModel, find_sites, input_device, returning_dicts
 
@@ -23,10 +22,6 @@ ROUNDING = {  # what two ways to one number may differ by, of the largest
     torch.bfloat16: 4e-2,
 }
 LONGEST = 2**16 - 1  # tokens of one instruction that uint16 can count
-CAST = (
-    "torch.autocast is open, so it would be read in another precision than its own: leave the "
-    "autocast block, or load it in the dtype that is meant"
-)
 HALF = 2**11  # float16 holds whole numbers up to here
 
 
@@ -219,8 +214,6 @@ class Counter:
                 f"a sequence has {int(attended.sum(1).max())} tokens, more than the {most} that "
                 "can be read: shorten it or leave it out"
             )
-        elif is_cast(self.model):
-            yield CAST
 
     def _masks(self, device):
         """The count masks [B, P, T] on `device`, as float32."""
@@ -465,12 +458,6 @@ def _packed(weight) -> bool:
     plain = kind is torch.Tensor or kind.__module__.startswith("torch.distributed")
     floats = weight.is_floating_point() and weight.itemsize > 1
     return not plain or (weight.dim() > 1 and not floats)
-
-
-def is_cast(model) -> bool:
-    """Whether torch.autocast is open for a device that the model is on."""
-    kinds = {t.device.type for t in chain(model.parameters(), model.buffers())} - {"meta"}
-    return any(map(torch.is_autocast_enabled, kinds))
 
 
 def is_split(model) -> bool:

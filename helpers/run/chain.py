@@ -70,7 +70,7 @@ def inputs(profile: Profile, path: Path, parameters: dict, before: list[str]) ->
     data, checkpoints, versions, and the notebooks `before` it (their own digests).
     """
     named = [name for pair in profile.pairs for name in (pair.base, pair.tuned) if name]
-    named += [base for name in named for base in _under(resolve(name))]
+    named += [base for name in named for base in _trained_on(resolve(name))]
     local = [resolve(name) for name in (*named, profile.dataset)]
     given = [p for p in DATA.iterdir() if p.name not in MADE]
     given.append(ROOT / "requirements.txt")
@@ -79,7 +79,7 @@ def inputs(profile: Profile, path: Path, parameters: dict, before: list[str]) ->
     return digest([cells, parameters, repr(profile), state_of(files), versions(), before])
 
 
-def _under(folder: Path) -> list[str]:
+def _trained_on(folder: Path) -> list[str]:
     """The model that an adapter's folder was trained on, if it is one."""
     file = folder / "adapter_config.json"
     found = read_json(file) if file.is_file() else None

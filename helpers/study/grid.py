@@ -201,7 +201,7 @@ def category_rows(parts: dict, clusters: dict, resamples: int, seed: int) -> lis
     settings = resamples, seed
     controls = {kind: arrays[kind] for kind in kinds}
     try:
-        found = critical_by_category(own, controls, labels, half, *settings, wording)["categories"]
+        found = critical_by_category(own, controls, labels, half, *settings, wording)
     except NotTestable:
         found = []  # no category has wordings enough: the table says so by its empty cells
     critical = {row["category"]: row for row in found}

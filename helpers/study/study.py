@@ -283,9 +283,10 @@ class Study:
 
     def _refuse_other_ids(self, read, positions) -> None:
         """Raise UserError for the first row of which base and tuned do not read the same tokens."""
-        ref, revision = _checkpoint(self.pair, "tuned")
-        tokenizer = self._models["tuned"][1] if "tuned" in self._models else None
-        tokenizer = tokenizer or load_tokenizer(ref, revision)
+        if "tuned" in self._models:
+            tokenizer = self._models["tuned"][1]
+        else:
+            tokenizer = load_tokenizer(*_checkpoint(self.pair, "tuned"))
         tuned = encode_once(tokenizer, self.rows, self.template, positions)
         for said, one, two in zip(self.rows["instruction"], read, tuned, strict=True):
             if one.ids != two.ids:
