@@ -94,6 +94,18 @@ def test_change_correlation_finds_a_planted_one_and_no_other():
     assert np.mean(hits) < 0.25
 
 
+def test_a_change_seen_in_copies_of_an_instruction_is_no_surer():
+    rng = np.random.default_rng(0)
+    weights, some = rng.random((3, 40)), rng.random((15, 3, 40))
+    copies, of = np.repeat(some, 4, axis=0), np.repeat(np.arange(15), 4)
+    rows, whole, apart = (
+        np.ptp(change_correlation(weights, moved, 499, clusters=clusters)["rho_ci"])
+        for moved, clusters in ((some, np.arange(15)), (copies, of), (copies, None))
+    )
+    assert whole == pytest.approx(rows, rel=0.01)
+    assert apart < 0.6 * whole
+
+
 def test_lead_by_hand():
     """Components 0, .8, 1 of the way, ability 0, .2, 1: mean of .6 and 0; back: minus."""
     components = np.array([[1.0] * 10, [0.6] * 10, [0.5] * 10])  # similarity falls from 1 to .5

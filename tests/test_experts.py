@@ -108,14 +108,17 @@ def test_beyond_is_the_mean_over_categories_and_halves(study, found):
     assert {key.split(".")[3] for key in numbers} == {"all", *study.halves}
 
 
-def layers_of(costs, size=6):
-    """Lines as `alone` gives them: {(half, category): (own expert, its cost beyond, of E)}."""
+def layers_of(costs, size=6, copies=1):
+    """Lines as `alone` gives them: {(half, category): (own expert, its cost beyond, of E)}; rows of
+    one wording: `copies`.
+    """
     lines, f = [], np.linspace(0.1, 0.8, 8)
     for (half, category), (own, beyond) in costs.items():
         for e in range(8):
             cost = 2 * f[e] + beyond * (e == own) + np.zeros(size)
             rows = np.c_[cost, np.full(size, 2 * f[e])]
             head = {"measured on": half, "category": category, "own": e == own, "n": size}
+            head["clusters"] = [f"{half}: {category}: {row // copies}" for row in range(size)]
             lines.append(head | {"rows": rows, "increase": cost.mean(), "expected": 2 * f[e]})
     return pd.DataFrame(lines)
 
@@ -139,6 +142,17 @@ def test_an_expert_that_costs_its_use_stands_nowhere():
     table = layers_of({(half, "CODE"): (3, 0.0) for half in "AB"})
     table["rows"] = [rows + np.c_[rng.normal(0, 0.1, 6), np.zeros(6)] for rows in table["rows"]]
     assert experts._beyond(table, planted.study(**EACH).profile)["p_sets"] > 0.05
+
+
+def test_copies_of_a_row_make_no_effect_surer():
+    noise, widths = np.random.default_rng(0).normal(0, 0.1, 6), []
+    for copies in (1, 4):
+        table = layers_of({("A", "CODE"): (5, 0.5)}, 6 * copies, copies)
+        added = np.c_[np.repeat(noise, copies), np.zeros(6 * copies)]
+        table["rows"] = [rows + added for rows in table["rows"]]
+        row = experts._beyond(table, planted.study(**EACH).profile)
+        widths.append(row["high"] - row["low"])
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)
 
 
 def test_halves_choose_their_experts_apart(study):

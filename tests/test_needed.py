@@ -53,7 +53,7 @@ def needed():
 
 
 def test_sentences_say_of_which_categories_a_test_was_made():
-    one = SimpleNamespace(profile=SimpleNamespace(epsilon=0.05), study=SimpleNamespace())
+    one = SimpleNamespace(profile=SimpleNamespace(epsilon=0.05), study=SimpleNamespace(), units={})
     one.study.categories = ("a", "b", "c")
     key = "ablation.equal.frequency.all"
     one.numbers = {f"{key}.critical": 1.0, f"{key}.critical_ci": [0.5, 1.5]}
@@ -68,6 +68,11 @@ def test_sentences_say_of_which_categories_a_test_was_made():
     assert "0 of 2 categories tested (none)" in " ".join(sentences({"p": one}))
     one.numbers |= {f"{key}.a.p_sets": 0.01, f"{key}.b.critical_ci": [-0.1, 2.0]}
     assert "1 of 2 categories tested (a)" in " ".join(sentences({"p": one}))
+    too_sure = "p: a category has fewer than five wordings in a half"
+    one.units = {"A": "wordings", "B": "wordings"}
+    assert too_sure not in " ".join(sentences({"p": one}))
+    one.units["B"] = "rows"
+    assert too_sure in " ".join(sentences({"p": one}))
 
 
 def worded_study(**settings):
@@ -177,7 +182,9 @@ def test_groups_are_of_like_size_and_in_both_halves():
 def test_a_category_of_too_few_rows_stands_in_the_table_with_a_note(needed):
     labels, rng = np.repeat(np.arange(6), [6, 6, 6, 6, 6, 3]), np.random.default_rng(0)
     part = {"own": rng.random((33, 1)), "random": rng.random((33, 4)), "labels": labels}
-    table = Needed(needed.study).by_category("made.up", {"A": part, "B": part}, "lost")
+    one = Needed(needed.study)
+    one.clusters = lambda halves: np.arange(33 * len(halves))
+    table = one.by_category("made.up", {"A": part, "B": part}, "lost")
     few = table["category"] == needed.study.categories[5]
     assert len(table) == 3 * 6
     assert table.loc[few, "critical"].isna().all()
@@ -252,7 +259,10 @@ def test_a_curve_that_cannot_be_shaped_says_why(needed, monkeypatch):
 
     monkeypatch.setattr(needed_room, "dose_curve", refused)
     rng, one = np.random.default_rng(0), Needed(needed.study)
-    parts = [{"own": rng.random((12, 1)), "random": rng.random((12, 3))} for _ in range(4)]
+    parts = [
+        {"own": rng.random((12, 1)), "random": rng.random((12, 3)), "clusters": np.arange(12)}
+        for _ in range(4)
+    ]
     row = one._fit("frequency", "all", parts, np.repeat([0, 1], 6))
     assert row["shape"] == "the effect is the same at all doses."
     assert np.isnan(row["bends at"])
@@ -517,11 +527,84 @@ def test_controls_of_the_halves_are_drawn_apart(needed):
 def test_a_group_is_never_left_out_of_a_resample(needed):
     """Sets that cost their own group 1 and no other: the specificity of every resample is 1."""
     groups = np.repeat(np.arange(6), [5, 5, 6, 7, 9, 40])
-    drawn = needed._drawn([(np.eye(6)[groups], groups)])
+    drawn = needed._drawn([(np.eye(6)[groups], groups, np.arange(72))])
     assert len(drawn) == 1 + needed.profile.resamples
     assert drawn == pytest.approx(1)
     rng = np.random.default_rng(0)
-    part = rng.random((72, 6)), groups
+    part = rng.random((72, 6)), groups, np.arange(72)
     both, one = needed._drawn([part, part]), needed._drawn([part])
     assert both[0] == pytest.approx(one[0])
     assert np.std(both) < 0.85 * np.std(one)  # halves are drawn apart: about .71 of it
+
+
+def worded_rows(each: int, wordings: int = 6) -> pd.DataFrame:
+    """Rows of the planted study, `each` of every wording."""
+    rows = planted.rows(each * wordings)
+    number = rows.groupby(["fold", "category"]).cumcount() // each
+    return rows.assign(tags=[{"wording": f"w{n}"} for n in number])
+
+
+def test_rows_of_one_wording_are_drawn_together():
+    """Four copies of a row are no four rows: the interval is that of the wordings, not half as
+    wide, and rows of a wording in the other half, which lost another set, stand apart.
+    """
+    widths, rng = [], np.random.default_rng(0)
+    values = rng.normal(0, 1, (2, 6, 6))  # of half, category and wording
+    for each in (1, 4):
+        settings = SETTINGS | {"ablation_rows": 6 * each, "resamples": 999}
+        one = Needed(planted.study(worded_rows(each), **settings))
+        parts = {}
+        for half, found in zip(one.halves, values, strict=True):
+            rows = one.here(half).rows
+            wording = [int(tags["wording"][1:]) for tags in rows["tags"]]
+            own = found[one.here(half).labels, wording][:, None]
+            labels = one.here(half).labels.astype(np.int32)
+            parts[half] = {"own": own, "random": np.zeros((len(rows), 3)), "labels": labels}
+        _, arrays, groups, _ = next(one.levels(parts))
+        assert len(set(arrays["clusters"])) == 2 * 6 * 6
+        assert len(arrays["clusters"]) == 2 * 6 * 6 * each
+        low, high = one._critical(arrays, groups)["critical_ci"]
+        widths.append(high - low)
+        assert set(one.units.values()) == {"wordings"}
+        table = one.by_category("made.up", parts, "lost").set_index(["measured on", "category"])
+        widths.append(np.ptp(table.loc[("A", "CODE"), "critical_ci"]))
+    assert widths[2] == pytest.approx(widths[0], rel=0.1)
+    assert widths[3] == pytest.approx(widths[1], rel=0.1)
+
+
+def test_of_few_wordings_each_row_is_drawn_by_itself():
+    one = Needed(planted.study(worded_rows(3, wordings=4), **SETTINGS | {"ablation_rows": 12}))
+    assert len(set(one.clusters(one.halves))) == 2 * 6 * 12
+    assert set(one.units.values()) == {"rows"}
+
+
+def test_groups_that_are_no_categories_draw_the_rows_of_a_wording_together():
+    one = Needed(planted.study(worded_rows(2, 10), **SETTINGS | {"ablation_rows": 20}))
+    written_by = needed_room.written(one.study.half("B"))
+    _, groups, clusters = one._specific("category", "A", written_by)
+    assert len(set(clusters)) == 60
+    assert len(groups) == 120
+    _, groups, clusters = one._specific("random", "A", written_by)
+    here = one.here("A").rows
+    told = [
+        f"{g} {c} {t['wording']}"
+        for g, c, t in zip(groups, here["category"], here["tags"], strict=True)
+    ]
+    assert len(set(clusters)) == len(set(told)) < 120
+    copies = np.repeat(np.random.default_rng(0).normal(0, 1, (60, 6)), 2, axis=0)
+    labels = np.repeat(np.arange(6), 20)
+    apart = one._drawn([(copies, labels, np.arange(120))])
+    whole = one._drawn([(copies, labels, np.repeat(np.arange(60), 2))])
+    assert np.std(whole) == pytest.approx(2**0.5 * np.std(apart), rel=0.15)
+
+
+def test_what_is_spared_at_random_is_drawn_apart_for_each_half(needed, monkeypatch):
+    drawn, real = [], needed_room.spared
+
+    def heard(counts, sets, number, rng):
+        drawn.append(rng.bit_generator.state["state"]["state"])
+        return real(counts, sets, number, rng)
+
+    monkeypatch.setattr(needed_room, "spared", heard)
+    Needed(needed.study).sufficient()
+    assert len(set(drawn)) == len(needed.halves)

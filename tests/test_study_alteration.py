@@ -356,6 +356,45 @@ def test_a_transplant_effect_is_random_minus_moved(changed):
         assert row["p_sets"] == pytest.approx((1 + as_well) / 11)
 
 
+def test_what_sets_cost_is_no_surer_for_copies_of_a_row(changed):
+    """Rows of one wording that lose the same: the interval is that of the wordings."""
+    study = pair_of(base_of_planted(), tuned_of_planted(), planted.rows(24))
+    rng, places = np.random.default_rng(0), np.arange(len(study.rows))
+    number = study.rows.groupby(["fold", "category"]).cumcount().to_numpy()
+    fold = (study.rows["fold"] == "B").to_numpy()
+    drawn = rng.normal(0, 1, (2, 6, 6))[fold.astype(int), study.labels, number // 4]
+    lines = {"row": places, "category": study.rows["category"], "size": 3, "difference": drawn}
+    widths = {}
+    for copies in (1, 4):
+        study.rows["tags"] = [{"wording": f"w{n // copies}"} for n in number]
+        widths["matter", copies] = np.ptp(
+            alteration._critical(study, [pd.DataFrame(lines)])["critical_ci"]
+        )
+        clusters = alteration.drawn_as_one(study)[0]
+        assert len(set(clusters)) == 2 * 6 * 24 // copies
+        put = alteration._put(study, np.stack([drawn, drawn]), clusters)
+        widths["transplant", copies] = np.ptp(put["effect_ci"])
+    for what in ("matter", "transplant"):
+        assert widths[what, 4] > 1.7 * widths[what, 1]
+
+
+def test_halves_have_random_sets_of_their_own(changed, monkeypatch):
+    """Of one seed, sets of equal sizes would be held against the same random ones in both."""
+    study, started = changed["pair"], []
+    real = alteration._rng
+
+    def heard(study, half):
+        rng = real(study, half)
+        started.append((half, rng.bit_generator.state["state"]["state"]))
+        return rng
+
+    monkeypatch.setattr(alteration, "_rng", heard)
+    alteration._matter(study)
+    alteration._transplants(study)
+    assert {half for half, _ in started} == {"A", "B"}
+    assert len(set(started)) == len({state for _, state in started}) == 2
+
+
 # on the page
 
 

@@ -71,13 +71,13 @@ def layer_rank_correlation(first, second) -> np.ndarray:
     return (a * b).sum((-2, -1)) / scale
 
 
-@takes(weights="L M", moved="I ...")
-def change_correlation(weights, moved, resamples=2000, seed=0) -> dict:
+@takes(weights="L M", moved="I ...", clusters="I")
+def change_correlation(weights, moved, resamples=2000, seed=0, clusters=None) -> dict:
     """Does what moved more in weights [L, M] move more in frequency? moved: |change of p|, [I, L,
     M].
 
     rho: layer_rank_correlation of weights with the mean of `moved`; rho_ci: bootstrap over
-    instructions; p: weights permuted within layers, one-sided.
+    instructions (whole clusters, where given); p: weights permuted within layers, one-sided.
     """
     if moved[0].size != np.size(weights):
         raise UserError(
@@ -92,7 +92,7 @@ def change_correlation(weights, moved, resamples=2000, seed=0) -> dict:
             weights, (drawn.astype(np.float32) @ flat).reshape(-1, *np.shape(weights))
         )
 
-    found = bootstrap(statistic, np.zeros(len(moved)), resamples, seed=seed)
+    found = bootstrap(statistic, np.zeros(len(moved)), resamples, seed=seed, clusters=clusters)
     rng, null = np.random.default_rng(seed), np.empty(resamples)
     a, b = _centred_ranks(np.asarray(weights)), _centred_ranks(moved.mean(0))
     scale = np.sqrt((a**2).sum() * (b**2).sum())

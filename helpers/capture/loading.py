@@ -71,7 +71,8 @@ def load_model(ref: str, *, dtype: str = "float32", device_map=None, revision: s
             f"device_map is {device_map!r}, but torch {torch.__version__} sees no GPU. Use null or "
             "auto."
         )
-    (folder, commit), spill = locate(ref, revision), tempfile.TemporaryDirectory(prefix="offload-")
+    folder, commit = locate(ref, revision)
+    spill = tempfile.TemporaryDirectory(prefix="offload-") if device_map else None
     whole, tokenizer = _whole(folder), load_tokenizer(ref, revision)
     try:
         with quiet():
@@ -79,7 +80,7 @@ def load_model(ref: str, *, dtype: str = "float32", device_map=None, revision: s
                 whole,
                 dtype=DTYPES[dtype],
                 device_map=device_map,
-                offload_folder=spill.name,
+                offload_folder=spill and spill.name,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to name them, see below
                 trust_remote_code=False,

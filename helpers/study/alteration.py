@@ -21,7 +21,7 @@ from ..capture.interventions import transplant, weight_change
 from ..hexainst.corpus import wordings
 from ..record import NotTestable
 from .evaluate import ablation_matrix, nll
-from .sets import layer_numbers
+from .sets import drawn_as_one, layer_numbers
 
 MODELS = ("base", "tuned")
 SPLIT = ("prompt-even", "prompt-odd")
@@ -534,11 +534,10 @@ def moved(study, unit: str) -> tuple[np.ndarray, np.ndarray]:
 def weights(study):
     """Rank correlation, within layers, of change in weights and change in frequency."""
     for unit in study.units:
-        change, values = moved(study, unit)
+        (change, values), names = moved(study, unit), wordings(study.rows)
         for half, here in halves(study).items():
-            found = attempt(
-                partial(change_correlation, change, values[here], **_how(study)),
-            )
+            how = _how(study) | {"clusters": names[here]}
+            found = attempt(partial(change_correlation, change, values[here], **how))
             yield f"weights.{unit}.{half}", found | {"n": int(here.sum())}
 
 
@@ -591,7 +590,7 @@ def _matter(study):
     """{(fate, half): DataFrame of row, category, size, difference, a line per measured row}."""
     found = {}
     for half in study.halves:
-        rng, other = np.random.default_rng(study.profile.seed), study.other(half)
+        rng, other = _rng(study, half), study.other(half)
         here, chosen = study.half(half).measured(), halves(study)[other]
         one, two = (
             consensus(sets(study, model)[chosen], study.labels[chosen], study.profile.tau)
@@ -609,6 +608,10 @@ def _matter(study):
     return found
 
 
+def _rng(study, half):
+    return np.random.default_rng([study.profile.seed, study.halves.index(half)])
+
+
 def _ablated(here, members, rng):
     """Own effect minus the controls' mean, per row."""
     mask, number = here.whole.counts().mask("neurons", members), here.profile.controls
@@ -622,12 +625,13 @@ def _critical(study, values):
         raise NotTestable("tuning left every category's set empty here.")
     table = pd.concat(values)
     difference, groups = table["difference"].to_numpy(float), table["category"].to_numpy(str)
-    found = bootstrap(lambda w: w @ difference / w.sum(1), groups, **_how(study))
+    clusters = drawn_as_one(study.take(table["row"].to_numpy(int)))[0]
+    found = bootstrap(lambda w: w @ difference / w.sum(1), groups, **_how(study), clusters=clusters)
     sizes = table.groupby("category")["size"].mean()
     return {
         "critical": found.estimate,
         "critical_ci": [found.low, found.high],
-        "p": _effect(study, difference).p,
+        "p": _effect(study, difference, clusters=clusters).p,
         "detectable": found.detectable,
         "neurons": sizes.mean(),
         "n": len(table),
@@ -674,7 +678,11 @@ def transplanted(study):
         for half, parts in _pooled(study).items():
             of = [found[way, part][TENTH] for part in parts]
             values = np.concatenate([sign * (random - own) for own, random in of], axis=1)
-            yield f"transplant.{way}.{half}", attempt(partial(_put, study, values))
+            clusters = [drawn_as_one(study.half(part).measured())[0] for part in parts]
+            yield (
+                f"transplant.{way}.{half}",
+                attempt(partial(_put, study, values, np.concatenate(clusters))),
+            )
 
 
 def transplants_of_rows(study) -> dict[str, np.ndarray]:
@@ -694,11 +702,11 @@ def transplants_of_rows(study) -> dict[str, np.ndarray]:
     return found | {"rows": np.concatenate(places).astype(np.int32)}
 
 
-def _put(study, values):
+def _put(study, values, clusters):
     """values [draws, n]: by how much the most moved beat each random set. p flips signs over
-    instructions and takes the sets for given; p_sets: how many random sets did as well.
+    wordings and takes the sets for given; p_sets: how many random sets did as well.
     """
-    found = _effect(study, values.mean(0))
+    found = _effect(study, values.mean(0), clusters=clusters)
     numbers = {"effect": found.difference, "effect_ci": [found.low, found.high], "p": found.p}
     numbers["p_sets"] = plus_one(0.0, -values.mean(1))
     return numbers | {"detectable": found.detectable, "n": values.shape[1]}
@@ -716,7 +724,7 @@ def _transplants(study):
             chosen, here = halves(study)[study.other(half)], study.half(half).measured()
             order = np.argsort(-change[chosen].mean(0).ravel(), kind="stable")
             read = [here.encoded("reference", name) for name in names]
-            size, rng = study.profile.batch_tokens, np.random.default_rng(study.profile.seed)
+            size, rng = study.profile.batch_tokens, _rng(study, half)
 
             def loss(mask, host=host, donor=donor, read=read[0], size=size):
                 with transplant(host, donor, mask):

@@ -10,7 +10,7 @@ from ..analysis.effects import exchange, slope_of
 from ..analysis.sets import frequency
 from ..record import NotTestable, UserError
 from .evaluate import ablation_matrix
-from .sets import most_own, pattern_numbers
+from .sets import drawn_as_one, most_own, pattern_numbers
 
 NEIGHBOURS = 4  # experts of nearest use that say what an expert's use alone would cost
 SINGLE = ("measured on", "category", "layer", "expert", "own", "f", "increase", "expected", "n")
@@ -26,9 +26,9 @@ def alone(study) -> pd.DataFrame:
     The own expert is chosen on the prompts of the half that is not measured. Columns: measured on,
     category, layer, expert, own (is it that one?), f (its share of the tokens of the category's
     prompts and references), increase (nats per reference token), expected (the same at its f, from
-    others of the layer, see `expected_at_usage`; 0 where their line runs below it), n (rows), and
-    `rows`: increase and expected of each of these, [n, 2]. Raises NotTestable where a layer has too
-    few experts for that.
+    others of the layer, see `expected_at_usage`; 0 where their line runs below it), n (rows),
+    `rows` (increase and expected of each of these, [n, 2]) and `clusters` (what each is drawn with,
+    [n]). Raises NotTestable where a layer has too few experts for that.
     """
     routed = study.counts().routed
     experts = 0 if routed is None else routed.shape[2]
@@ -61,10 +61,12 @@ def _layer_of(part, half, used, category, layer, place, expert) -> list[dict]:
     expected = expected_at_usage(increase, np.broadcast_to(f, increase.shape), NEIGHBOURS)
     expected = np.where(expected.mean(0) > 0, expected, 0)  # what nothing uses costs nothing
     head = {"measured on": half, "category": category, "layer": layer, "n": len(increase)}
+    clusters = drawn_as_one(rows)[0]
     return [
         head
         | {"expert": e, "own": e == expert, "f": f[e], "increase": increase[:, e].mean()}
         | {"expected": expected[:, e].mean(), "rows": np.c_[increase[:, e], expected[:, e]]}
+        | {"clusters": clusters}
         for e in masks
     ]
 
@@ -73,10 +75,10 @@ def beyond_use(study, table: pd.DataFrame) -> pd.DataFrame:
     """What the own experts of a table of `alone` cost beyond their use, nats per reference token: a
     row for each half and category, for each with halves pooled ("all"), and so for all categories.
 
-    Columns: measured on, category, increase, expected, beyond, low, high (95 %, rows resampled), p
-    (signs flipped over rows, two-sided: do these rows differ by this expert?), p_sets (the own
-    expert and the others of its layer, each against its own neighbours in use, change places,
-    one-sided: is it this expert?), sees (the smallest effect found with power 0.8), n, note.
+    Columns: measured on, category, increase, expected, beyond, low, high (95 %, wordings drawn), p
+    (their signs flipped, two-sided: do these rows differ by this expert?), p_sets (the own expert
+    and the others of its layer, each against its own neighbours in use, change places, one-sided:
+    is it this expert?), sees (the smallest effect found with power 0.8), n, note.
     """
     found = []
     for level in (ALL, *study.halves):
@@ -102,8 +104,8 @@ def _beyond(part, profile) -> dict:
     beyond, draws = rows[:, 0] - rows[:, 1], others[:, 0] - others[:, 1]
     row |= {"p_sets": exchange(beyond, draws, groups, profile.resamples, profile.seed)}
     try:
-        pair = [(rows[:, 0], rows[:, 1:])]
-        fit = slope_of(pair, groups, [1.0], profile.resamples, profile.seed)
+        pair, clusters = [(rows[:, 0], rows[:, 1:])], np.concatenate(own["clusters"].to_list())
+        fit = slope_of(pair, groups, [1.0], profile.resamples, profile.seed, clusters)
     except NotTestable as reason:
         return row | {"beyond": row["increase"] - row["expected"], "note": str(reason)}
     ends = dict(zip(("low", "high"), fit["ci"], strict=True))

@@ -1,5 +1,6 @@
 """Is a category's set needed? One pair's ablations: sets chosen on one half of the rows, losses
-measured on the other, both ways; tables for the page, numbers for the summary.
+measured on the other, both ways; tables for the page, numbers for the summary. Intervals and signs
+take the rows of one wording together, or each by itself where a category has too few wordings.
 
 C categories, M neurons. A *level* is one half, or both pooled ("all"). Effects are increases of the
 loss of references, nats per token, beyond controls of equal size per layer.
@@ -24,7 +25,7 @@ from ..analysis.sets import (
     top_sets,
 )
 from ..analysis.similarity import within_between
-from ..analysis.stats import SMALLEST, adjust, plus_one, resample_weights
+from ..analysis.stats import SMALLEST, adjust, cluster_sizes, plus_one, resample_weights
 from ..bars import moved, stage
 from ..capture.interventions import ablate
 from ..hexainst.corpus import texts
@@ -41,7 +42,7 @@ from .evaluate import (
 )
 from .experts import NEIGHBOURS
 from .scores import reference_activations, sets_of, standing, written
-from .sets import MASSIVE, largest_outputs
+from .sets import MASSIVE, drawn_as_one, largest_outputs
 from .summary import span
 
 STEPS = 3  # between sizes of set: of fewer, the second least may be the one jump
@@ -55,7 +56,7 @@ class Needed:
 
     def __init__(self, study):
         self.study, self.profile, self.numbers = study, study.profile, {}
-        self.halves, self.means = study.halves, {}
+        self.halves, self.means, self.units = study.halves, {}, {}
 
     # ---- sets, rows, controls
 
@@ -82,16 +83,30 @@ class Needed:
         """`number` random sets of the same layers for each category's mask; others for the sets
         that are measured on the other half.
         """
-        rng = np.random.default_rng([self.profile.seed, self.halves.index(half)])
+        rng = self._rng(half)
         return {c: [draw(mask, rng) for _ in range(number)] for c, mask in own.items()}
 
+    def _rng(self, half: str) -> np.random.Generator:
+        return np.random.default_rng([self.profile.seed, self.halves.index(half)])
+
     def levels(self, parts: dict):
-        """Yield ("all" or a half, arrays, group of each row) of {half: what `measure` gives}."""
+        """Yield ("all" or a half, arrays, group of each row, half of each row) of {half: what
+        `measure` gives}; arrays["clusters"] [n]: see `clusters`.
+        """
         count = len(self.study.categories)
         for some in (self.halves, *([half] for half in self.halves)):
             arrays, half = pooled([parts[h] for h in some])
+            arrays["clusters"] = self.clusters(some)
             name = some[0] if len(some) == 1 else "all"
             yield name, arrays, arrays["labels"] + count * half, half
+
+    def clusters(self, halves) -> np.ndarray:
+        """What the rows that are measured of some halves are drawn with, see `drawn_as_one`."""
+        found = []
+        for half in halves:
+            names, self.units[half] = drawn_as_one(self.here(half))
+            found.append(names)
+        return np.concatenate(found)
 
     def _against(self, own, half, number=None, operator="zero", variant="tuned", **options):
         """Own sets and random ones, each on its own category's rows alone."""
@@ -102,8 +117,11 @@ class Needed:
 
     def _critical(self, arrays, groups, kinds=("random",)) -> dict:
         controls = {kind: arrays[kind] for kind in kinds}
-        settings = self.profile.resamples, self.profile.seed
-        return critical(arrays["own"][:, 0], controls, groups, *settings)
+        own, how = arrays["own"][:, 0], self._how(arrays)
+        return critical(own, controls, groups, *how)
+
+    def _how(self, arrays) -> tuple:
+        return self.profile.resamples, self.profile.seed, arrays["clusters"]
 
     def _keep(self, prefix: str, found: dict, names) -> None:
         self.numbers |= {f"{prefix}.{name}": found[name] for name in names}
@@ -220,22 +238,20 @@ class Needed:
                 half: [self._against(self._masks(score, half, size), half) for size in sizes]
                 for half in self.halves
             }
-            for some in (self.halves, *([half] for half in self.halves)):
-                level = some[0] if len(some) == 1 else "all"
-                pool = [pooled([parts[half][i] for half in some]) for i in range(len(sizes))]
-                groups = pool[0][0]["labels"] + len(self.study.categories) * pool[0][1]
-                fits.append(self._fit(score, level, [d for d, _ in pool], groups))
+            by_size = [self.levels({h: parts[h][i] for h in parts}) for i in range(len(sizes))]
+            for alike in zip(*by_size, strict=True):
+                (level, _, groups, _), doses = alike[0], [arrays for _, arrays, _, _ in alike]
+                fits.append(self._fit(score, level, doses, groups))
                 if level == "all":
-                    lines += self._curve(score, [d for d, _ in pool], groups)
+                    lines += self._curve(score, doses, groups)
         return pd.DataFrame(lines + self._random_order()), pd.DataFrame(fits)
 
     def _masks(self, score, half, size=None):
         return self.study.masks(self.sets(score, half, size))
 
     def _fit(self, score, level, doses, groups) -> dict:
-        parts = [(d["own"][:, 0], d["random"]) for d in doses]
-        settings = self.profile.resamples, self.profile.seed
-        fit = slope_of(parts, groups, slopes(np.log2(self.profile.sizes)), *settings)
+        parts, how = [(d["own"][:, 0], d["random"]) for d in doses], self._how(doses[0])
+        fit = slope_of(parts, groups, slopes(np.log2(self.profile.sizes)), *how)
         prefix = f"ablation.dose.{score}.{level}"
         names = (("slope", "estimate"), ("slope_ci", "ci"), ("p", "p"), ("sees", "sees"))
         self.numbers |= {f"{prefix}.{name}": fit[key] for name, key in names}
@@ -247,7 +263,7 @@ class Needed:
             return row | dict.fromkeys(missing, np.nan) | {"shape": "too few sizes to tell"}
         steps = []
         for one, two in zip(parts, parts[1:], strict=False):
-            steps.append(slope_of([one, two], groups, [-1.0, 1.0], *settings))
+            steps.append(slope_of([one, two], groups, [-1.0, 1.0], *how))
         second = sorted(steps, key=lambda step: step["estimate"])[1]
         self.numbers |= {
             f"{prefix}.second_least": second["estimate"],
@@ -257,7 +273,7 @@ class Needed:
         row |= {"second least step": second["estimate"]}
         row |= {"its low": second["ci"][0], "its p": second["p"]}
         try:
-            found = dose_curve(100 * np.array(self.profile.sizes), parts, groups, *settings)
+            found = dose_curve(100 * np.array(self.profile.sizes), parts, groups, *how)
         except NotTestable as reason:
             return row | dict.fromkeys(("bends at", "from", "to"), np.nan) | {"shape": str(reason)}
         change = found["change"]
@@ -317,7 +333,7 @@ class Needed:
         for score in TESTED:
             parts = {}
             for half in self.halves:
-                sets, rng = self.sets(score, half), np.random.default_rng(self.profile.seed)
+                sets, rng = self.sets(score, half), self._rng(half)
                 drawn = spared(self.study.counts(), sets, self.profile.controls_elsewhere, rng)
                 masks = {
                     kind: dict(zip(self.study.categories, each, strict=True))
@@ -327,8 +343,7 @@ class Needed:
                 parts[half] = measure(self.here(half), {}, masks, "mean", reference=reference)
             for level, d, groups, _ in self.levels(parts):
                 spare = [(d["own spared"][:, 0], d["random spared"])]
-                settings = self.profile.resamples, self.profile.seed
-                fit = slope_of(spare, groups, [-1.0], *settings)
+                fit = slope_of(spare, groups, [-1.0], *self._how(d))
                 names = (("saved", "estimate"), ("saved_ci", "ci"), ("p", "p"), ("sees", "sees"))
                 prefix = f"ablation.sufficient.{score}.{level}"
                 self.numbers |= {f"{prefix}.{name}": fit[key] for name, key in names}
@@ -396,7 +411,7 @@ class Needed:
         for level, arrays, groups, _ in self.levels(parts):
             for code, category in enumerate(self.study.categories):
                 at = arrays["labels"] == code
-                part = {name: arrays[name][at] for name in ("own", "random")}
+                part = {name: arrays[name][at] for name in ("own", "random", "clusters")}
                 row = {"pair": self.study.name, "measured on": level, "category": category}
                 try:
                     found = self._critical(part, groups[at])
@@ -555,9 +570,9 @@ class Needed:
             rows.append(row | note)
         return pd.DataFrame(rows)
 
-    def _specific(self, name, half, output) -> tuple[np.ndarray, np.ndarray]:
-        """(effect minus random [n, G], group of each measured row [n]) of one grouping;
-        output [I, M]: what the neurons write on the rows that sets are chosen on.
+    def _specific(self, name, half, output) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(effect minus random [n, G], group of each measured row [n], what is drawn as one [n]) of
+        one grouping; output [I, M]: what the neurons write on the rows that sets are chosen on.
         """
         other, here = self.study.half(self.study.other(half)), self.here(half)
         if name == "category":
@@ -576,20 +591,24 @@ class Needed:
         drawn = self.controls(own, 1, half)
         masks = own | {("random", g): masks[0] for g, masks in drawn.items()}
         increase = ablation_matrix(here, masks, "zero", allow_inert=True).to_numpy()
-        return increase[:, : len(own)] - increase[:, len(own) :], groups
+        within = [f"{g}, {name}" for g, name in zip(groups, self.clusters([half]), strict=True)]
+        if min(cluster_sizes(within, groups)) < SMALLEST:
+            within = range(len(groups))
+        return increase[:, : len(own)] - increase[:, len(own) :], groups, np.array(within)
 
     def _drawn(self, parts) -> np.ndarray:
-        """Specificity of [(effect, groups)], first as it is, then rows resampled within groups,
-        each part by itself: [1 + R].
+        """Specificity of [(effect, groups, clusters)], first as it is, then clusters resampled
+        within groups, each part by itself: [1 + R].
         """
         found = []
-        for number, (effect, groups) in enumerate(parts):
+        for number, (effect, groups, clusters) in enumerate(parts):
             seed = [self.profile.seed, number]
-            weights = resample_weights(groups, self.profile.resamples, seed)
+            weights = resample_weights(groups, self.profile.resamples, seed, clusters)
             weights = np.vstack([np.ones(len(groups)), weights])  # [1 + R, n]
             member = groups == np.arange(effect.shape[1])[:, None]  # [G, n]
-            means = np.einsum("rn,gn,ns->rgs", weights, member, effect, optimize=True)
-            found.append(within_between(means / member.sum(1)[:, None])["gap"])
+            drawn = weights[:, None] * member  # [1 + R, G, n]
+            means = drawn @ effect / drawn.sum(-1, keepdims=True)
+            found.append(within_between(means)["gap"])
         return np.mean(found, axis=0)
 
     def places(self) -> pd.DataFrame:
@@ -600,6 +619,7 @@ class Needed:
         half, rows = self.halves[0], []
         here, reference = self.here(half), self.typical(self.study.other(half))
         labels, other = here.labels, partners(here.labels, len(self.study.categories))
+        clusters = {"clusters": self.clusters([half])}
         for score in TESTED:
             own = self._masks(score, half)
             drawn = self.controls(own, 1, half)
@@ -617,7 +637,7 @@ class Needed:
                         for name, values in risen.items():
                             values[labels == code, 0] = found[name][mine]
                         others[other == code] = found["own"][~mine]
-                    found = self._critical(risen, labels)
+                    found = self._critical(risen | clusters, labels)
                     prefix = f"ablation.places.{score}.{where.replace(' ', '_')}.{operator}"
                     self._keep(prefix, found, ("own", "own_ci", "random"))
                     row = {"pair": self.study.name, "score": score, "where": where}
@@ -732,7 +752,7 @@ class Needed:
         layer = {"last layer": self._last_layer(next(iter(own.values())))}
         strong = float(ablation_matrix(here, layer, "zero")["last layer"].mean())
         arrays = self._against(own, half, variant="twin")
-        weak = self._critical(arrays, arrays["labels"])
+        weak = self._critical(arrays | {"clusters": self.clusters([half])}, arrays["labels"])
         self.numbers |= {"ablation.positive": strong, "ablation.negative": weak["critical"]}
         self.numbers["ablation.negative_ci"] = weak["critical_ci"]
         row = {"pair": self.study.name, "positive: last layer": strong}
@@ -952,6 +972,11 @@ def sentences(found: dict) -> list[str]:
             said.append(f"{name}: losing them takes instruction gain away in {held}.{again}")
         said += [f"{name}: {line}" for line in (*_said_once(numbers), *_said_of_places(numbers))]
         said += [f"{name}: {alike}" for alike in same_experts(one)]
+        if "rows" in one.units.values():
+            said.append(
+                f"{name}: a category has fewer than five wordings in a half, so that rows of one "
+                "wording are taken for independent: intervals and p are too sure."
+            )
         low, high = numbers["ablation.negative_ci"]
         said.append(
             f"{name}: the controls of the instrument: the whole last layer costs "
