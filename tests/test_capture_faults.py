@@ -549,6 +549,23 @@ def test_a_doubled_beginning_is_read_once_with_a_warning(text):
         encode(with_bos(), [text, "b"])
 
 
+@pytest.mark.parametrize("inner", ["words", "pieces"])
+def test_an_unknown_word_is_text_where_only_the_tokenizers_model_names_it(inner, tmp_path):
+    named = zoo.tokenizer()
+    if inner == "pieces":
+        words = [(word, 0.0) for word in sorted(named.get_vocab(), key=named.get_vocab().get)]
+        core = Tokenizer(models.Unigram(words, unk_id=named.unk_token_id))
+        named = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    named.save_pretrained(tmp_path)
+    unnamed = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert unnamed.unk_token is None
+    expected = encode(named, ["a \u00e9 b"])[0]
+    assert named.unk_token_id in expected.ids
+    assert encode(unnamed, ["a \u00e9 b"])[0].counted[-5:] == expected.counted[-5:] == (True,) * 5
+    named.unk_token = None
+    assert encode(named, ["a \u00e9 b"])[0] == expected
+
+
 def test_a_beginning_that_the_template_writes_is_no_doubled_one(recwarn):
     assert read(with_bos(), "add", template="<bos>{instruction}")[0] == ["<bos>", *"add"]
     assert not recwarn.list

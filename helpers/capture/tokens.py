@@ -1,5 +1,6 @@
 """Texts to token ids: encoded with position masks, padded into batches."""
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from datetime import date
 from string import ascii_letters
 
 import torch
+from tokenizers.models import Unigram
 
 from ..record import UserError, visible
 from .budget import OWN_WORDS
@@ -265,7 +267,18 @@ def special_ids(tokenizer) -> set[int]:
     """Ids of a tokenizer's special tokens, the unknown word left out (it stands for text)."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     named = {i for i, token in added.items() if token.special} | {*tokenizer.all_special_ids}
-    return named - {tokenizer.unk_token_id}
+    return named - {_unknown_id(tokenizer)}
+
+
+def _unknown_id(tokenizer) -> int | None:
+    """Id of the unknown word; of a tokenizer that names none, of the one its model reads anyway."""
+    if tokenizer.unk_token_id is not None:
+        return tokenizer.unk_token_id
+    inner = tokenizer.backend_tokenizer.model
+    if isinstance(inner, Unigram):
+        return json.loads(inner.__getstate__())["unk_id"]
+    named = getattr(inner, "unk_token", None)
+    return None if named is None else inner.token_to_id(named)
 
 
 def _spans(tokenizer, full, special, head):
