@@ -14,7 +14,13 @@ import sys
 import pytest
 import torch
 import zoo
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 
 from helpers.capture import checkpoints
@@ -472,6 +478,22 @@ def test_an_adapter_is_merged_into_its_base_and_said(adapter, folder):
     assert not torch.allclose(model(IDS).logits, zoo.build("llama")(IDS).logits, atol=1e-2)
     assert model.source["note"] == f"adapter merged into {folder}"
     assert configuration(str(place)).intermediate_size == zoo.N
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    ],
+)
+def test_an_adapter_that_changes_no_weights_is_said(kind, folder, tmp_path):
+    place = tmp_path / "adapter"
+    get_peft_model(zoo.build("llama"), kind).save_pretrained(place)
+    edit(place / "adapter_config.json", base_model_name_or_path=str(folder))
+    with pytest.raises(UserError, match="of the kind PR.*cannot be merged") as error:
+        load_model(str(place))
+    assert not isinstance(error.value, DamagedFile)
 
 
 def test_an_adapters_fingerprint_knows_its_base(adapter, folder):

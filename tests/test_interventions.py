@@ -334,6 +334,7 @@ def test_an_empty_mask_is_a_no_op():
     [
         ({"dense": np.ones((1, 79), bool)}, "zero", "expected bool \\(1, 80\\)"),
         ({"dense": np.ones((1, 80))}, "zero", "found float64"),
+        ({"dense": [[True], [True, False]]}, "zero", "rows have different lengths"),
         ({"expert": np.ones((2, 6, 33), bool)}, "zero", "expected bool \\(2, 6, 32\\)"),
         ({"routed": np.ones((2, 6), bool)}, "zero", "family 'routed'"),
         ([(0, 1)], "zero", "ablation mask: found tuple"),
@@ -357,6 +358,24 @@ def test_bad_masks_and_operators_are_refused(mask, operator, told):
         pass
     assert torch.equal(logits(model), before)
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("operator", ["mean", "resample"])
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (5, "found int"),
+        (reference({}), "the reference has None for"),
+        (reference({"model.layers.0.mlp": torch.ones(3)}), r"has \(3,\) for .* expected \(80,\)"),
+    ],
+)
+def test_a_reference_that_is_none_or_another_models_is_refused(operator, given, told):
+    model = build("llama")
+    with (
+        pytest.raises(UserError, match=told),
+        ablate(model, neuron_mask(model), operator, reference=given),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("seed", [2**70, 2**32, -1, True, 1.0, "0", None])

@@ -266,6 +266,29 @@ def test_what_is_no_table_of_ours_is_refused(draw, table):
         draw(table)
 
 
+def test_rows_that_stand_twice_in_a_table_are_said(tiny, ablated):
+    sets = helpers.find_sets(helpers.count(*tiny, BINARY["text"]), BINARY["label"])
+    table = ablated("sums", "pets")
+    for made, uses in (
+        (table, (own.sentences, helpers.draw_ablation)),
+        (sets, (helpers.draw_sets,)),
+    ):
+        for use in uses:
+            with pytest.raises(UserError, match=f"{len(made)} rows have the same .* one by one"):
+                use(pd.concat([made, made]))
+
+
+def test_a_table_is_drawn_whatever_its_index(tiny, ablated):
+    sets = helpers.find_sets(helpers.count(*tiny, BINARY["text"]), BINARY["label"])
+    table = ablated("sums", "pets")
+    for draw, made, name in (
+        (helpers.draw_sets, sets, "label"),
+        (helpers.draw_ablation, table, "measured"),
+    ):
+        by_name = made.set_index(name, drop=False)
+        assert words_of(draw(by_name)) == words_of(draw(made))
+
+
 def test_every_default_is_the_profiles():
     profile = defaults()
     signature = inspect.signature

@@ -90,7 +90,7 @@ def parts_of(sites, mask) -> list[tuple]:
         shape = {"experts": (here[0].experts,), "expert": (here[0].experts, here[0].width)}.get(
             family, (here[0].width,)
         )
-        values, expected = np.asarray(values), (len(here), *shape)
+        values, expected = _array(values, family), (len(here), *shape)
         if values.dtype != bool or values.shape != expected:
             raise UserError(
                 f"ablation mask, family {family!r}: found {values.dtype} {values.shape}, expected "
@@ -102,6 +102,16 @@ def parts_of(sites, mask) -> list[tuple]:
             if v.any()
         ]
     return parts
+
+
+def _array(values, family) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise UserError(
+            f"ablation mask, family {family!r}: its rows have different lengths. Use a mask made "
+            "from this model's counts."
+        ) from error
 
 
 def _stacked(sites, masks) -> list[tuple]:
@@ -263,7 +273,10 @@ def _asked(model, mask, operator, reference, seed, how, where) -> list[tuple]:
             "none: leave `where` out, or ablate their neurons."
         )
     sites = find_sites(model)
-    return _stacked(sites, masks) if several else parts_of(sites, masks[0])
+    parts = _stacked(sites, masks) if several else parts_of(sites, masks[0])
+    if operator in ("mean", "resample"):
+        _refuse_reference(parts, reference)
+    return parts
 
 
 def _refuse_request(mask, operator, reference, how) -> None:
@@ -277,10 +290,23 @@ def _refuse_request(mask, operator, reference, how) -> None:
         )
     if how not in ("auto", "weights", "hook"):
         raise UserError(f"ablate: how is {how!r}, expected 'auto', 'weights' or 'hook'.")
-    if operator in ("mean", "resample") and reference is None:
+    if operator in ("mean", "resample") and not isinstance(reference, Reference):
         raise UserError(
-            f"ablate: {operator!r} needs reference=reference_activations(model, tokenizer, texts)."
+            f"ablate: {operator!r} needs reference=reference_activations(model, tokenizer, texts), "
+            f"found {type(reference).__name__}."
         )
+
+
+def _refuse_reference(parts, reference) -> None:
+    for site, _ in parts:
+        found = reference.mean.get(site.name)
+        shape = (site.experts, site.width) if site.family == "expert" else (site.width,)
+        if found is None or tuple(found.shape) != shape:
+            raise UserError(
+                f"ablate: the reference has {found if found is None else tuple(found.shape)} for "
+                f"{site.name}, expected {shape}. Make it of this model: reference_activations("
+                "model, tokenizer, texts)."
+            )
 
 
 def _tell(stack, model, mask, operator, seed, where) -> None:

@@ -156,12 +156,19 @@ def _finite(weight) -> bool:
 
 def _merged(model, folder: Path):
     """A base with an adapter's weights added into its own. Raises DamagedFile unless the adapter's
-    file and the adapter's places in the base hold the same names.
+    file and the adapter's places in the base hold the same names, UserError for an adapter that is
+    no change of weights.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of missing keys: compared below
             adapted = PeftModel.from_pretrained(model, folder)
+        if not hasattr(adapted.base_model, "merge_and_unload"):
+            kind = adapted.active_peft_config.peft_type.value
+            raise UserError(
+                f"the adapter {folder} is of the kind {kind}: it changes no weights and cannot "
+                "be merged into its base. Use one that can (LoRA and its kin), or a whole checkpoint."
+            )
         with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
             differ = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
         if differ:

@@ -23,6 +23,7 @@ def draw_sets(table: pd.DataFrame) -> Figure:
     'layer'
     """
     refuse_table(table, ("label", "layer", "neuron"), "find_sets")
+    table = table.reset_index(drop=True)
     layers = np.sort(table["layer"].unique())
     found = table.groupby("label", sort=False)["layer"].value_counts(normalize=True)
     grid = found.unstack(fill_value=0).reindex(index=pd.unique(table["label"]), columns=layers)

@@ -266,12 +266,16 @@ def noted(table) -> pd.DataFrame:
     Raises UserError for what is none.
     """
     refuse_table(table, COLUMNS, "ablation_table")
+    table = table.reset_index(drop=True)
     return table.assign(note=[note if isinstance(note, str) else "" for note in table["note"]])
+
+
+KEYS = ("label", "ablated", "measured", "layer", "expert", "neuron")  # what tells rows apart
 
 
 def refuse_table(table, columns, maker: str) -> None:
     """UserError unless a table has a row, and the columns, of what `maker` gives, and every row its
-    label.
+    label and a place of its own.
     """
     missing = [name for name in columns if name not in getattr(table, "columns", ())]
     if missing or not len(table):
@@ -284,6 +288,12 @@ def refuse_table(table, columns, maker: str) -> None:
                 "label such as None or NA is lost on the way back from a CSV file, but for "
                 'read_csv(file, keep_default_na=False, na_values=[""]).'
             )
+    keys = [name for name in KEYS if name in table]
+    if again := int(table.duplicated(keys).sum()):
+        raise UserError(
+            f"{again} rows have the same {', '.join(keys)} as an earlier one, expected one table "
+            f"that {maker}(...) gives. Take several tables one by one."
+        )
 
 
 def _said_specific(row) -> str:
