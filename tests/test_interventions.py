@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.capture.budget import state
 from helpers.capture.interventions import (
     Reference,
     ablate,
@@ -477,6 +478,41 @@ def test_a_hook_that_the_model_never_reaches_is_an_error():
         ablate(model, neuron_mask(model), "zero", how="hook"),
     ):
         logits(model)
+
+
+KINDS = {
+    "zero": lambda model, n: ablate(model, neuron_mask(model, 0.4, n), "zero"),
+    "hook": lambda model, n: ablate(model, neuron_mask(model, 0.4, n), "zero", how="hook"),
+    "transplant": lambda model, n: transplant(
+        model, build("deepseek_v3", seed=1), neuron_mask(model, 0.4, n)
+    ),
+    "reroute": lambda model, n: ablate(model, expert_mask(model, [n]), "reroute"),
+    "drop": lambda model, n: ablate(model, expert_mask(model, [n]), "drop"),
+}
+
+
+@pytest.mark.parametrize("last", KINDS)
+@pytest.mark.parametrize("first", KINDS)
+def test_contexts_that_close_in_another_order_leave_the_model_as_it_was(first, last):
+    """What is still open acts as it does alone."""
+    model = build("deepseek_v3")
+    before, plain = copy.deepcopy(model.state_dict()), logits(model)
+    forwards = [dict(vars(module)) for module in model.modules()]
+    contexts = [KINDS[kind](model, n) for n, kind in enumerate((first, "zero", last))]
+    with contexts[1], contexts[2]:
+        expected = logits(model)
+    contexts = [KINDS[kind](model, n) for n, kind in enumerate((first, "zero", last))]
+    for context in contexts:
+        context.__enter__()
+    contexts[0].__exit__(None, None, None)
+    assert torch.equal(logits(model), expected)
+    for context in contexts[1:]:
+        context.__exit__(None, None, None)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert [vars(module).keys() for module in model.modules()] == [one.keys() for one in forwards]
+    assert torch.equal(logits(model), plain)
+    assert hooks(model) == 0
+    assert state(model) == ""
 
 
 def test_gradients_flow_inside_an_ablation():

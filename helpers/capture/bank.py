@@ -6,7 +6,7 @@ token has K.
 """
 
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from transformers.integrations.moe import (
 )
 
 from ..record import UserError
+from .changes import replaced, swapped
 
 IMPLEMENTATION = "observed"  # our experts function's name in transformers' registry
 FUSED = ("grouped_mm", "batched_mm")  # implementations in which experts can be edited
@@ -207,23 +208,6 @@ def selection_biases(block, bank) -> list[torch.Tensor]:
     return found
 
 
-@contextmanager
-def swapped(module, name: str, function):
-    """While open, one instance has another method; the former instance attribute, if any, comes
-    back.
-    """
-    own = vars(module)
-    had, before = name in own, own.get(name)
-    own[name] = function
-    try:
-        yield
-    finally:
-        if had:
-            own[name] = before
-        else:
-            own.pop(name)
-
-
 class Routed(NamedTuple):
     """Of the rows that fused experts work on: the expert and the token of each, long [R], and how
     many tokens there are, B*T.
@@ -242,7 +226,6 @@ def editing(bank, name: str, edit):
     or sorted by expert; `name` is for messages. Raises UserError for another implementation.
     """
     method, routed = "_apply_gate" if bank.has_gate else "act_fn", []
-    gate = getattr(bank, method)
 
     def note(module, args):
         running = module.config._experts_implementation
@@ -258,7 +241,7 @@ def editing(bank, name: str, edit):
             ids, order = torch.sort(ids)  # not stable: equal ids must fall as the library's do
         routed[:] = [Routed(ids, order // k, count)]
 
-    def edited(fused):
+    def edited(gate, fused):
         h, rows = gate(fused), routed.pop()  # [R, N]
         if len(h) != len(rows.experts):
             raise RuntimeError(
@@ -268,7 +251,7 @@ def editing(bank, name: str, edit):
 
     with ExitStack() as stack:
         stack.callback(bank.register_forward_pre_hook(note).remove)
-        stack.enter_context(swapped(bank, method, edited))
+        stack.enter_context(swapped(bank, method, lambda gate: partial(edited, gate)))
         yield
 
 
@@ -328,18 +311,21 @@ def rerouting(site, part, told):
 
     Raises UserError where a masked expert is chosen all the same.
     """
-    router, route = site.router, site.router.forward
+    router = site.router
 
-    @wraps(route)
-    def rerouted(*args, **kwargs):
-        with _MaskLogits(part) as logits:
-            out = route(*args, **kwargs)
-        if logits.hits != 1:
-            raise UserError(
-                f"{site.name}: reroute needs a router with one linear map to its {len(part)} "
-                f"experts; {type(router).__name__} has {logits.hits}. Use operator 'drop'."
-            )
-        return out
+    def around(route):
+        @wraps(route)
+        def rerouted(*args, **kwargs):
+            with _MaskLogits(part) as logits:
+                out = route(*args, **kwargs)
+            if logits.hits != 1:
+                raise UserError(
+                    f"{site.name}: reroute needs a router with one linear map to its {len(part)} "
+                    f"experts; {type(router).__name__} has {logits.hits}. Use operator 'drop'."
+                )
+            return out
+
+        return rerouted
 
     def verify(module, args):
         told()
@@ -353,12 +339,11 @@ def rerouting(site, part, told):
             )
 
     with ExitStack() as stack:
-        stack.enter_context(swapped(router, "forward", rerouted))
+        stack.enter_context(swapped(router, "forward", around))
         stack.callback(site.module.register_forward_pre_hook(verify).remove)
         for bias in selection_biases(site.block, site.module):
-            gone = part.to(bias.device)
-            stack.callback(bias.__setitem__, (..., gone), bias[..., gone])  # that is a copy
-            bias[..., gone] = -torch.inf
+            gone = ..., part.to(bias.device)
+            stack.enter_context(replaced(bias, gone, bias.new_full((), -torch.inf)))
         yield
 
 

@@ -73,11 +73,11 @@ def altered(model, *how):
     numbers, arrays, and dicts of arrays.
     """
     marks = _altered.setdefault(model, [])
-    marks.append(mark(*how))
+    marks.append(mine := mark(*how))
     try:
         yield
     finally:
-        marks.pop()
+        marks.remove(mine)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def altered_apart(model, of_each):
     try:
         yield
     finally:
-        marks.pop()
+        marks.remove(of_each)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from ..record import UserError
 from . import bank
 from .beginnings import whole
 from .budget import altered, altered_apart, mark, state
+from .changes import replaced
 from .sites import MIXER_NAME, find_sites
 
 NEURON_OPERATORS, EXPERT_OPERATORS = ("zero", "mean", "resample"), ("reroute", "drop")
@@ -275,7 +276,7 @@ def _asked(model, mask, operator, reference, seed, how, where) -> list[tuple]:
     sites = find_sites(model)
     parts = _stacked(sites, masks) if several else parts_of(sites, masks[0])
     if operator in ("mean", "resample"):
-        _refuse_reference(parts, reference)
+        _refuse_reference(parts, reference, operator)
     return parts
 
 
@@ -297,9 +298,11 @@ def _refuse_request(mask, operator, reference, how) -> None:
         )
 
 
-def _refuse_reference(parts, reference) -> None:
+def _refuse_reference(parts, reference, operator) -> None:
+    singles = {name: draws[..., 0, :] for name, draws in reference.draws.items()}
+    held = reference.mean if operator == "mean" else singles
     for site, _ in parts:
-        found = reference.mean.get(site.name)
+        found = held.get(site.name)
         shape = (site.experts, site.width) if site.family == "expert" else (site.width,)
         if found is None or tuple(found.shape) != shape:
             raise UserError(
@@ -348,9 +351,7 @@ def assert_acted(before, after) -> float:
 
 def _zero_columns(stack, site, part) -> None:
     view = columns(site)
-    part = part.to(view.device)
-    stack.callback(view.__setitem__, part, view[part])  # view[part] is a copy, [neurons, D]
-    view[part] = 0
+    stack.enter_context(replaced(view, part.to(view.device), view.new_zeros(())))
 
 
 def _replacement(site, operator, reference, seed):
@@ -562,9 +563,8 @@ def transplant(model, donor, mask):
                     "model of one pair."
                 )
             for name, view in own.items():
-                at = part.to(view.device)
-                stack.callback(view.__setitem__, at, view[at])  # view[at] is a copy
-                view[at] = given[name][part.to(given[name].device)].to(view)
+                rows = given[name][part.to(given[name].device)].to(view)
+                stack.enter_context(replaced(view, part.to(view.device), rows))
         if parts:
             stack.enter_context(altered(model, "transplant", mask))
         yield

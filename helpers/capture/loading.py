@@ -167,7 +167,7 @@ def _merged(model, folder: Path):
             kind = adapted.active_peft_config.peft_type.value
             raise UserError(
                 f"the adapter {folder} is of the kind {kind}: it changes no weights and cannot "
-                "be merged into its base. Use one that can (LoRA and its kin), or a whole checkpoint."
+                "be merged into its base. Use a LoRA adapter, or a whole checkpoint."
             )
         with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
             differ = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
