@@ -8,11 +8,12 @@ import torch
 import zoo
 from torch.nn import functional as F
 
-from helpers.capture import bank, counter
+from helpers.capture import bank, count, counter
 from helpers.capture.bank import observed
 from helpers.capture.count import count_activations, count_encoded, count_groups
 from helpers.capture.counter import count_positive, count_routed, watching
 from helpers.capture.counts import Counts, Gathered
+from helpers.capture.losses import proven_head
 from helpers.capture.selfcheck import self_check
 from helpers.capture.sites import UnreadableModel, find_sites
 from helpers.capture.tokens import Encoded, token_batches
@@ -464,6 +465,35 @@ def test_the_self_check_refuses_what_is_computed_in_another_way(family, spoil, m
     spoil(model)
     with pytest.raises(UnreadableModel, match=message), count_activations(model):
         pass
+
+
+@pytest.mark.parametrize(("family", "spoil"), [("mixtral", swapped), ("llama", normed)])
+def test_a_model_that_is_built_otherwise_after_its_first_count_is_proven_again(
+    family, spoil, monkeypatch
+):
+    model, tried = zoo.build(family), []
+    own = count.self_check
+    monkeypatch.setattr(count, "self_check", lambda model: tried.append(1) or own(model))
+    for _ in range(2):
+        count_encoded(model, [Encoded((5, 6, 7), (True,) * 3)])
+    assert len(tried) == 1
+    spoil(model)
+    with pytest.raises(UnreadableModel), count_activations(model):
+        pass
+
+
+def test_what_was_proven_of_a_head_is_proven_again_when_it_is_another():
+    model = zoo.build("llama")
+    assert proven_head(model) == (1.0, 0.0)
+    model.forward = lambda *a, **k: twice(type(model).forward(model, *a, **k))
+    assert proven_head(model) == (pytest.approx(2.0), 0.0)
+    del model.forward
+    assert proven_head(model) == (1.0, 0.0)
+
+
+def twice(found):
+    found.logits = found.logits * 2
+    return found
 
 
 def test_the_self_check_compares_with_the_models_own_experts(monkeypatch):

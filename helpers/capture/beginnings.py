@@ -15,13 +15,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .budget import reading
 from .counter import ROUNDING
+from .proofs import Proofs
 from .sites import input_device, returning_dicts
 from .tokens import Batch, Encoded, padded, token_batches
 
 LEAST, FEW = 16, 3  # tokens of a beginning, and sequences, that are worth a pass of its own
 STRETCHED = ("dynamic", "longrope")  # position embeddings that change with the length of a pass
 KEPT = (DynamicLayer, DynamicSlidingWindowLayer)  # layers that keep keys and values, nothing else
-_proven: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether a beginning may be read apart
+_proven = Proofs()  # model -> whether a beginning may be read apart
 _whole: WeakKeyDictionary = WeakKeyDictionary()  # model -> how many contexts want it to read whole
 
 

@@ -3,7 +3,6 @@ exactly.
 """
 
 from contextlib import contextmanager
-from weakref import WeakSet
 
 import numpy as np
 
@@ -11,17 +10,18 @@ from ..bars import bar
 from ..record import UserError
 from .counter import Counter, longest, watching
 from .counts import Counts, Gathered
+from .proofs import Proofs
 from .selfcheck import self_check
 from .tokens import check_tokenizer, encode, list_of, refuse_unknown, token_batches
 
-_checked: WeakSet = WeakSet()
+_checked = Proofs()  # model -> True
 
 
 @contextmanager
 def count_activations(model, kind=Counter):
     """Count while the context is open: `counter(input_ids, attention_mask, count_mask)` is one
-    forward pass and returns the Counts of that batch. The first time a model is seen, `self_check`
-    proves that it is read exactly.
+    forward pass and returns the Counts of that batch. The first time a model is seen, and when it
+    is built otherwise since, `self_check` proves that it is read exactly.
 
     The hooks are taken off whatever happens. Raises UserError for a model, ids or masks that
     cannot be counted, RuntimeError if a site did not see each token once. (Paper, sec. counting.)
@@ -31,7 +31,7 @@ def count_activations(model, kind=Counter):
     """
     if model not in _checked:
         self_check(model)
-        _checked.add(model)
+        _checked[model] = True
     with watching(model, kind) as counter:
         yield counter
 

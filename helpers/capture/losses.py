@@ -2,8 +2,6 @@
 tokens alone, a block at a time.
 """
 
-from weakref import WeakKeyDictionary
-
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +10,7 @@ from ..record import UserError
 from .beginnings import behind
 from .budget import reading
 from .counter import ROUNDING
+from .proofs import Proofs
 from .sites import UnreadableModel, input_device, returning_dicts
 
 CELLS = 2**22  # logits made at a time (16 MiB): as many tokens as that allows,
@@ -22,7 +21,7 @@ MULTIPLY, DIVIDE, CAP = (
     "final_logit_softcapping",
 )
 AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # nothing random in a head
-_heads: WeakKeyDictionary = WeakKeyDictionary()  # model -> (scale, cap), proven once
+_heads = Proofs()  # model -> (scale, cap)
 
 
 def refuse_silent(encoded, names=None) -> None:

@@ -1,7 +1,7 @@
-"""The start-up proof that a model is read exactly: run once per model, before its first count."""
+"""The start-up proof that a model is read exactly: run before a model's first count, and again
+when it is built otherwise."""
 
 from contextlib import ExitStack, contextmanager
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -10,10 +10,11 @@ from transformers import GenerationConfig
 from .bank import activated, gate_part, observed, pre_activations
 from .budget import reading, state
 from .counter import ROUNDING, ready_sites, watching
+from .proofs import Proofs
 from .sites import UnreadableModel, input_device, returning_dicts
 from .tokens import Encoded, padded
 
-_neutral: WeakKeyDictionary = WeakKeyDictionary()  # model -> whether left padding changes nothing
+_neutral = Proofs()  # model -> whether left padding changes nothing
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device="cpu")  # eight tokens
 
 
