@@ -78,10 +78,11 @@ def test_a_cell_is_what_a_loop_with_edited_weights_finds(tiny):
         chosen = study.half(study.other(half)).rows
         counts = helpers.count(model, tokenizer, chosen["instruction"])
         p = frequency(counts.neurons["dense"], counts.tokens).reshape(len(chosen), -1)
-        y = chosen["category"].map(["pets", "sums", "places"].index).to_numpy()
+        assert study.names == ("pets", "sums", "places")
+        y = chosen["category"].to_numpy()
         best = np.argsort(-contrast(p, y)[1], kind="stable")[: round(0.05 * 2048)]
         measured = study.half(half).rows
-        texts = measured["instruction"][measured["category"] == "pets"]
+        texts = measured["instruction"][measured["category"] == 0]
         intact = [loss(model, tokenizer, text) for text in texts]
         kept = [layer.mlp.down_proj.weight.detach().clone() for layer in model.model.layers]
         with torch.no_grad():
@@ -97,7 +98,7 @@ def test_a_cell_is_what_a_loop_with_edited_weights_finds(tiny):
 
 
 def test_a_planted_circuit_is_found_and_what_it_is_not_needed_for():
-    rows = planted.rows()
+    rows = planted.rows(16).drop_duplicates("instruction")
     found = helpers.ablation_table(
         planted.model(),
         zoo.tokenizer(),
@@ -414,7 +415,8 @@ def test_bad_labels_are_one_clear_error(tiny, labels, said):
 def test_more_than_fifty_labels_are_refused():
     with pytest.raises(UserError, match="51 different labels, expected 2 to 50"):
         quick.labels_of([n % 51 for n in range(510)], 510)
-    counts = Counts(np.full(9, 3, np.int32), {"dense": np.ones((9, 1, 9), np.uint16)}, None, {})
+    neurons = np.random.default_rng(0).integers(0, 4, (9, 1, 9), dtype=np.uint16)
+    counts = Counts(np.full(9, 3, np.int32), {"dense": neurons}, None, {})
     with pytest.raises(NotTestable, match="label 'b' has 2 texts, expected 5 or more"):
         helpers.overlap(counts, ["a"] * 7 + ["b"] * 2)
 
@@ -427,6 +429,92 @@ def test_a_text_under_two_labels_is_refused_by_name(tiny):
     texts = [*GOOD, GOOD[0], "a fox sleeps ."]
     with pytest.raises(UserError, match=re.escape(f"text 4 ({GOOD[0]!r}) has the label 'b'")):
         helpers.ablation_table(*tiny, texts, ["a", "a", "b", "b", "b", "b"])
+
+
+COPIED = [f"{name} has a {pet} ." for name in ("ada", "boris", "eva") for pet in ("cat", "dog")] * 2
+COPIED = [*COPIED[:6], *[f"{n} plus 3 is {n + 3} ." for n in range(6)]]
+
+
+def test_copies_of_a_text_are_no_texts_of_their_own(tiny):
+    """Labels dealt at random: five copies of each text say what the text alone says."""
+    labels = [str(label) for label in np.random.default_rng(0).permutation([0, 1] * 6)]
+    alone = helpers.overlap(helpers.count(*tiny, COPIED), labels, resamples=99)
+    again = helpers.overlap(helpers.count(*tiny, COPIED * 5), labels * 5, resamples=99)
+    pd.testing.assert_frame_equal(alone, again)
+    wrong = [*labels * 4, *labels[1:], labels[0]]
+    with pytest.raises(UserError, match="texts 0 and 48 have the same counts.* the labels"):
+        helpers.overlap(helpers.count(*tiny, COPIED * 5), wrong)
+    with pytest.raises(NotTestable, match="copies count once"):
+        helpers.overlap(helpers.count(*tiny, GOOD * 5), list("aabb") * 5)
+
+
+def test_copies_are_drawn_together_and_count_once_in_a_half(tiny, monkeypatch):
+    labels = ["pets"] * 6 + ["sums"] * 6
+    few = helpers.ablation_table(*tiny, COPIED * 5, labels * 5, **FEW)
+    assert set(few["note"]) == {
+        f"not testable: 3 different texts of {label!r} in a half, expected 5"
+        for label in ("pets", "sums")
+    }
+    spaced = [text.replace(" ", "  ") for text in BINARY["text"]]
+    texts, names = [*BINARY["text"], *spaced], [*BINARY["label"]] * 2
+    settings = FEW | {"ablation_rows": 100, "resamples": 999}
+    together = helpers.ablation_table(*tiny, texts, names, **settings)
+    monkeypatch.setattr(own, "_clusters", lambda copies: None)
+    apart = helpers.ablation_table(*tiny, texts, names, **settings)
+    for low, high in (("low", "high"), ("specific_low", "specific_high")):
+        wide = (together[high] - together[low]) / (apart[high] - apart[low])
+        assert wide.dropna().between(1.2, 1.8).all()  # sqrt(2), and Student's for so few
+    assert (together["p"] >= apart["p"]).all()
+    assert (together["effect"] == apart["effect"]).all()
+    pairs = own.Own.on(*tiny, texts, names).rows.groupby("copy_of")["fold"]
+    assert (pairs.size() == 2).all()
+    assert (pairs.nunique() == 1).all()
+
+
+def test_a_text_that_reads_the_same_under_two_labels_is_refused(tiny):
+    texts = [*GOOD, GOOD[0].replace(" ", "  "), "a fox sleeps ."]
+    with pytest.raises(UserError, match="text 4 .* has the label 'b', text 0, of the same tokens"):
+        helpers.ablation_table(*tiny, texts, ["a", "a", "b", "b", "b", "b"])
+
+
+TIMES = pd.Timestamp("2026-01-01"), pd.Timestamp("2026-01-01", tz="UTC")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (True, False, "unknown"),
+        (*TIMES, "never"),
+        (1j, 2j, 1 + 1j),
+        (2**60, 2**60 + 1, 0.5),
+        (2**63, -1, 3),
+        (1, "1", 2.0),
+    ],
+)
+def test_labels_of_mixed_kinds_are_what_their_names_are(tiny, names):
+    plain = ["first", "second", "third"]
+    codes = np.repeat([0, 1, 2], [24, 24, 4])
+    mixed, said = ([given[code] for code in codes] for given in (names, plain))
+    texts = TOPICS["text"][:52]
+    counts = helpers.count(*tiny, texts)
+    sets, expected = (helpers.find_sets(counts, labels) for labels in (mixed, said))
+    tables, by_name = (
+        helpers.ablation_table(*tiny, texts, labels, **FEW) for labels in (mixed, said)
+    )
+    back = dict(zip(names, plain, strict=True))
+    assert [back[label] for label in sets["label"]] == expected["label"].tolist()
+    for column in ("ablated", "measured"):
+        assert [back[label] for label in tables[column]] == by_name[column].tolist()
+    labels = ["ablated", "measured", "note"]
+    pd.testing.assert_frame_equal(tables.drop(columns=labels), by_name.drop(columns=labels))
+    drawn, named = helpers.draw_sets(sets), helpers.draw_sets(expected)
+    assert words_of(drawn)[0][1] == words_of(named)[0][1]
+    assert words_of(drawn)[0][0] == [
+        f"{name} (n = {n})" for name, n in zip(names, expected["label"].value_counts(), strict=True)
+    ]
+    drawn, named = helpers.draw_ablation(tables), helpers.draw_ablation(by_name)
+    assert words_of(drawn)[1][1] == words_of(named)[1][1]
+    assert len(own.sentences(tables)) == 3
 
 
 def test_a_text_that_has_no_loss_is_named_before_anything_is_counted(monkeypatch):

@@ -23,19 +23,18 @@ def draw_sets(table: pd.DataFrame) -> Figure:
     'layer'
     """
     refuse_table(table, ("label", "layer", "neuron"), "find_sets")
-    table = table.reset_index(drop=True)
+    code, names = pd.factorize(table["label"])
     layers = np.sort(table["layer"].unique())
-    found = table.groupby("label", sort=False)["layer"].value_counts(normalize=True)
-    grid = found.unstack(fill_value=0).reindex(index=pd.unique(table["label"]), columns=layers)
-    long = grid.rename_axis(columns="layer").stack().rename("share of the set").reset_index()
+    grid = pd.crosstab(code, table["layer"].to_numpy(), normalize="index")
+    long = grid.rename_axis(index="label", columns="layer").stack()
+    long = long.rename("share of the set").reset_index()
     size = min(3.6 + 0.5 * len(layers), PAGE), 1.6 + 0.34 * len(grid)
     fig, ax = plt.subplots(figsize=size)
     few = max(grid.shape) <= ANNOTATED
     look = {"vmin": 0, "cmap": "cividis", "annot": few, "fmt": ".0%"}
     heat_map(ax, long, "label", "layer", "share of the set", **look)
-    number = table["label"].value_counts()
     ax.set(title="where the sets stand", ylabel="")
-    said = [f"{label} (n = {number.loc[label]})" for label in grid.index]
+    said = [f"{name} (n = {n})" for name, n in zip(names, np.bincount(code), strict=True)]
     ax.set_yticks(np.arange(len(said)) + 0.5, said)
     scale = ax.collections[0].colorbar.ax
     scale.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -156,10 +156,13 @@ def heat_map(ax, table, row: str, column: str, value: str, **look) -> None:
 
     `look` goes to seaborn.heatmap: cmap, vmin, vmax, annot, fmt.
     """
-    rows, across = pd.unique(table[row]), pd.unique(table[column])
-    grid = table.pivot(index=row, columns=column, values=value)
-    grid = grid.reindex(index=rows, columns=across).astype(float)  # .loc takes booleans for a mask
-    square = len(rows) == len(across)
+    ends, codes = {}, {}  # by codes: labels of several kinds have no order
+    for name in (row, column):
+        codes[name], found = pd.factorize(table[name], use_na_sentinel=False)
+        ends[name] = pd.Index(found, dtype=object, name=name)
+    grid = table.assign(**codes).pivot(index=row, columns=column, values=value).astype(float)
+    grid = grid.set_axis(ends[row]).set_axis(ends[column], axis=1)
+    square = len(ends[row]) == len(ends[column])
     sns.heatmap(grid, ax=ax, linewidths=0.4, annot_kws={"size": SMALLEST}, square=square, **look)
     ax.tick_params(axis="y", rotation=0)
     ax.tick_params(axis="x", rotation=0)

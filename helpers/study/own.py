@@ -17,7 +17,8 @@ from ..config import defaults, refuse_other
 from ..record import UserError
 from .ablation import draws_of, measure, pooled
 from .evaluate import nll
-from .quick import SCORES, labels_of, read_in
+from .quick import SCORES, labels_of, named, read_in
+from .reading import encode_rows
 from .scores import SEES_REFERENCE, sets_of, standing
 from .study import Study
 
@@ -35,8 +36,8 @@ def settings_of(profile) -> dict:
 
 
 class Own(Study):
-    """A Study of one model in memory on labelled texts: categories are the labels, halves are drawn
-    within them, references may be absent; then a text's own tokens are what is predicted.
+    """A Study of one model in memory on labelled texts: categories are the labels' codes, halves
+    are drawn within them, references may be absent; then a text's own tokens are what is predicted.
     """
 
     @classmethod
@@ -50,12 +51,13 @@ class Own(Study):
         check_tokenizer(tokenizer, model)
         texts = texts_of(texts, "text")
         y, names = labels_of(labels, len(texts))
-        rows = pd.DataFrame({"instruction": texts, "input": "", "reference": ""})
-        rows["category"] = pd.Series([names[code] for code in y], dtype=object)
+        rows = pd.DataFrame({"instruction": texts, "input": "", "reference": "", "category": y})
+        read, first = encode_rows(tokenizer, rows, read_in(profile, tokenizer)), {}
+        rows["copy_of"] = [first.setdefault(one.ids, row) for row, one in enumerate(read)]
         if references is not None:
             rows["reference"] = _references(references, len(texts))
         rows = rows.assign(id=[str(row) for row in range(len(rows))])
-        rows = _halved(rows, y, names, profile)
+        rows = _halved(rows, names, profile)
         study = cls(profile, profile.pairs[0], rows, {"tuned": (model, tokenizer)})
         study.names = tuple(names)
         for positions in ("prompt", "reference"):
@@ -67,8 +69,8 @@ class Own(Study):
 
     @property
     def categories(self) -> tuple:
-        """The labels, in the order in which they were given."""
-        return self.names
+        """The codes of the labels `names`, which are in the order in which they were given."""
+        return tuple(range(len(self.names)))
 
     @property
     def template(self) -> str:
@@ -102,15 +104,16 @@ def ablation_table(
     kind), controls_all_rows, ablation_rows (texts of a label measured in each half), rows,
     resamples, seed, template, chat, batch_tokens.
 
-    n texts; loss, intact, nats per token; increase of the loss; mean increase under control sets of
-    the same number of neurons in each layer: random; for a label's own set also rate (neurons about
-    as often on) and magnitude (writing about as much), both left out where a set fills more than
-    half of a layer. effect: increase minus the hardest control's (`hardest`) with its 95 % interval
-    low, high; p (signs flipped over texts), p_sets (set and draws change places), holm (of p_sets,
-    over own sets; over the others; none where so few draws could not give one below 0.05), sees
-    (the smallest effect found with power 0.8). specific, specific_low, specific_high, specific_p:
-    what the own set costs its label beyond the others. note: why a row has no numbers. Raises
-    UserError for texts and labels that cannot be used; see `Own.on`.
+    n texts (copies of one, which have its tokens, are drawn together); loss, intact, nats per
+    token; increase of the loss; mean increase under control sets of the same number of neurons in
+    each layer: random; for a label's own set also rate (neurons about as often on) and magnitude
+    (writing about as much), both left out where a set fills more than half of a layer. effect:
+    increase minus the hardest control's (`hardest`) with its 95 % interval low, high; p (signs
+    flipped over texts), p_sets (set and draws change places), holm (of p_sets, over own sets; over
+    the others; none where so few draws could not give one below 0.05), sees (the smallest effect
+    found with power 0.8). specific, specific_low, specific_high, specific_p: what the own set costs
+    its label beyond the others. note: why a row has no numbers. Raises UserError for texts and
+    labels that cannot be used; see `Own.on`.
 
     >>> from helpers import ablation_table, load_model
     >>> model, tokenizer = load_model("data/models/tiny-dense/tuned")
@@ -132,12 +135,18 @@ def ablation_table(
     table = pd.DataFrame(_cells(study, arrays, half))
     own = table["ablated"] == table["measured"]
     if "p" not in table:  # no label has texts enough
-        return table.reindex(columns=COLUMNS)
+        return _shown(table, study.names)
     for some, kind in ((own, "random"), (~own, "everywhere")):
         tested = some & table["p_sets"].notna()
         if 0 < tested.sum() * _least(arrays[kind].shape[1], study.profile.resamples) < 0.05:
             table.loc[tested, "holm"] = adjust(table.loc[tested, "p_sets"], "holm")
-    return table.merge(_specific(study, arrays, half), how="left").reindex(columns=COLUMNS)
+    return _shown(table.merge(_specific(study, arrays, half), how="left"), study.names)
+
+
+def _shown(table, names) -> pd.DataFrame:
+    """A table of codes with all columns, and with the labels' names."""
+    labels = {column: named(table[column], names) for column in ("ablated", "measured")}
+    return table.assign(**labels).reindex(columns=COLUMNS)
 
 
 COLUMNS = [
@@ -149,7 +158,7 @@ COLUMNS = [
 
 def _measured(study, half: str, score: str) -> dict:
     """What `measure` gives of one half, sets and controls chosen on the other; with the intact
-    `loss` [n].
+    `loss` [n], and the first text that each is a copy of, `copies` [n].
     """
     profile, counts = study.profile, study.counts()
     ranked = standing(study.half(study.other(half)), [score])
@@ -158,36 +167,48 @@ def _measured(study, half: str, score: str) -> dict:
     kinds = {k: dict(zip(study.categories, masks, strict=True)) for k, masks in drawn.items()}
     here, everywhere = study.half(half).measured(), profile.controls_all_rows
     arrays = measure(here, study.masks(sets), kinds, everywhere=everywhere)
-    return arrays | {"loss": nll(here.model()[0], here.encoded("reference"), profile.batch_tokens)}
+    loss = nll(here.model()[0], here.encoded("reference"), profile.batch_tokens)
+    return arrays | {"loss": loss, "copies": here.rows["copy_of"].to_numpy()}
 
 
 def _cells(study, arrays, half):
-    """A row per label ablated and label measured."""
+    """A row per label ablated and label measured, by their codes."""
     profile, own = study.profile, ("random", "rate", "magnitude")
-    for s, ablated in enumerate(study.categories):
-        for c, measured in enumerate(study.categories):
+    for s in study.categories:
+        for c in study.categories:
             at = arrays["labels"] == c
             controls = {kind: arrays[kind][at] for kind in own if kind in arrays}
             if s != c:
                 controls = {"random": arrays["everywhere"][at][:, :, s]}
             increase, loss = arrays["own"][at, s], float(arrays["loss"][at].mean())
-            row = {"ablated": ablated, "measured": measured, "n": int(at.sum()), "loss": loss}
+            row = {"ablated": s, "measured": c, "n": int(at.sum()), "loss": loss}
             row |= {"increase": float(increase.mean()), "note": ""}
             row |= {kind: float(values.mean()) for kind, values in controls.items()}
-            fewest = np.bincount(half[at], minlength=2).min()
+            fewest, clusters = _different(arrays, half, c).min(), _clusters(arrays["copies"][at])
             if fewest < SMALLEST:
-                said = (
-                    f"not testable: {fewest} texts of {measured!r} in a half, expected {SMALLEST}"
-                )
-                yield row | {"note": said}
+                what = "texts" if clusters is None else "different texts"
+                of = f"{what} of {study.names[c]!r} in a half"
+                yield row | {"note": f"not testable: {fewest} {of}, expected {SMALLEST}"}
                 continue
-            found = critical(increase, controls, half[at], profile.resamples, profile.seed)
+            settings = profile.resamples, profile.seed, clusters
+            found = critical(increase, controls, half[at], *settings)
             low, high = found["critical_ci"]
             row |= {"increase": found["own"], "hardest": found["hardest"]}
             row |= {kind: found[kind] for kind in controls}
             row |= {"effect": found["critical"], "low": low, "high": high}
             row |= {"p": found["p_critical"], "p_sets": found["p_sets"]}
             yield row | {"sees": found["critical_sees"]}
+
+
+def _different(arrays, half, label: int) -> np.ndarray:
+    """How many different texts of a label each half has, [2]."""
+    at = arrays["labels"] == label
+    return np.array([len(np.unique(arrays["copies"][at & (half == h)])) for h in (0, 1)])
+
+
+def _clusters(copies):
+    """Copies of one text as a cluster; None where every text stands once."""
+    return None if len(np.unique(copies)) == len(copies) else copies
 
 
 def _least(draws: int, resamples: int) -> float:
@@ -199,14 +220,14 @@ def _specific(study, arrays, half) -> pd.DataFrame:
     """What each label's set costs the label beyond the others; labels with too few texts are left
     out of both.
     """
-    labels, count = arrays["labels"], len(study.categories)
-    sizes = np.array([[(labels[half == h] == c).sum() for h in (0, 1)] for c in range(count)])
+    labels = arrays["labels"]
+    sizes = np.array([_different(arrays, half, c) for c in study.categories])
     enough = np.flatnonzero((sizes >= SMALLEST).all(1))
     columns = ["ablated", "measured", *COLUMNS[-5:-1]]
     if len(enough) < 2:
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame(columns=columns).astype({"ablated": int, "measured": int})
     at = np.isin(labels, enough)
-    settings = study.profile.resamples, study.profile.seed
+    settings = study.profile.resamples, study.profile.seed, _clusters(arrays["copies"][at])
     found = specific_by_category(
         arrays["own"][at][:, enough],
         arrays["everywhere"][at][:, :, enough],
@@ -214,9 +235,9 @@ def _specific(study, arrays, half) -> pd.DataFrame:
         half[at],
         *settings,
     )
-    names = [study.categories[enough[row["category"]]] for row in found]
+    codes = [enough[row["category"]] for row in found]
     rows = [
-        [name, name, *(row.get(k) for k in NUMBERS)] for name, row in zip(names, found, strict=True)
+        [code, code, *(row.get(k) for k in NUMBERS)] for code, row in zip(codes, found, strict=True)
     ]
     return pd.DataFrame(rows, columns=columns)
 
@@ -233,31 +254,30 @@ def _references(references, texts: int) -> list[str]:
     return references
 
 
-def _halved(rows, y, names, profile) -> pd.DataFrame:
-    """The rows in random order, `fold` A or B, at most `rows` of each label in each; copies of a
-    text stay in one half, for what is chosen on a text is not to be measured on it.
+def _halved(rows, names, profile) -> pd.DataFrame:
+    """The rows in random order, `fold` A or B, at most `rows` of each label in each; copies, texts
+    of the same tokens, stay in one half, for what is chosen on a text is not to be measured on it.
     """
-    owner, place, count = {}, {}, [0] * len(names)
-    for row, (text, code) in enumerate(zip(rows["instruction"], y.tolist(), strict=True)):
-        first = owner.setdefault(text, (row, code))
-        if first[1] != code:
-            raise UserError(
-                f"text {row} ({text[:60]!r}) has the label {names[code]!r}, as text {first[0]} it "
-                f"has {names[first[1]]!r}. Give it one label, or leave it out."
-            )
+    y, first = rows["category"].to_numpy(), rows["copy_of"].to_numpy()
+    for row in np.flatnonzero(y != y[first]):
+        raise UserError(
+            f"text {row} ({rows['instruction'][row][:60]!r}) has the label {names[y[row]]!r}, text "
+            f"{first[row]}, of the same tokens, {names[y[first[row]]]!r}. Give them one label, or "
+            "leave one out."
+        )
+    place, count = {}, [0] * len(names)
     order = np.random.default_rng(profile.seed).permutation(len(rows))
     for row in order:
-        text, code = rows["instruction"][row], y[row]
-        if text not in place:
-            place[text] = HALVES[count[code] % 2]
-            count[code] += 1
+        if first[row] not in place:
+            place[first[row]] = HALVES[count[y[row]] % 2]
+            count[y[row]] += 1
     alone = [name for name, number in zip(names, count, strict=True) if number < 2]
     if alone:
         raise UserError(
             f"all texts of {', '.join(map(repr, alone[:10]))} are the same: expected two different "
             "ones or more, to choose on some and measure on others."
         )
-    rows = rows.assign(fold=rows["instruction"].map(place)).iloc[order]
+    rows = rows.assign(fold=rows["copy_of"].map(place)).iloc[order]
     return rows[rows.groupby(["fold", "category"]).cumcount() < (profile.rows or len(rows))]
 
 

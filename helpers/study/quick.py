@@ -1,6 +1,7 @@
 """The public face's counts and tables: your model, your texts, your labels, without a profile."""
 
 import re
+from hashlib import blake2b
 
 import numpy as np
 import pandas as pd
@@ -82,16 +83,17 @@ def find_sets(
     members = category_sets(scores, set_size(scores.shape[1], share))
     layers = counts.layers[counts.family("neurons")]
     parts = []
-    for code, name in enumerate(names):
+    for code in range(len(names)):
         chosen = np.flatnonzero(members[code])
         chosen = chosen[np.argsort(-scores[code, chosen], kind="stable")]
         place = np.unravel_index(chosen, values.shape[1:])
-        where = {"label": name, "layer": np.take(layers, place[0])}
+        where = {"label": code, "layer": np.take(layers, place[0])}
         where |= {"expert": place[1]} if len(place) == 3 else {}
         where |= {"neuron": place[-1], "rank": np.arange(len(chosen)) + 1}
         where |= {"score": scores[code, chosen], "p": means[code, chosen]}
         parts.append(pd.DataFrame(where))
-    return pd.concat(parts, ignore_index=True)
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(label=named(table["label"], names))
 
 
 def overlap(
@@ -106,18 +108,21 @@ def overlap(
     the gap, texts drawn), null_gap (every neuron keeps its rate, every text its length), p (labels
     shuffled among texts of like length), n.
 
-    Of more than 1,200 texts, as many of each label are drawn; n says how many are compared. Raises
-    NotTestable where a label has fewer than five texts. (Paper, sec. generality; ours.)
+    Texts with the same tokens and counts throughout cannot be told from copies: one of them is
+    compared. Of more than 1,200 texts, as many of each label are drawn; n says how many are
+    compared. Raises NotTestable where a label has fewer than five different texts, UserError where
+    copies have two labels. (Paper, sec. generality; ours.)
     """
     defaults(epsilon=epsilon, resamples=resamples, seed=seed)  # refused as in a profile
     y, names = labels_of(labels, len(counts_of(counts).tokens))
-    some = _drawn(y, COMPARED // len(names), seed)
+    once = _once(counts, y, names)
+    some = once[_drawn(y[once], COMPARED // len(names), seed)]
     y, tokens, values = y[some], counts.tokens[some], counts.unit("neurons")[some]
     for code, name in enumerate(names):
         if (y == code).sum() < SMALLEST:
             raise NotTestable(
                 f"label {name!r} has {(y == code).sum()} texts, expected {SMALLEST} or more "
-                "(better 20) for an interval. Add texts, or leave the label out."
+                "(better 20) for an interval; copies count once. Add texts, or leave the label out."
             )
     similarity = jaccard_matrix(top_sets(values, epsilon)[0])
     size = nominal_size(values[0].size, epsilon)
@@ -201,6 +206,15 @@ def labels_of(labels, texts: int) -> tuple[np.ndarray, list]:
     return y, names
 
 
+def named(codes, names: list) -> pd.Series:
+    """The labels of rows from their codes, each as it was given: those of several kinds, such as
+    whole numbers and others, are not made one kind.
+    """
+    kinds = {type(name) for name in names}
+    labels = [names[code] for code in codes]
+    return pd.Series(labels, dtype=None if len(kinds) == 1 else object)
+
+
 def _is_name(label: str) -> bool:
     """Whether a label can be shown and written: it is visible, and holds no half of a character."""
     return visible(label) and not re.search(r"[\ud800-\udfff]", label)
@@ -220,6 +234,22 @@ def _scores(score, counts, tokens, y) -> tuple[np.ndarray, np.ndarray]:
     if score == "contrast":
         return np.concatenate(scores, axis=1), means
     return category_scores(score, means, np.arange(len(means))), means
+
+
+def _once(counts, y, names) -> np.ndarray:
+    """Places of the texts that are no copy of an earlier one. Raises UserError for copies that have
+    two labels.
+    """
+    first = {}
+    for row, cells in enumerate(zip(*counts.arrays().values(), strict=True)):
+        mark = blake2b(b"".join(cell.tobytes() for cell in cells)).digest()
+        other = first.setdefault(mark, row)
+        if y[row] != y[other]:
+            raise UserError(
+                f"texts {other} and {row} have the same counts, as copies have, and the labels "
+                f"{names[y[other]]!r} and {names[y[row]]!r}. Give them one label, or leave one out."
+            )
+    return np.array([*first.values()])
 
 
 def _drawn(y, most: int, seed: int) -> np.ndarray:
