@@ -237,29 +237,55 @@ def write_table(path, table) -> None:
         table.to_csv(draft, index=False, float_format="%.10g")
 
 
+def sealed(record: dict) -> dict:
+    """A record as JSON has it, with a digest of all the rest in it under `record`, so that one
+    which was edited is not taken for one that was written (see `refuse_edited`).
+
+    >>> sealed({"seed": 1})["record"][:16]
+    'a4bbadc1c78966d2'
+    """
+    record = json.loads(_text(record))
+    return record | {"record": _digest_within(record)}
+
+
+def refuse_edited(record: dict, path) -> None:
+    """Raise DamagedFile unless a record read at `path` is one that `sealed` made."""
+    if record.get("record") != _digest_within(record):
+        raise DamagedFile(
+            f"{short(path)} was edited, or is of a former version: `record` is not the digest of "
+            "the rest of it. Delete it and run again, or put the file back that was written."
+        )
+
+
+def _digest_within(record):
+    return digest({key: value for key, value in record.items() if key != "record"})
+
+
 def write_tensors(path, arrays: dict[str, np.ndarray], record: dict) -> dict:
     """Write arrays as safetensors and, last, `record` plus the file's sha256 as JSON beside it
-    (same stem); the record as it stands there.
+    (same stem), `sealed`; the record as it stands there.
     """
     path = Path(path)
     data = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
-    text = _text(record | {"sha256": hashlib.sha256(data).hexdigest()})
+    record = sealed(record | {"sha256": hashlib.sha256(data).hexdigest()})
+    text = _text(record)
     with atomic(path) as draft:
         draft.write_bytes(data)
     with atomic(path.with_suffix(".json")) as draft:
         draft.write_text(text, encoding="utf-8")
-    return json.loads(text)
+    return record
 
 
 def read_tensors(path, expect: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """Read what `write_tensors` wrote: (arrays, record).
 
-    Raises DamagedFile when a file is missing or is not the one the record describes,
-    RecordMismatch when a key of `expect` differs from the record.
+    Raises DamagedFile when a file is missing or is not the one the record describes, or the record
+    was edited; RecordMismatch when a key of `expect` differs from the record.
     """
     path = Path(path)
     record = read_record(path.with_suffix(".json"), {"sha256": str})
     verify(record, expect or {}, path)
+    refuse_edited(record, path.with_suffix(".json"))
     try:
         data = path.read_bytes()
     except OSError as error:

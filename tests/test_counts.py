@@ -244,6 +244,8 @@ def test_a_shard_edited_with_its_own_record_is_computed_again(shards):
         ("counts-00001", {"layers": {"expert": 3, "shared": None}}, None),
         ("counts-00001", {"found": []}, None),
         ("counts-00001", {"sha256": 3}, None),
+        ("counts-00001", {"record": "a"}, None),
+        ("counts-00001", {"note": "mine"}, None),
         ("counts-00001", {"rows": [0, 4]}, RecordMismatch),
         ("counts-00001", {"profile": ["test"]}, RecordMismatch),
     ],

@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 
 from helpers.capture.interventions import ablate
-from helpers.record import DamagedFile, UserError, write_tensors
+from helpers.record import DamagedFile, UserError, sealed, write_tensors
 from helpers.study import exports, harness
 from tests.test_atlas import SHARE, sets_by_hand, study_of
 from tests.test_evaluate import TOKENIZER
@@ -108,7 +108,7 @@ def test_masks_and_tables_hold_the_same_members(tmp_path, sets):
 def test_a_file_of_something_else_is_not_read_as_masks(tmp_path, change):
     path, about = exports.export(DENSE, "safetensors", tmp_path)
     record = json.loads(about.read_text())
-    about.write_text(json.dumps(record | change))
+    about.write_text(json.dumps(sealed(record | change)))
     with pytest.raises(DamagedFile, match="holds no sets"):
         exports.read_masks(path)
 

@@ -63,6 +63,21 @@ def test_damaged_files_are_named(tmp_path, harm):
         record.read_tensors(path)
 
 
+def test_what_stands_beside_tensors_is_held_to_its_digest(tmp_path):
+    """A value changed, gone or new, or no digest at all; written twice, it is its own again."""
+    path = tmp_path / "x.safetensors"
+    made = record.write_tensors(path, ARRAYS, {"seed": 1, "answers": ["a", "b"], "gap": 0.1})
+    without = {key: value for key, value in made.items() if key != "gap"}
+    unsealed = {key: value for key, value in made.items() if key != "record"}
+    for odd in (made | {"answers": ["a", "c"]}, made | {"width": 100}, without, unsealed):
+        record.write_json(path.with_suffix(".json"), odd)
+        with pytest.raises(DamagedFile, match=r"x\.json was edited, or is of a former version"):
+            record.read_tensors(path, {"seed": 1})
+        arrays, found = record.cached(path, {"seed": 1}, lambda: (ARRAYS, dict(unsealed)))
+        assert found == made == record.read_tensors(path, {"seed": 1})[1]
+    assert record.write_tensors(path, ARRAYS, made) == made
+
+
 def test_a_failed_write_leaves_the_former_file_and_no_draft(tmp_path):
     path = tmp_path / "x.json"
     record.write_json(path, {"a": 1})
@@ -272,7 +287,7 @@ def test_any_tensors_are_read_or_refused(data, framed):
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(DamagedFile):
         path = Path(folder) / "x.safetensors"
         path.write_bytes(data)
-        made = {"sha256": hashlib.sha256(data).hexdigest()}
+        made = record.sealed({"sha256": hashlib.sha256(data).hexdigest()})
         path.with_suffix(".json").write_text(json.dumps(made))
         arrays, found = record.read_tensors(path)
         assert all(isinstance(array, np.ndarray) for array in arrays.values())

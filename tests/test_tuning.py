@@ -22,7 +22,7 @@ from helpers import plots
 from helpers.config import Pair, Profile
 from helpers.hexainst import leftover
 from helpers.paths import ROOT
-from helpers.record import DamagedFile, RecordMismatch, UserError, read_json, write_json
+from helpers.record import DamagedFile, RecordMismatch, UserError, read_json, sealed, write_json
 from helpers.run import __main__ as command
 from helpers.study import evaluate, ledger, planted, tuned, tuning, tuning_tables
 from tests import zoo
@@ -523,7 +523,7 @@ def test_what_is_kept_is_not_measured_again_and_other_tunings_are_refused(start,
     changed = known | {"full": known["full"] | {"checkpoints": {"0006": "another"}}}
     with pytest.raises(RecordMismatch, match="tunings"):
         tuned.Tunings(plan, changed, said.append).measure()
-    tuned.write_json(plan.out / tuned.RUNS, known)
+    tuned.write_runs(plan.out, known)
 
 
 def test_published_tables_are_those_of_one_plan_whole(measured, tmp_path):
@@ -605,7 +605,7 @@ def test_parts_are_known_by_what_is_read_around_rows_and_in_which_numbers(measur
 
 def test_the_committed_parts_were_read_in_the_template_that_was_tuned_in():
     committed = sorted(tuned.TABLES.glob("*.safetensors"))
-    around = {run["template"] for run in read_json(tuned.TABLES / tuned.RUNS).values()}
+    around = {run["template"] for run in tuned.kept_runs(tuned.TABLES).values()}
     records = [read_json(path.with_suffix(".json")) for path in committed]
     assert {(record["template"], record["dtype"]) for record in records} == {
         (template, "float32") for template in around
@@ -617,7 +617,7 @@ def test_a_part_of_other_rows_is_refused_by_the_tables(measured, tmp_path):
     plan, _ = measured
     shutil.copytree(plan.out, tmp_path / "tables")
     path = tmp_path / "tables" / "pairs.json"
-    path.write_text(json.dumps(read_json(path) | {"rows": "others"}))
+    write_json(path, sealed(read_json(path) | {"rows": "others"}))
     with pytest.raises(RecordMismatch, match="rows"):
         tuning_tables.read_measured(tmp_path / "tables")
 
@@ -898,8 +898,39 @@ def test_tables_beside_other_runs_are_refused(measured, tmp_path):
         shutil.copyfile(file, tmp_path / file.name)
     runs = read_json(tmp_path / tuned.RUNS)
     runs["full"]["checkpoints"] = runs["again"]["checkpoints"]
-    write_json(tmp_path / tuned.RUNS, runs)
+    tuned.write_runs(tmp_path, {name: runs[name] for name in tuning.TUNINGS})
     with pytest.raises(RecordMismatch, match="names other tunings"):
+        tuning_tables.read_measured(tmp_path)
+
+
+def reordered(path):
+    head, *lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([head, *lines[::-1]]))
+
+
+def cut(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("rows.csv", reordered),
+        ("rows.csv", cut),
+        ("rows.csv", Path.unlink),
+        ("rows.csv", lambda path: path.write_text("")),
+        ("data.csv", cut),
+        ("runs.json", lambda path: path.write_text('{"full": {}}')),
+        ("runs.json", lambda path: write_json(path, read_json(path) | {"full": {}})),
+        ("changed-full.json", lambda path: write_json(path, read_json(path) | {"churned": []})),
+    ],
+)
+def test_committed_tables_that_were_changed_are_refused_by_name(tmp_path, name, harm):
+    for file in tuned.TABLES.iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
+    assert len(tuning_tables.read_measured(tmp_path).rows) == 1200
+    harm(tmp_path / name)
+    with pytest.raises(DamagedFile, match=name):
         tuning_tables.read_measured(tmp_path)
 
 

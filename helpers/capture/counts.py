@@ -14,6 +14,7 @@ from ..record import (
     computing,
     read_record,
     read_tensors,
+    refuse_edited,
     sweep,
     verify,
     write_json,
@@ -176,6 +177,7 @@ class Shards:
                 f"{short(path)} is not the record that record.json lists: one of them was edited. "
                 "Run again: the shard is computed anew."
             )
+        refuse_edited(record, path)
         return record
 
     def read(self, shard: int) -> tuple[Counts, dict]:

@@ -31,8 +31,20 @@ from ..config import Pair, Profile, load_profile
 from ..hexainst.corpus import wordings
 from ..hexainst.leftover import counted, gather_rows, read_rows, refuse_overlap, save_rows
 from ..hexainst.schema import load_hexainst
-from ..paths import results_dir
-from ..record import DamagedFile, UserError, atomic, cached, digest, write_json, write_table
+from ..paths import results_dir, short
+from ..record import (
+    DamagedFile,
+    UserError,
+    atomic,
+    cached,
+    digest,
+    read_record,
+    refuse_edited,
+    sealed,
+    sha256,
+    write_json,
+    write_table,
+)
 from . import alteration
 from .ability import likely
 from .reading import encode_rows
@@ -152,6 +164,33 @@ def rows_to_tune_on(plan: Plan, local=None) -> pd.DataFrame:
     return rows
 
 
+def write_runs(folder, runs: dict) -> None:
+    """Write the records of tunings, with the digests of the tables of rows beside them, `sealed`:
+    whose parts these are.
+    """
+    folder = Path(folder)
+    tables = [name for name in (ROWS, DATA_TABLE) if (folder / name).is_file()]
+    digests = {"sha256": {name: sha256(folder / name) for name in tables}}
+    write_json(folder / RUNS, sealed(runs | digests))
+
+
+def kept_runs(folder) -> dict[str, dict]:
+    """What `write_runs` wrote. Raises DamagedFile where it, or a table it names, is not as it was
+    written.
+    """
+    path = Path(folder) / RUNS
+    record = read_record(path, {"sha256": dict})
+    refuse_edited(record, path)
+    for name, expected in record["sha256"].items():
+        table = path.with_name(name)
+        if not table.is_file() or sha256(table) != expected:
+            raise DamagedFile(
+                f"{short(table)} is missing or not the one that {path.name} names: its rows would "
+                "stand beside numbers of others. Put the file back, or run `make tune` again."
+            )
+    return {name: record[name] for name in TUNINGS if name in record}
+
+
 def digest_of(runs: dict) -> str:
     """What tells one set of tunings from another: the digests of all their checkpoints."""
     return digest({name: run["checkpoints"] for name, run in runs.items()})
@@ -216,7 +255,7 @@ class Tunings:
         for name in self.parts():
             self.part(name)
         write_table(self.plan.out / ROWS, rows_table(self.plan.rows))
-        write_json(self.plan.out / RUNS, self.runs)
+        write_runs(self.plan.out, self.runs)
 
     def parts(self) -> list[str]:
         """The names of all parts, in that order."""

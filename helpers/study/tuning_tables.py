@@ -14,10 +14,21 @@ import pandas as pd
 from ..analysis.alteration import shares
 from ..analysis.stats import SMALLEST, adjust, attempt, bootstrap, paired_effect, plus_one
 from ..paths import short
-from ..record import NotTestable, RecordMismatch, read_json, read_tensors, verify
+from ..record import NotTestable, RecordMismatch, read_tensors, verify
 from . import alteration
 from .ledger import LEVEL
-from .tuned import CONTROL, CONTROLS, DEALT, MAIN, MATTERS, ROWS, RUNS, START, digest_of
+from .tuned import (
+    CONTROL,
+    CONTROLS,
+    DEALT,
+    MAIN,
+    MATTERS,
+    ROWS,
+    RUNS,
+    START,
+    digest_of,
+    kept_runs,
+)
 from .tuning import TUNINGS
 
 SECOND, ALONE = "again", "alone"
@@ -58,16 +69,14 @@ def read_measured(folder, resamples: int = 2000, seed: int = 0) -> Measured:
     """What is kept in a folder. Raises DamagedFile where a file is not the one that was written,
     RecordMismatch where parts were measured on different rows or tunings.
     """
-    folder, parts = Path(folder), {}
+    folder, parts, first = Path(folder), {}, None
+    runs = kept_runs(folder)
     rows = pd.read_csv(folder / ROWS)
-    first = None
     for path in sorted(folder.glob("*.safetensors")):
         arrays, record = read_tensors(path)
         first = first or {key: record[key] for key in ("rows", "tunings", "epsilon")}
         verify(record, first, path)
         parts[path.stem] = arrays, record
-    runs = read_json(folder / RUNS)
-    runs = {name: runs[name] for name in TUNINGS if name in runs}
     if first and first["tunings"] != digest_of(runs):
         raise RecordMismatch(
             f"{short(folder / RUNS)} names other tunings than those that were measured beside it. "
