@@ -3,6 +3,8 @@ and its refusals.
 """
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from helpers import paths
 from helpers.analysis.similarity import churn
 from helpers.config import Pair, load_profile
 from helpers.hexainst.schema import load_hexainst
-from helpers.record import DamagedFile, RecordMismatch, UserError, read_json, sha256
+from helpers.record import DamagedFile, RecordMismatch, UserError, read_json, sha256, write_json
 from helpers.run import __main__ as command
 from helpers.tinyworld import lora, trajectory
 from helpers.tinyworld import train as training
@@ -309,6 +311,29 @@ def test_both_pairs_have_a_shipped_trajectory_of_eight_checkpoints_in_three_mega
             assert len(run.rows) >= 240
             assert (run.experts is None) == (pair.name == "tiny-dense")
     assert sum(file.stat().st_size for file in trajectory.FOLDER.iterdir()) < 3e6
+
+
+def test_a_file_that_is_no_run_is_named_and_one_of_another_name_is_left_alone(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(trajectory, "PER_CATEGORY", ROWS)
+    profile = load_profile("tiny")
+    pair, rows = profile.pairs[0], load_hexainst(dataset=profile.dataset)
+    for file in trajectory.FOLDER.glob(f"{pair.name}-full-s0.*"):
+        shutil.copyfile(file, tmp_path / file.name)
+    (tmp_path / "notes.json").write_text("[]")
+    (tmp_path / f"{pair.name}-s1-full-s0.json").write_text('{"pair": "another"}')
+    assert list(trajectory.read(profile, pair, rows, tmp_path)) == ["full-s0"]
+    run, odd = tmp_path / f"{pair.name}-full-s0.json", tmp_path / f"{pair.name}-notes.json"
+    for text in ("[]", "{}", json.dumps({"pair": pair.name})):
+        odd.write_text(text)
+        with pytest.raises(DamagedFile, match=odd.name):
+            trajectory.read(profile, pair, rows, tmp_path)
+    odd.unlink()
+    for change in ({"width": 100}, {"settings": {}}):
+        write_json(tmp_path / run.name, read_json(trajectory.FOLDER / run.name) | change)
+        with pytest.raises(DamagedFile, match=f"{run.name} was edited"):
+            trajectory.read(profile, pair, rows, tmp_path)
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda f: f.stem)

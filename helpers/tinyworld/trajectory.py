@@ -34,7 +34,9 @@ from ..record import (
     UserError,
     digest,
     read_json,
+    read_record,
     read_tensors,
+    refuse_edited,
     sha256,
     verify,
     versions,
@@ -244,12 +246,16 @@ def write(name: str, arrays: dict, record: dict, rows: pd.DataFrame, folder=FOLD
 def read(profile, pair, rows: pd.DataFrame, folder=FOLDER) -> dict[str, Run]:
     """{"full-s0": Run, ...}: the committed runs of a pair. Empty where the pair has none, or none
     at this epsilon and on these rows. Raises RecordMismatch if a run belongs to other weights than
-    the pair's base and tuned model.
+    the pair's base and tuned model, DamagedFile for a file of the pair's name that is no record of
+    a run, or was edited.
     """
     found, here = {}, settings(profile, rows.iloc[measured_rows(rows)])
-    for path in sorted(Path(folder).glob("*.json")):
-        record = read_json(path)
-        if record.get("pair") != pair.name or record["settings"] != here:
+    for path in sorted(Path(folder).glob(f"{pair.name}-*.json")):
+        record = read_record(path, {"pair": str})
+        if record["pair"] != pair.name:
+            continue
+        refuse_edited(record, path)
+        if record["settings"] != here:
             continue
         for name, ref in (("base", pair.base), ("tuned", pair.tuned)):
             if record[name] != _weights(ref):
