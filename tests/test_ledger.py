@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 import helpers.study.ledger
-from helpers.paths import ROOT
-from helpers.record import read_json
+from helpers.paths import CLAIMS, ROOT
+from helpers.record import UserError, read_json
 from helpers.study.ledger import (
     first_example,
     forest_table,
@@ -126,6 +126,54 @@ def test_the_committed_ledger_is_complete(tunings):
     replaced = {name for names in rows["replaces"] for name in names.split()}
     assert replaced <= set(rows["id"])
     assert set(rows["source"]) <= {"paper", "ours"}
+
+
+WHOLE = CLAIMS.read_text("utf-8")
+
+
+def changed(**cells):
+    """The committed claims, cells of the first one changed."""
+    table = pd.read_csv(CLAIMS, keep_default_na=False, dtype=str)
+    return table.assign(**{k: [v, *table[k][1:]] for k, v in cells.items()}).to_csv(index=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (WHOLE.replace(",", ";"), "has not one column id, claim"),
+        ("", "has not one column id, claim"),
+        (WHOLE.splitlines()[0], "no claim stands there"),
+        (WHOLE.encode("utf-16"), "is no table of claims .*UTF-8"),
+        (None, "is no table of claims .*No such file"),
+        (WHOLE + "one,too,few\n", "the row 'one' has 3 cells, expected 17"),
+        (WHOLE.replace(",generality,", ",generality,,", 1), "cells, expected 17"),
+        (WHOLE.rstrip()[:-300], "cells, expected 17|is no table of claims"),
+        (WHOLE + WHOLE.splitlines()[1], "'generality' stands twice"),
+        (changed(p=" "), "'generality' has no p"),
+        (changed(rule=""), "'generality' has no rule"),
+        (changed(needs="pairs"), "'generality' needs 'pairs', expected one of pair, tunings"),
+        (changed(replaces="unknown"), "'generality' replaces 'unknown', no claim"),
+        (changed(effect="e.{unti}"), "'generality' leaves more open in its effect"),
+        (changed(p="p.{unit"), "'generality' leaves more open in its p"),
+        (changed(id="other"), "replaces 'generality', no claim"),
+    ],
+)
+def test_a_ledger_that_is_none_or_was_cut_is_one_sentence(tmp_path, text, said):
+    path = tmp_path / "claims.csv"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=said):
+        read_ledger(path)
+
+
+def test_a_ledger_reads_as_pandas_would_with_a_mark_and_blank_lines_too(tmp_path):
+    path = tmp_path / "claims.csv"
+    path.write_text("\ufeff" + WHOLE.replace("\n", "\r\n\r\n"), newline="")
+    expected = pd.read_csv(CLAIMS, keep_default_na=False, dtype=str)
+    for file in (CLAIMS, path):
+        found = pd.concat([read_ledger(file), read_ledger(file, tunings=True)])
+        whole = found.set_index("id").loc[expected["id"]].reset_index()
+        pd.testing.assert_frame_equal(whole, expected)
 
 
 def test_a_claim_finds_what_its_own_test_would_have_seen():

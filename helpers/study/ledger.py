@@ -6,6 +6,8 @@ empty where the test says no such number of its own. A *test* is one claim for o
 component, pair and half (and category).
 """
 
+import csv
+import re
 from itertools import product
 
 import numpy as np
@@ -13,19 +15,66 @@ import pandas as pd
 
 from ..analysis.stats import SEEN_TWO_SIDED, adjust
 from ..config import SCORES
-from ..paths import CLAIMS
+from ..paths import CLAIMS, short
+from ..record import UserError
 
 TEST = ["id", "components", "pair", "half", "category"]
 LEVEL = 0.05
 TUNINGS = "tunings"  # what these claims need: the tables of data/tuning
+NEEDS = ("", "pair", TUNINGS)
+FILLED = ("id", "claim", "components", "effect", "ci", "null", "p", "rule")  # never empty
+OTHERS = ("unit", "needs", "source", "grade", "statistic")
+OTHERS += ("detectable", "replaces", "headline", "amended")
+KEYS, OPEN = ("effect", "ci", "null", "p", "detectable"), re.compile(r"{(unit|half|category)}")
 
 
 def read_ledger(path=CLAIMS, tunings: bool = False) -> pd.DataFrame:
     """The claims as declared, a row each, every cell a text (empty where there is nothing): those
     of the chain's pairs or, with `tunings`, those of the real model's tunings (`make tune`).
+
+    Raises UserError for a file that is no such table, and for a claim that stands twice, lacks what
+    it is judged by, or replaces one that is not there.
     """
-    claims = pd.read_csv(path, keep_default_na=False, dtype=str)
+    claims = _declared(path)
+    if faults := _faults(claims):
+        raise UserError(f"{short(path)}: {'; '.join(faults[:3])}. Mend the rows and run again.")
     return claims[(claims["needs"] == TUNINGS) == tunings].reset_index(drop=True)
+
+
+def _declared(path) -> pd.DataFrame:
+    form = "expected commas between cells, UTF-8. Put the committed file back, or save it so."
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{short(path)} is no table of claims ({error}): {form}") from error
+    if wrong := [name for name in (*FILLED, *OTHERS) if header.count(name) != 1]:
+        raise UserError(f"{short(path)} has not one column {', '.join(wrong)}: {form}")
+    if wrong := [row for row in rows if len(row) != len(header)]:
+        raise UserError(
+            f"{short(path)}: the row {wrong[0][0][:60]!a} has {len(wrong[0])} cells, expected "
+            f"{len(header)}. Complete it, and put quotes around a cell that holds a comma."
+        )
+    return pd.DataFrame(rows, columns=header, dtype=str)
+
+
+def _faults(claims) -> list[str]:
+    """What is wrong with the rows, in words."""
+    names = claims["id"].tolist()
+    found = [] if names else ["no claim stands there"]
+    found += [f"{name!a} stands twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    for row in claims.to_dict("records"):
+        name, replaced = row["id"], row["replaces"].split()
+        found += [f"{name!a} has no {column}" for column in FILLED if not row[column].strip()]
+        if row["needs"] not in NEEDS:
+            found.append(f"{name!a} needs {row['needs']!a}, expected one of {', '.join(NEEDS[1:])}")
+        found += [f"{name!a} replaces {old!a}, no claim" for old in replaced if old not in names]
+        found += [
+            f"{name!a} leaves more open in its {column} than {{unit}}, {{half}} and {{category}}"
+            for column in KEYS
+            if re.search("[{}]", OPEN.sub("", row[column]))
+        ]
+    return found
 
 
 def look_up(ledger, numbers: dict, halves, categories) -> pd.DataFrame:
