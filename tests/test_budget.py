@@ -160,6 +160,29 @@ def test_a_pass_that_failed_is_no_line_and_a_damaged_ledger_is_one_error(ledger)
         budget.lines_of(ledger)
 
 
+@pytest.mark.parametrize("name", ["absent/x.jsonl", "", "file/x.jsonl"])
+def test_a_ledger_that_cannot_be_written_is_refused_before_the_pass(name, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(budget.LEDGER, str(tmp_path / name))
+    ids, read = torch.ones(1, 3, dtype=torch.long), []
+    with (
+        pytest.raises(UserError, match=f"{budget.LEDGER} names .*cannot be written"),
+        budget.reading(zoo.build("llama"), ids, ids, "losses"),
+    ):
+        read.append("the pass")
+    assert not read
+
+
+def test_what_keeps_a_line_from_being_written_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv(budget.LEDGER, str(tmp_path / ("n" * 300)))
+    ids = torch.ones(1, 3, dtype=torch.long)
+    with (
+        pytest.raises(UserError, match="cannot write .*File name too long"),
+        budget.reading(zoo.build("llama"), ids, ids, "losses"),
+    ):
+        pass
+
+
 # ---- how much a pass takes
 
 

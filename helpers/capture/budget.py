@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ..paths import short
-from ..record import DamagedFile, UserError
+from ..record import DamagedFile, UserError, writing
 
 LEDGER = "SPARCOM_TOKENS"  # the environment variable
 OWN_WORDS = "Use the tokenizer that belongs to the model, no words added, or resize its embeddings."
@@ -100,13 +100,15 @@ def reading(model, ids, mask, purpose: str, begun=None):
     sequence, [B]; it may stay empty. begun: what the sequences go on from (see beginnings); their
     digests are of it and them, their lengths without it.
 
-    Raises UserError, before the pass, for an id that the model has no embedding of, and inside
-    torch.autocast.
+    Raises UserError, before the pass, for an id that the model has no embedding of, inside
+    torch.autocast, and where the ledger cannot be written.
     """
     _refuse_unknown(model, ids)
     if is_cast(model):
         raise UserError(f"{type(model).__name__}: {CAST}.")
-    path, new, start = os.environ.get(LEDGER), [], time.perf_counter()
+    path = os.environ.get(LEDGER)
+    _refuse_unwritable(path)
+    new, start = [], time.perf_counter()
     yield new
     if not path:
         return
@@ -126,8 +128,21 @@ def reading(model, ids, mask, purpose: str, begun=None):
         "padded": rows.size + len(rows) * max(new, default=0),
         "seconds": round(seconds, 6),
     }
-    with open(path, "ab", buffering=0) as ledger:
+    with writing(path), open(path, "ab", buffering=0) as ledger:
         ledger.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+
+def _refuse_unwritable(path) -> None:
+    """UserError where the environment names a ledger to which no line can be appended."""
+    if not path:
+        return
+    folder = os.path.dirname(os.path.abspath(path))
+    there = os.path.isdir(folder) and not os.path.isdir(path)
+    if not (there and os.access(path if os.path.exists(path) else folder, os.W_OK)):
+        raise UserError(
+            f"{LEDGER} names {short(path)}, which cannot be written: expected a file in a folder "
+            "that is there. Make the folder, or unset the variable."
+        )
 
 
 def is_cast(model) -> bool:
