@@ -331,6 +331,25 @@ def test_the_loader_gives_a_frame_or_one_clear_error(tmp_path):
         load(write(path, [row(1), row(2, category="X")]))
 
 
+def test_a_file_called_human_holds_the_human_half_and_nothing_of_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(hexainst, "HEXAINST", tmp_path)
+    ai = load(HEXAINST / "ai.jsonl").to_dict("records")
+    write(tmp_path / "ai.jsonl", ai)
+    for name, said in (("ai", "rows of half ai, expected human"), ("tiny", "rows of half A, B,")):
+        (tmp_path / "human.jsonl").write_bytes((HEXAINST / f"{name}.jsonl").read_bytes())
+        for half in (None, "human"):
+            with pytest.raises(UserError, match=f"human.jsonl holds {said}"):
+                load_hexainst(half)
+    human = [row | {"half": "human"} for row in ai]
+    write(tmp_path / "human.jsonl", human)
+    with pytest.raises(UserError, match="line 1, duplicate id: the same as in line 1 of ai.jsonl"):
+        load_hexainst()
+    write(tmp_path / "human.jsonl", [row | {"id": f"h-{row['id']}"} for row in human])
+    with pytest.raises(UserError, match="line 1, duplicate text: the same as in line 1 of ai"):
+        load_hexainst()
+    assert len(load_hexainst("human")) == len(load_hexainst("ai")) == 600
+
+
 def test_the_command_prints_every_fault_and_fails(tmp_path):
     path = write(tmp_path / "x.jsonl", [row(1), row(2, half="Z"), "{"])
     command = [sys.executable, "-m", "helpers.run", "validate", str(path)]

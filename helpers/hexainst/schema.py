@@ -288,7 +288,8 @@ def load_hexainst(
     dataset: "hexainst" (the AI half, and the human half where it is built), "tiny", or a path to
     JSON lines (from the repository, or absolute). half: one half only (a missing human half is
     then an error). subset: "full" or "matched" (`corpus.matched`). Warns of what the rows lack
-    (`remarks`).
+    (`remarks`). Raises UserError where a file of HexaInst holds another half, or what the other
+    file holds.
 
     >>> load_hexainst(dataset="tiny", half="A").shape                           # doctest: +SKIP
     (600, 9)
@@ -299,7 +300,7 @@ def load_hexainst(
         raise UserError(f"unknown half {half!r}: expected one of {', '.join(HALVES)}.")
     if dataset == "hexainst":
         names = [half] if half else ["ai"] + ["human"] * (HEXAINST / "human.jsonl").exists()
-        frame = pd.concat([load(HEXAINST / f"{name}.jsonl") for name in names], ignore_index=True)
+        frame = pd.concat(_halves(names), ignore_index=True)
     else:
         frame = load(HEXAINST / "tiny.jsonl" if dataset == "tiny" else resolve(dataset))
     if half:
@@ -310,6 +311,25 @@ def load_hexainst(
     for remark in remarks(frame.to_dict("records")):
         warnings.warn(f"data set {dataset}: {remark}.", stacklevel=2)
     return matched(frame, seed=seed) if subset == "matched" else frame
+
+
+def _halves(names) -> list[pd.DataFrame]:
+    """The rows of HexaInst's files: of each its own half, none in two of them."""
+    frames, seen = [], {}
+    for name in names:
+        file = f"{name}.jsonl"
+        frames.append(load(HEXAINST / file))
+        others = sorted(set(frames[-1]["half"]) - {name})
+        found = [f"rows of half {', '.join(others)}, expected {name} alone"] if others else []
+        for number, row in enumerate(frames[-1].to_dict("records"), 1):
+            again = _repeats(row, seen, f"{number} of {file}", sound=True)
+            found += [f"line {number}, {fault}" for fault in again]
+        if found:
+            raise UserError(
+                f"{short(HEXAINST / file)} holds {'; '.join(found[:3])}. Put the {name} half in "
+                "its place; `make hexainst-human` builds the human one."
+            )
+    return frames
 
 
 def refuse_over(paths) -> None:
