@@ -2,6 +2,7 @@
 what is not testable.
 """
 
+import json
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -15,6 +16,7 @@ from helpers.analysis.stats import shared_profile, shared_profile_beyond
 from helpers.capture.counts import Counts
 from helpers.capture.sites import find_sites
 from helpers.config import Pair
+from helpers.record import DamagedFile
 from helpers.study import dataset, sets
 from helpers.study.study import Study
 from tests.test_evaluate import TOKENIZER
@@ -24,6 +26,8 @@ PROFILE = SimpleNamespace(
     name="p", chat=False, template="say: {instruction}\n", batch_tokens=120, resamples=200, seed=0
 )
 PROFILE.epsilon, PROFILE.epsilons, PROFILE.tau, PROFILE.taus = 0.4, (0.2, 0.4), 0.5, (0.5, 1.0)
+TALLY = {"reading": "first", "category": "CLS", "read": 9, "changed": 3, "replaced": 1}
+TALLY |= {"by_point": {"right": 3}}
 EACH = 6  # rows of a category and half
 
 
@@ -264,6 +268,30 @@ def test_checkers_and_readers_are_counted():
     rate = dataset.fault_rate(dataset.readings())
     assert rate["faulty"] <= rate["drawn"]
     assert rate["low"] < rate["share"] < rate["high"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [],
+        {},
+        [{}],
+        [[]],
+        [TALLY],
+        [TALLY | {"sample": []}],
+        [TALLY | {"sample": {"drawn": ["a"]}}],
+        [TALLY | {"sample": {"drawn": [], "faulty": []}}],
+        [TALLY | {"read": "many", "sample": {"drawn": ["a"], "faulty": []}}],
+    ],
+)
+def test_a_file_of_something_else_is_no_list_of_readings(odd, tmp_path):
+    path = tmp_path / "review.json"
+    path.write_text(json.dumps(odd))
+    for read in (dataset.tallies, dataset.readings):
+        with pytest.raises(DamagedFile, match="is no list of readings"):
+            read(path)
+    path.write_text(json.dumps([TALLY, TALLY | {"sample": {"drawn": ["a"], "faulty": []}}]))
+    assert dataset.readings(path)["drawn"].tolist() == [0, 1]
 
 
 def test_the_drawing_has_every_box_and_arrow():

@@ -8,8 +8,9 @@ from statsmodels.stats.proportion import proportion_confint
 
 from ..config import load_profile
 from ..hexainst import human
-from ..paths import DATA, HEXAINST, ROOT, checked, results_dir, short
+from ..paths import DATA, ROOT, checked, results_dir, short
 from ..record import UserError, atomic, read_json, read_record, write_json, write_table
+from ..study import dataset
 from ..study.summary import refuse_other, verified
 from . import findings
 from .plan import plans
@@ -90,7 +91,7 @@ def review_table() -> str:
     """What the readings of the AI half changed (data/hexainst/review.json), and the faults of a
     random sample.
     """
-    tallies = read_json(HEXAINST / "review.json")
+    tallies = dataset.tallies()
     points = list(tallies[0]["by_point"])
     rows = [["reading", "category", "rows read", "changed", "of these replaced", *points]]
     for t in tallies:

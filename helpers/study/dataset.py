@@ -10,7 +10,18 @@ from ..analysis.stats import SMALLEST, clustered_share
 from ..hexainst.checkers import check
 from ..hexainst.corpus import predict_category, wordings
 from ..hexainst.schema import HEXAINST
-from ..record import read_json
+from ..paths import short
+from ..record import DamagedFile, read_json
+
+TALLY = {
+    "reading": str,
+    "category": str,
+    "read": int,
+    "changed": int,
+    "replaced": int,
+    "by_point": dict,
+}
+SAMPLE = {"drawn": [], "faulty": []}  # of a reading that drew none
 
 WRONG = "I do not know."
 
@@ -71,11 +82,34 @@ def checked(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def tallies(path=HEXAINST / "review.json") -> list[dict]:
+    """What the readers of the AI half wrote down, a record for each reading and category. Raises
+    DamagedFile for a file that holds something else.
+    """
+    found = read_json(path)
+    sound = isinstance(found, list) and all(map(_is_tally, found))
+    if not (sound and any(tally.get("sample", SAMPLE)["drawn"] for tally in found)):
+        raise DamagedFile(
+            f"{short(path)} is no list of readings: expected {', '.join(TALLY)} in each, and in "
+            "some a sample, drawn and faulty. Put the committed file back."
+        )
+    return found
+
+
+def _is_tally(one) -> bool:
+    if not isinstance(one, dict):
+        return False
+    sample = one.get("sample", SAMPLE)
+    lists = [sample.get(name) for name in SAMPLE] if isinstance(sample, dict) else [None]
+    typed = all(type(one.get(name)) is kind for name, kind in TALLY.items())
+    return typed and all(isinstance(rows, list) for rows in lists)
+
+
 def readings(path=HEXAINST / "review.json") -> pd.DataFrame:
     """What the readers of the AI half did, as recorded: columns reading, category, read, changed,
     replaced, drawn and faulty (rows of a random sample, and those with a fault; 0 without one).
     """
-    table = pd.DataFrame(read_json(path))
+    table = pd.DataFrame(tallies(path))
     sample = table["sample"] if "sample" in table else pd.Series(None, table.index)
     for name in ("drawn", "faulty"):
         table[name] = [len(one[name]) if isinstance(one, dict) else 0 for one in sample]
