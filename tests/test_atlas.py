@@ -351,11 +351,37 @@ def test_own_texts_are_read_as_they_were_counted():
         atlas.own_study(model, TOKENIZER, texts, labels, counts, template="x")
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_counts_that_only_look_like_those_of_own_texts_are_refused(family):
+    """As many tokens and layers: another template's, another model's, another order's. Counts of
+    texts that were read one by one are theirs.
+    """
+    model = build(family)
+    texts = [f"{one}{two} is {two}" for one in "abc" for two in "def"]
+    labels, counts = list("abc") * 3, quick.count(model, TOKENIZER, texts)
+    assert len(set(counts.tokens.tolist())) == 1
+    assert atlas.own_study(model, TOKENIZER, texts, labels, counts)
+    alone = count(model, TOKENIZER, texts, 1, template=quick.DEFAULT.template)
+    assert atlas.own_study(model, TOKENIZER, texts, labels, alone)
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        other = type(model)(model.config).eval()
+    for made in (
+        count(model, TOKENIZER, texts),
+        quick.count(other, TOKENIZER, texts),
+        quick.count(model, TOKENIZER, texts[::-1]),
+        quick.count(model, TOKENIZER, [*texts[3:6], *texts[:3], *texts[6:]]),
+    ):
+        assert made.tokens.tolist() == counts.tokens.tolist()
+        with pytest.raises(UserError, match="text 0, counted again, differs"):
+            atlas.own_study(model, TOKENIZER, texts, labels, made)
+
+
 def test_own_texts_need_no_base_no_references_and_no_disk():
     model = build("llama", num_hidden_layers=2)
     texts = [f"go {c} {i}" for c in "abc" for i in range(6)]
     labels = [*["one kind"] * 6, *[7] * 6, *["None"] * 6]
-    counts = count(model, TOKENIZER, texts)
+    counts = quick.count(model, TOKENIZER, texts)
     table = atlas.atlas(atlas.own_study(model, TOKENIZER, texts, labels, counts))
     assert {"p_one_kind", "p_7", "p_None"} <= set(table)
     assert set(table["fate"]) == {""}
@@ -385,7 +411,7 @@ def test_a_massive_neuron_is_marked_and_no_other():
     model = build("llama", num_hidden_layers=2)
     model.model.layers[1].mlp.up_proj.weight.data[3] *= 1e4
     texts, labels = [f"go {c} {i}" for c in "ab" for i in range(6)], list("aaaaaabbbbbb")
-    study = atlas.own_study(model, TOKENIZER, texts, labels, count(model, TOKENIZER, texts))
+    study = atlas.own_study(model, TOKENIZER, texts, labels, quick.count(model, TOKENIZER, texts))
     table = atlas.atlas(study, share=1.0, top=0)
     assert len(table) == 2 * 80
     assert table.loc[table["massive"], ["layer", "neuron"]].to_numpy().tolist() == [[1, 3]]

@@ -13,6 +13,7 @@ from ..analysis.alteration import changes
 from ..analysis.controls import rate_matched, usage_matched
 from ..analysis.generality import category_scores
 from ..analysis.sets import category_means, category_sets, frequency, membership, ranks, set_size
+from ..capture.count import count_encoded
 from ..capture.sites import find_sites
 from ..capture.tokens import Encoded, texts_of
 from ..config import SCORES, defaults, refuse_other
@@ -42,6 +43,11 @@ NAMES = {
     "shared": "shared",
     "experts": "expert",
 }  # unit of counts: in the table
+PROBED, LEEWAY = 8, 0.05  # own texts that are counted again, and how much may differ
+OTHERS = (
+    "the counts are of other texts or of another model: {}. Give what "
+    "count(model, tokenizer, texts) gives for these, in the same template."
+)
 TOP, TOKENS = 20, 5  # single ablations per category and unit; tokens shown of each component
 
 
@@ -94,9 +100,9 @@ def own_study(
     ablations are measured on, or none; template: what the counts were made with. Raises UserError
     for lengths that do not fit, or labels that become one.
 
-    The template is that of the profile, as `count`'s; counts made in another one are not told
-    apart by their tokens, so name it here. Raises UserError for counts of other texts or of another
-    model, and for labels and texts that `count` and `find_sets` refuse.
+    The template is that of the profile, as `count`'s. Raises UserError for counts of other texts,
+    in another template or of another model, as far as numbers of tokens, layers and PROBED texts
+    tell, which are read again; and for labels and texts that `count` and `find_sets` refuse.
 
     >>> study = own_study(model, tokenizer, texts, labels, counts)           # doctest: +SKIP
     >>> table = atlas(study, share=0.02)                                     # doctest: +SKIP
@@ -120,13 +126,29 @@ def own_study(
     widths = {f: [s.width for s in sites if s.family == f] for f in {s.family for s in sites}}
     read = [sum(one.counted) for one in study.encoded()]
     if read != counts.tokens.tolist() or shapes != {f: (len(w), w[0]) for f, w in widths.items()}:
-        raise UserError(
-            "the counts are of other texts or of another model: tokens or layers differ. Give what "
-            "count(model, tokenizer, texts) gives for these."
-        )
+        raise UserError(OTHERS.format("tokens or layers differ"))
+    if strange := _counted_otherwise(model, study.encoded(), counts):
+        raise UserError(OTHERS.format(f"text {strange[0]}, counted again, differs"))
     study.once(("counts", "tuned", "prompt"), lambda: counts)
     study.once(("checkpoint", "tuned"), lambda: {"ref": "own", "commit": None, "weights": None})
     return study
+
+
+def _counted_otherwise(model, encoded, counts) -> list[int]:
+    """Which of PROBED texts, spread over all, have other counts when they are read again alone: in
+    sum by more than LEEWAY of the larger count, as no rounding has it.
+    """
+    some = np.unique(np.linspace(0, len(encoded) - 1, PROBED).astype(int)).tolist()
+    found = []
+    for place in some:
+        again = count_encoded(model, [encoded[place]]).arrays()
+        pairs = [
+            (again[name][0].astype(int), kept[place]) for name, kept in counts.arrays().items()
+        ]
+        differ = sum(np.abs(one - other).sum() for one, other in pairs)
+        if differ > LEEWAY * sum(np.maximum(one, other).sum() for one, other in pairs):
+            found.append(place)
+    return found
 
 
 def refuse(study, score: str) -> None:
