@@ -276,15 +276,18 @@ def write_tensors(path, arrays: dict[str, np.ndarray], record: dict) -> dict:
     return record
 
 
-def read_tensors(path, expect: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
+def read_tensors(
+    path, expect: dict | None = None, remedy: str = ""
+) -> tuple[dict[str, np.ndarray], dict]:
     """Read what `write_tensors` wrote: (arrays, record).
 
     Raises DamagedFile when a file is missing or is not the one the record describes, or the record
-    was edited; RecordMismatch when a key of `expect` differs from the record.
+    was edited; RecordMismatch when a key of `expect` differs from the record (`remedy`: see
+    `verify`).
     """
     path = Path(path)
     record = read_record(path.with_suffix(".json"), {"sha256": str})
-    verify(record, expect or {}, path)
+    verify(record, expect or {}, path, remedy)
     refuse_edited(record, path.with_suffix(".json"))
     try:
         data = path.read_bytes()
@@ -306,13 +309,13 @@ def read_tensors(path, expect: dict | None = None) -> tuple[dict[str, np.ndarray
         ) from error
 
 
-def cached(path, want: dict, compute) -> tuple[dict[str, np.ndarray], dict]:
+def cached(path, want: dict, compute, remedy: str = "") -> tuple[dict[str, np.ndarray], dict]:
     """(arrays, record): what is at `path` if it is whole and its record holds `want`, else what
     `compute()` -> (arrays, found) gives, kept there with the record `found` and `want`.
 
     A missing or damaged file is computed again, one made under other settings raises
-    RecordMismatch. What comes back is what stands on the disk: arrays in C order, a record as JSON
-    has it. (Ours.)
+    RecordMismatch (`remedy`: see `verify`). What comes back is what stands on the disk: arrays in C
+    order, a record as JSON has it. (Ours.)
     """
 
     def made():
@@ -320,7 +323,7 @@ def cached(path, want: dict, compute) -> tuple[dict[str, np.ndarray], dict]:
         arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         return arrays, write_tensors(path, arrays, found | want)
 
-    return finished(path, lambda: read_tensors(path, want), made)
+    return finished(path, lambda: read_tensors(path, want, remedy), made)
 
 
 def finished(path, read, make):
@@ -337,10 +340,12 @@ def finished(path, read, make):
         return make()
 
 
-def verify(record: dict, expect: dict, where) -> None:
+def verify(record: dict, expect: dict, where, remedy: str = "") -> None:
     """Raise RecordMismatch unless every key of `expect` stands in `record` with the same value, as
-    JSON has them; names what differs.
+    JSON has them; names what differs. `remedy` ends the message; by default it is to delete the
+    record of `where`, and nothing else.
     """
+    remedy = remedy or f"Delete {short(Path(where).with_suffix('.json'))} to compute it anew"
     if not isinstance(record, dict):
         raise DamagedFile(f"{short(where)} has no record but {_shown(record)}. Run it again.")
     for key, value in json.loads(json.dumps(expect, default=_plain)).items():
@@ -352,7 +357,7 @@ def verify(record: dict, expect: dict, where) -> None:
             key, found, value = f"{key}.{name}", found.get(name), value.get(name)
         raise RecordMismatch(
             f"{short(where)} was made with {key} = {_shown(found)}, this run has {_shown(value)}. "
-            f"Delete {short(Path(where).parent)} to compute it anew, or use the former setting."
+            f"{remedy}, or use the former setting."
         )
 
 

@@ -725,7 +725,8 @@ def test_what_is_published_is_of_the_profile_and_whole(tmp_path, monkeypatch):
     with pytest.raises(DamagedFile, match="verdicts.csv was cut or changed"):
         report.publish("tiny")
     write_json(tmp_path / "run" / "summary.json", found | stamp(load_profile("tiny", epsilon=0.2)))
-    with pytest.raises(RecordMismatch, match="settings.epsilon = 0.2"):
+    said = "settings.epsilon = 0.2, .* Run `make reproduce PROFILE=tiny` to compute it anew"
+    with pytest.raises(RecordMismatch, match=said):
         report.publish("tiny")
     assert read_json(tmp_path / "published/tiny/summary.json") == kept
 

@@ -112,7 +112,7 @@ def test_a_damaged_cell_is_computed_again_and_one_of_other_settings_is_refused(
         path.with_suffix(".json").unlink()
     cells(world(), sizes=[0.1])
     assert contents(folder) == before
-    with pytest.raises(RecordMismatch, match="draws = 1, this run has 4"):
+    with pytest.raises(RecordMismatch, match="draws = 1, this run has 4.*Delete .*grid/pair to"):
         cells(world(controls_elsewhere=4), sizes=[0.1])
 
 
@@ -145,8 +145,10 @@ def test_tables_say_what_the_cells_say_and_the_committed_ones_come_back(world, f
     assert len(again_matrices) == len(matrices)
     assert record["draws_elsewhere"] == 1
     assert grid.committed({"pair": world(seed=1)}) is None
-    with pytest.raises(RecordMismatch, match="rows"):
+    with pytest.raises(RecordMismatch, match="rows.*Run `.* grid --profile planted` to compute"):
         grid.committed({"pair": world(ablation_rows=4)})
+    with pytest.raises(RecordMismatch, match="Take the line `grid: planted` out of the profile"):
+        grid.committed({"pair": world(ablation_rows=4, grid="planted")})
     paths[0].write_text("pair\n")
     with pytest.raises(DamagedFile, match="make grid"):
         grid.committed(studies)

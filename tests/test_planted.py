@@ -79,7 +79,7 @@ def test_the_committed_table_is_whole_and_of_the_settings_that_stand_here(tmp_pa
     planted.write(table, path)
     pd.testing.assert_frame_equal(planted.committed(path), table)
     monkeypatch.setitem(planted.SETTINGS, "draws", 11)
-    with pytest.raises(RecordMismatch, match="draws"):
+    with pytest.raises(RecordMismatch, match="draws.* Run `python -m helpers.run planted`"):
         planted.committed(path)
     monkeypatch.undo()
     path.write_text("decoys\n")

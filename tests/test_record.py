@@ -47,6 +47,17 @@ def test_other_settings_are_refused_not_reused(tmp_path):
         record.read_tensors(tmp_path / "x.safetensors", {"profile": "mine"})
 
 
+def test_what_to_delete_is_the_record_alone_or_what_the_caller_names(tmp_path):
+    path, want = tmp_path / "x.safetensors", {"seed": 2}
+    record.write_tensors(path, ARRAYS, {"seed": 1})
+    with pytest.raises(RecordMismatch, match=rf"Delete {path.with_suffix('.json')} to compute"):
+        record.cached(path, want, lambda: (ARRAYS, {}))
+    with pytest.raises(RecordMismatch, match="this run has 2. Do this, or use the former setting"):
+        record.cached(path, want, lambda: (ARRAYS, {}), "Do this")
+    path.with_suffix(".json").unlink()
+    assert record.cached(path, want, lambda: (ARRAYS, {}))[1]["seed"] == 2
+
+
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "no record", "broken record"])
 def test_damaged_files_are_named(tmp_path, harm):
     path = tmp_path / "x.safetensors"

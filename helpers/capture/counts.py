@@ -152,6 +152,11 @@ class Shards:
         """Its file; the record lies beside it as .json."""
         return self.folder / f"counts-{shard:05d}.safetensors"
 
+    @property
+    def _anew(self) -> str:
+        """What to do about counts of other settings."""
+        return f"Delete {short(self.folder)} to count anew"
+
     def _expect(self, shard: int) -> dict:
         return self.settings | {"rows": [self.rows(shard).start, self.rows(shard).stop]}
 
@@ -162,7 +167,8 @@ class Shards:
             seal = read_record(path, SEAL)
         except DamagedFile:  # written anew when every shard is there
             return None
-        verify(seal, self.settings | {"total": self.total, "size": self.size}, path)
+        want = self.settings | {"total": self.total, "size": self.size}
+        verify(seal, want, path, self._anew)
         whole = len(seal["shards"]) == len(seal["found"]) == len(self)
         return seal if whole else None
 
@@ -170,7 +176,7 @@ class Shards:
         """The record of one shard: of these settings, and the one that the seal was put on."""
         path = self.path(shard).with_suffix(".json")
         record = read_record(path, SHARD)
-        verify(record, self._expect(shard), path)
+        verify(record, self._expect(shard), path, self._anew)
         sealed = seal and (seal["shards"][shard], seal["found"][shard], seal["layers"])
         if sealed and sealed != (record["sha256"], record["found"], record["layers"]):
             raise DamagedFile(
@@ -274,7 +280,7 @@ class Shards:
         seal = self._seal()
         for path in sorted(self.folder.glob("counts-[0-9][0-9][0-9][0-9][0-9].json")):
             try:
-                verify(read_record(path), self.settings, path)
+                verify(read_record(path), self.settings, path, self._anew)
             except DamagedFile:
                 continue  # its shard is computed again
         try:

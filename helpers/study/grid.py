@@ -133,7 +133,8 @@ def cells(study, scores=None, sizes=None, compute_missing=True) -> dict:
 def _cell(study, score, size, half):
     path = cell_path(study.profile.name, study.name, score, size, half)
     want = expected(study, score, size, half)
-    return cached(path, want, lambda: compute(study, want))
+    anew = f"Delete {short(path.parent)} to compute this pair's cells anew"
+    return cached(path, want, lambda: compute(study, want), anew)
 
 
 def summary(parts: dict, resamples: int, seed: int) -> dict:
@@ -298,8 +299,11 @@ def committed(studies: dict) -> tuple | None:
     record = _record(name)
     if (record["seed"], record["epsilon"]) != (profile.seed, profile.epsilon):
         return None
+    anew = f"Run `python -m helpers.run grid --profile {name}` to compute it anew"
+    if profile.grid:
+        anew = f"Take the line `grid: {name}` out of the profile"
     for pair, want in kept(studies).items():
-        verify(record["pairs"].get(pair, {}), want, paths[0])
+        verify(record["pairs"].get(pair, {}), want, paths[0], anew)
     for path in paths:
         if not path.exists() or sha256(path) != record["sha256"].get(path.name):
             raise DamagedFile(
@@ -339,7 +343,8 @@ def write_categories(studies: dict, found: dict) -> Path:
     """
     profile = next(iter(studies.values())).profile
     record = _record(profile.name)
-    verify(record["pairs"], kept(studies), GRID / f"{profile.name}.json")
+    anew = f"Run `python -m helpers.run grid --profile {profile.name}` to compute it anew"
+    verify(record["pairs"], kept(studies), GRID / f"{profile.name}.json", anew)
     before = pd.read_csv(GRID / f"{profile.name}.csv").set_index(["pair", "score", "size", "half"])
     again = table_of(found, profile.resamples, profile.seed).set_index(before.index.names)
     if len(missing := again.index.difference(before.index)):

@@ -244,7 +244,7 @@ def committed(path=TABLE) -> pd.DataFrame:
     since, DamagedFile if the table is not that of its record.
     """
     record = read_json(path.with_suffix(".json"))
-    verify(record, SETTINGS, path)
+    verify(record, SETTINGS, path, "Run `python -m helpers.run planted` to compute it anew")
     if not path.exists() or sha256(path) != record["sha256"]:
         raise DamagedFile(
             f"{path.name} is missing or changed. Run `python -m helpers.run planted`."

@@ -23,7 +23,7 @@ from ..capture.tokens import Encoded, chat_template
 from ..config import Pair, Profile
 from ..hexainst.corpus import few_of_many, folds, text
 from ..hexainst.schema import load_hexainst
-from ..paths import counts_dir
+from ..paths import counts_dir, short
 from ..record import DamagedFile, NotTestable, UserError, cached, digest, versions
 from . import counting
 from .answers import LOOSE, SHORT, answer_ids, greedy_answers, spoken
@@ -504,7 +504,8 @@ class Study:
             }
             return arrays, {"answers": spoken(tokenizer, ids), "made_with": versions()}
 
-        arrays, record = cached(folder / f"answers-{k:05d}.safetensors", want, generate)
+        anew = f"Delete {short(folder)} to answer anew"
+        arrays, record = cached(folder / f"answers-{k:05d}.safetensors", want, generate, anew)
         ids = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])
         return list(zip((part.tolist() for part in ids), record["answers"], strict=True))
 

@@ -42,7 +42,8 @@ def refuse_other(record: dict, profile, path) -> None:
     """
     if "settings" in record:
         stated, now = ({"settings": one["settings"]} for one in (record, stamp(profile)))
-        verify(_deciding(stated), _deciding(now), path)
+        anew = f"Run `make reproduce PROFILE={profile.name}` to compute it anew"
+        verify(_deciding(stated), _deciding(now), path, anew)
 
 
 def _part(profile, notebook: str) -> Path:
@@ -83,7 +84,8 @@ def read_parts(profile, notebooks) -> dict[str, dict]:
     for notebook in notebooks:
         path = _part(profile, notebook)
         part = read_record(path, {"pairs": dict})
-        verify(_deciding(part), _deciding(stamp(profile)), path)
+        anew = f"Run notebook {notebook} again to compute it anew"
+        verify(_deciding(part), _deciding(stamp(profile)), path, anew)
         for pair, numbers in part["pairs"].items():
             if pair not in merged or not isinstance(numbers, dict):
                 raise DamagedFile(

@@ -221,7 +221,7 @@ def _train(job, tuning, folder, every, report):
     want = settings(job, tuning, template)
     if (folder / RUN).is_file():
         record = read_run(folder / RUN)
-        verify(record, want, folder / RUN)
+        verify(record, want, folder / RUN, f"Delete {short(folder)} to tune anew")
         return _whole(folder, record)
     model = prepared(model, tuning, job.recipe).to(device).train()
     sweep(folder)

@@ -75,7 +75,7 @@ def read_measured(folder, resamples: int = 2000, seed: int = 0) -> Measured:
     for path in sorted(folder.glob("*.safetensors")):
         arrays, record = read_tensors(path)
         first = first or {key: record[key] for key in ("rows", "tunings", "epsilon")}
-        verify(record, first, path)
+        verify(record, first, path, f"Take every part in {short(folder)} from one run")
         parts[path.stem] = arrays, record
     if first and first["tunings"] != digest_of(runs):
         raise RecordMismatch(

@@ -170,7 +170,8 @@ def measure(profile, pair, rows: pd.DataFrame, folder) -> tuple[dict, dict]:
     folder, places = Path(folder), measured_rows(rows)
     record, rows = read_json(folder / RUN), rows.iloc[places]
     own = {name: _weights(ref) for name, ref in (("base", pair.base), ("tuned", pair.tuned))}
-    verify(record, {"base": own["base"]}, folder / RUN)
+    anew = f"Delete {paths.short(folder)} and train again"
+    verify(record, {"base": own["base"]}, folder / RUN, anew)
     texts, counts, correct = [text(row) for row in rows.to_dict("records")], [], []
     base = load_model(pair.base)
     for step, expected in {"0000": None, **record["checkpoints"]}.items():
