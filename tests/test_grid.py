@@ -236,6 +236,42 @@ def test_what_is_not_there_is_left_out_and_computed_nowhere(world, folder, monke
     assert [key[2:] for key in found] == [(0.1, "A"), (0.1, "B")]
 
 
+def test_finished_cells_are_shown_by_the_categories_of_their_rows(world, folder, monkeypatch):
+    """In order of first appearance among the rows, which is not the data set's."""
+    rows = planted.rows(6)
+    study = world(rows.iloc[::-1].reset_index(drop=True))
+    assert grid.shown({"pair": study}) is None
+    found, names = cells(study, sizes=[0.1]), study.categories
+    assert names != CATEGORIES
+    monkeypatch.setattr(grid, "compute", None)
+    table = grid.shown({"pair": study})
+    table = table.set_index(["ablated", "measured"])["own"]
+    for k, name in enumerate(names):
+        each = []
+        for (*_, half), (arrays, _) in found.items():
+            of = study.half(half).measured().rows["category"] == name
+            each.append(arrays["own"][of.to_numpy(), k].mean())
+        assert table[name, name] == pytest.approx(np.mean(each), abs=1e-4)
+
+
+def test_finished_cells_of_other_settings_are_not_shown_and_no_weights_are_fetched(
+    world, folder, monkeypatch
+):
+    cells(world(), sizes=[0.1])
+    for change in ({"template": "{instruction}"}, {"controls_elsewhere": 4}, {"seed": 1}):
+        with pytest.raises(RecordMismatch, match=rf"{next(iter(change))[:4]}.*Delete .*grid/pair"):
+            grid.shown({"pair": world(**change)})
+    monkeypatch.setattr(Study, "checkpoint", lambda study: {"weights": "others"})
+    with pytest.raises(RecordMismatch, match="made with weights"):
+        grid.shown({"pair": world()})
+    monkeypatch.setattr(Study, "checkpoint", lambda study: pytest.fail("looked for weights"))
+    monkeypatch.setattr(Study, "at_hand", False)
+    assert len(grid.shown({"pair": world()})) == 36
+    next(folder.rglob("*.safetensors")).write_bytes(b"half")
+    with pytest.raises(DamagedFile, match="truncated or not the file"):
+        grid.shown({"pair": world()})
+
+
 def test_the_order_of_the_cells_does_not_depend_on_what_was_there_before(world, folder):
     fresh = list(cells(world()))
     next(folder.rglob("*0.05-B.safetensors")).unlink()

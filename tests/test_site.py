@@ -16,7 +16,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from helpers import config, paths
-from helpers.record import UserError, sha256, write_json
+from helpers.record import RecordMismatch, UserError, sha256, write_json, write_tensors
 from helpers.run import atlas_page, render, site
 from helpers.run.__main__ import main
 from helpers.study.ledger import read_ledger
@@ -407,24 +407,45 @@ def test_the_families_are_those_of_the_zoo(target):
     assert sorted(names) == sorted(zoo.families())
 
 
+def matrices(profile):
+    return site.grid.shown(site.studies(profile))
+
+
 def made_as(profile):
     return {"seed": profile.seed, "epsilon": profile.epsilon}
 
 
 def test_the_explorer_has_the_committed_grid_for_the_settings_it_was_made_with(world, monkeypatch):
     profile = config.load_profile("alpha")
-    table = site.matrices(profile)
+    table = matrices(profile)
     assert set(table.columns) >= {"pair", "score", "size", "ablated", "measured", "own", "random"}
-    assert site.matrices(config.load_profile("alpha", epsilon=0.02)) is None
+    assert matrices(config.load_profile("alpha", epsilon=0.02)) is None
     folder = world / "grid"
     folder.mkdir()
     monkeypatch.setattr(site.grid, "GRID", folder)
-    for record in ([], {"seed": 0}, {"sha256": 3}, {"sha256": {}, **made_as(profile)}):
+    pairs = site.grid.kept(site.studies(profile))
+    unnamed = {"sha256": {}, "pairs": pairs, **made_as(profile)}
+    for record in ([], {"seed": 0}, {"sha256": 3}, unnamed):
         write_json(folder / f"{profile.grid or profile.name}.json", record)
         (folder / f"{profile.grid or profile.name}-matrices.csv").write_text("a\n")
         with pytest.raises(UserError, match=profile.grid or profile.name):
-            site.matrices(profile)
+            matrices(profile)
     assert "make reproduce" in (site.Source(profile) and (site.PAGES / "explorer.html").read_text())
+
+
+def test_a_committed_grid_of_other_models_is_not_shown(world):
+    """A profile copied with its `grid:`, but of another pair of the same name."""
+    path = world / "profiles" / "alpha.yaml"
+    path.write_text(path.read_text().replace("data/models/tiny-dense/", "data/models/tiny-moe/"))
+    with pytest.raises(RecordMismatch, match="Take the line `grid: tiny-full` out of the profile"):
+        site.build("alpha")
+
+
+def test_a_file_that_is_no_cell_is_not_taken_for_one(world):
+    path = world / "data/results/beta/grid/tiny-dense/odd.safetensors"
+    write_tensors(path, {"own": np.zeros(1)}, {"seed": 7})
+    page = site.build("alpha") / "profiles/beta/explorer.html"
+    assert "make reproduce" in page.read_text()
 
 
 # ---- the folder
@@ -677,7 +698,7 @@ def test_no_page_is_wider_than_a_small_screen(target, opened):
 def test_the_explorer_draws_what_the_grid_holds(world, opened):
     tab = opened(site.build("alpha") / "profiles/alpha/explorer.html")
     tab.get_by_label("score").select_option("contribution")
-    table = site.matrices(config.load_profile("alpha"))
+    table = matrices(config.load_profile("alpha"))
     pair, size, own = table["pair"].iloc[0], 0.05, table["ablated"].iloc[0]
     row = table[
         (table["pair"] == pair)

@@ -20,7 +20,6 @@ from markupsafe import Markup
 from pygments.formatters import HtmlFormatter
 
 from ..config import Profile, load_profile
-from ..hexainst import schema
 from ..paths import DATA, NOTEBOOKS, PROFILES, ROOT, figures_dir, resolve, results_dir, short
 from ..plots.explorer import explorer
 from ..record import (
@@ -28,12 +27,10 @@ from ..record import (
     UserError,
     locked,
     read_json,
-    read_record,
-    read_tensors,
-    sha256,
     write_json,
 )
 from ..study import grid, ledger
+from ..study.study import studies
 from ..study.summary import verified
 from . import atlas_page
 from .findings import PUBLISHED, effect_cell
@@ -183,31 +180,6 @@ def alt(figure: dict) -> str:
     return f"Figure {figure['number']}. {first} The table beside it holds the numbers."
 
 
-def matrices(profile: Profile) -> pd.DataFrame | None:
-    """Effects of ablations for the explorer: the committed grid's, else those of the cells that
-    this profile's runs have kept. Nothing is computed; None where there is neither.
-    """
-    name = profile.grid or profile.name
-    path, record = grid.GRID / f"{name}-matrices.csv", grid.GRID / f"{name}.json"
-    if record.is_file():
-        made = read_record(record, {"sha256": dict})
-        if (made.get("seed"), made.get("epsilon")) == (profile.seed, profile.epsilon):
-            if not path.is_file() or sha256(path) != made["sha256"].get(path.name):
-                raise DamagedFile(f"{short(path)} is not the one its record describes. {GRID}")
-            return pd.read_csv(path)
-    found = {}
-    for cell in sorted((results_dir(profile.name) / "grid").glob("*/*.safetensors")):
-        arrays, made = read_tensors(cell)
-        found[made["pair"], made["score"], made["size"], made["measured"]] = arrays, made
-    if not found:
-        return None
-    rows = schema.load_hexainst(dataset=profile.dataset)
-    return grid.matrix_table(found, list(pd.unique(rows["category"])))
-
-
-GRID = "Run `make grid`, or take it from the repository."
-
-
 def families() -> list[tuple[str, list[str]]]:
     """[(kind, families)] that are read exactly: the README's list, which a test holds equal to the
     families of tests/zoo.py.
@@ -329,7 +301,7 @@ class Site:
             near = {"before": books[n - 1] if n else None, "after": (books[n + 1 :] or [None])[0]}
             self.page(home + place, "notebook.html", source, book=book, body=body, **near)
         self.atlas(source, home)
-        table = matrices(source.profile)
+        table = grid.shown(studies(source.profile))
         body = None if table is None else Markup(explorer(table, "", {}, {}, {}).data)
         own = [] if table is None else table[table["ablated"] == table["measured"]]
         rows = [] if table is None else own.to_dict("records")

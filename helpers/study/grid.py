@@ -25,6 +25,7 @@ from ..record import (
     UserError,
     cached,
     read_json,
+    read_tensors,
     sha256,
     verify,
     versions,
@@ -60,22 +61,24 @@ def cell_path(profile: str, pair: str, score: str, size: float, half: str) -> Pa
     return results_dir(profile) / "grid" / pair / name
 
 
-def expected(study, score="any", size=None, half="any") -> dict:
+def expected(study, score="any", size=None, half="any", fetch=True) -> dict:
     """All that decides a cell, as its record keeps it; `made_with` versions stand beside it and
-    are not compared. Without a size: of the headline's.
+    are not compared. Without a size: of the headline's. Not to `fetch`: without what is read from
+    a checkpoint that is not at hand.
     """
     profile = study.profile
     head = size in (None, profile.epsilon)
-    return {
+    model = {}
+    if fetch or study.at_hand:
+        model = {"weights": study.checkpoint()["weights"], "template": study.template}
+    return model | {
         "pair": study.name,
-        "weights": study.checkpoint()["weights"],
         "data": study.digest("rows"),
         "score": score,
         "size": profile.epsilon if size is None else size,
         "measured": half,
         "operator": "zero",
         "seed": profile.seed,
-        "template": study.template,
         "dtype": study.pair.dtype,
         "rows": study.measured_rows(),
         "draws": profile.controls if head else profile.controls_elsewhere,
@@ -112,9 +115,7 @@ def cells(study, scores=None, sizes=None, compute_missing=True) -> dict:
     Raises RecordMismatch for a cell made under other settings, NotTestable where there is one half
     only.
     """
-    every = [
-        (*cell, half) for cell in cells_of(study.profile, scores, sizes) for half in study.halves
-    ]
+    every = _every(study, scores, sizes)
     rank, world, wait = processes()
     if compute_missing and world > 1:
         study.counts()  # all count together
@@ -130,11 +131,32 @@ def cells(study, scores=None, sizes=None, compute_missing=True) -> dict:
     }
 
 
+def _every(study, scores=None, sizes=None) -> list[tuple[str, float, str]]:
+    some = cells_of(study.profile, scores, sizes)
+    return [(*cell, half) for cell in some for half in study.halves]
+
+
 def _cell(study, score, size, half):
     path = cell_path(study.profile.name, study.name, score, size, half)
     want = expected(study, score, size, half)
-    anew = f"Delete {short(path.parent)} to compute this pair's cells anew"
-    return cached(path, want, lambda: compute(study, want), anew)
+    return cached(path, want, lambda: compute(study, want), _anew(path))
+
+
+def _anew(path) -> str:
+    return f"Delete {short(path.parent)} to compute this pair's cells anew"
+
+
+def finished(study) -> dict:
+    """`cells` of one pair that are kept, with nothing computed and nothing fetched. Raises
+    RecordMismatch for a cell made under other settings, DamagedFile for one that is not whole.
+    """
+    found = {}
+    for cell in _every(study):
+        path = cell_path(study.profile.name, study.name, *cell)
+        if path.exists():
+            want = expected(study, *cell, fetch=False)
+            found[study.name, *cell] = read_tensors(path, want, _anew(path))
+    return found
 
 
 def summary(parts: dict, resamples: int, seed: int) -> dict:
@@ -266,10 +288,10 @@ def matrix_table(found: dict, categories) -> pd.DataFrame:
     return pd.concat(parts)[["pair", "score", "size", "ablated", "measured", "own", "random"]]
 
 
-def kept(studies: dict) -> dict:
+def kept(studies: dict, fetch=True) -> dict:
     """{pair: what its cells were made of}, as the record beside the committed tables keeps it."""
-    made = {name: expected(study) for name, study in studies.items()}
-    return {name: {key: want[key] for key in KEPT} for name, want in made.items()}
+    made = {name: expected(study, fetch=fetch) for name, study in studies.items()}
+    return {name: {key: want[key] for key in KEPT if key in want} for name, want in made.items()}
 
 
 def _record(name: str) -> dict:
@@ -284,9 +306,10 @@ def _record(name: str) -> dict:
     )
 
 
-def committed(studies: dict) -> tuple | None:
+def committed(studies: dict, fetch=True) -> tuple | None:
     """(table, matrices, categories, record) of the grid that the studies' profile names, or
-    of its own. None: it has none, or one of another seed or epsilon than this run's.
+    of its own. None: it has none, or one of another seed or epsilon than this run's. `fetch`: see
+    `expected`.
 
     Raises RecordMismatch if the models, rows or settings are no longer those it was made with,
     DamagedFile if the tables are not those of the record.
@@ -302,7 +325,7 @@ def committed(studies: dict) -> tuple | None:
     anew = f"Run `python -m helpers.run grid --profile {name}` to compute it anew"
     if profile.grid:
         anew = f"Take the line `grid: {name}` out of the profile"
-    for pair, want in kept(studies).items():
+    for pair, want in kept(studies, fetch).items():
         verify(record["pairs"].get(pair, {}), want, paths[0], anew)
     for path in paths:
         if not path.exists() or sha256(path) != record["sha256"].get(path.name):
@@ -334,6 +357,18 @@ def tables(studies: dict) -> tuple:
     for study in studies.values():
         computed |= cells(study, sizes=headline)
     return *_tables_of(studies, computed), None
+
+
+def shown(studies: dict) -> pd.DataFrame | None:
+    """The matrices of the grid that is `committed`, else those of all cells that are `finished`.
+    None where there is neither.
+    """
+    if (known := committed(studies, fetch=False)) is not None:
+        return known[1]
+    found = {}
+    for study in studies.values():
+        found |= finished(study)
+    return matrix_table(found, next(iter(studies.values())).categories) if found else None
 
 
 def write_categories(studies: dict, found: dict) -> Path:

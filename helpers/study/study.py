@@ -14,7 +14,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..capture.budget import named
-from ..capture.checkpoints import fingerprint, locate
+from ..capture.checkpoints import base_of, fingerprint, locate
 from ..capture.count import flips, passes
 from ..capture.counts import Counts, Gathered, Shards
 from ..capture.interventions import intact
@@ -23,7 +23,7 @@ from ..capture.tokens import Encoded, chat_template
 from ..config import Pair, Profile
 from ..hexainst.corpus import few_of_many, folds, text
 from ..hexainst.schema import load_hexainst
-from ..paths import counts_dir, short
+from ..paths import counts_dir, resolve, short
 from ..record import DamagedFile, NotTestable, UserError, cached, digest, versions
 from . import counting
 from .answers import LOOSE, SHORT, answer_ids, greedy_answers, spoken
@@ -119,6 +119,12 @@ class Study:
     def variants(self) -> tuple[str, ...]:
         """The models of the pair: ("base", "tuned"), or ("tuned",)."""
         return ("base", "tuned") if self.has_base else ("tuned",)
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the tuned model is a folder of this machine, whole without any other."""
+        folder = resolve(self.pair.tuned)
+        return folder.is_dir() and base_of(folder) is None
 
     @property
     def categories(self) -> tuple[str, ...]:
