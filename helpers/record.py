@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import unicodedata
 from contextlib import contextmanager, suppress
@@ -140,6 +141,39 @@ def atomic(path):
         finally:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path):
+    """Yield an empty folder beside `path`; it takes the place of the folder `path` only when the
+    block ends well, or what stood there stays. A second process that writes the same waits.
+    """
+    path = Path(path)
+    draft, old = (path.with_name(f".{path.name}.sparcom-{end}") for end in ("draft", "old"))
+    with locked(path), writing(path):
+        try:
+            if old.exists() and not path.exists():  # killed between the two renames
+                os.rename(old, path)
+            for left in (draft, old):
+                shutil.rmtree(left, ignore_errors=True)
+            draft.mkdir()
+            yield draft
+            _swap(draft, path, old)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _swap(draft: Path, path: Path, old: Path) -> None:
+    """`draft` takes the place of `path`, which comes back should that fail."""
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(draft, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256(path) -> str:

@@ -25,7 +25,7 @@ from helpers.config import Pair, load_profile
 from helpers.paths import ROOT
 from helpers.record import DamagedFile, RecordMismatch, UserError, read_json, sha256, write_json
 from helpers.run import __main__ as command
-from helpers.run import chain, notebook, plan, progress, report, stopping
+from helpers.run import chain, findings, notebook, plan, progress, report, stopping
 from helpers.study.summary import stamp
 
 
@@ -707,7 +707,9 @@ def test_what_the_whole_chain_took_outlives_a_run_of_some_notebooks(tmp_path, mo
     other = {"wall_seconds": 5, "peak_rss_mb": 1, "pairs": {}}
     for summary, known in ((whole, whole), (part, after), (other, other)):
         write_json(tmp_path / "run" / "summary.json", summary)
-        assert read_json(report.publish("tiny") / "summary.json") == known
+        published = read_json(report.publish("tiny") / "summary.json")
+        assert published.pop("tables").keys() == {"tests.csv", "verdicts.csv"}
+        assert published == known
 
 
 def test_what_is_published_is_of_the_profile_and_whole(tmp_path, monkeypatch):
@@ -720,7 +722,8 @@ def test_what_is_published_is_of_the_profile_and_whole(tmp_path, monkeypatch):
     found = stamp(load_profile("tiny", threads=7)) | {"pairs": {}, "tables": tables}
     write_json(tmp_path / "run" / "summary.json", found)  # threads decide nothing
     kept = read_json(report.publish("tiny") / "summary.json")
-    assert kept == {key: found[key] for key in ("profile", "versions", "pairs")}
+    made = {name: sha256(tmp_path / "published/tiny" / name) for name in findings.PUBLISHED}
+    assert kept == {key: found[key] for key in ("profile", "versions", "pairs")} | {"tables": made}
     (tmp_path / "run" / "verdicts.csv").write_text("id\n")
     with pytest.raises(DamagedFile, match="verdicts.csv was cut or changed"):
         report.publish("tiny")
@@ -729,6 +732,51 @@ def test_what_is_published_is_of_the_profile_and_whole(tmp_path, monkeypatch):
     with pytest.raises(RecordMismatch, match=said):
         report.publish("tiny")
     assert read_json(tmp_path / "published/tiny/summary.json") == kept
+
+
+@pytest.mark.parametrize("name", ["tests.csv", "verdicts.csv", "tuning_verdicts.csv"])
+def test_a_published_table_that_was_edited_is_on_no_page(tmp_path, monkeypatch, name):
+    shutil.copytree(report.DATA / "published", tmp_path / "data" / "published")
+    shutil.copy(report.DATA / "README.md", tmp_path / "data")
+    monkeypatch.setattr(report, "DATA", tmp_path / "data")
+    for left in ("x", ".tiny.sparcom-draft"):
+        (tmp_path / "data" / "published" / left).mkdir()  # left of a former version, or killed
+    assert report.pages()[ROOT / "README.md"] == (ROOT / "README.md").read_text()
+    path = tmp_path / "data" / "published" / "tiny" / name
+    path.write_text(path.read_text().replace("not supported", "supported").replace("True", "False"))
+    with pytest.raises(DamagedFile, match=rf"{name} was cut or changed.* Publish the profile"):
+        report.pages()
+
+
+def test_every_committed_table_is_named_by_its_summary():
+    for path in (report.DATA / "published").glob("*/summary.json"):
+        named = read_json(path)["tables"]
+        assert named == {table.name: sha256(table) for table in path.parent.glob("*.csv")}
+
+
+def test_publishing_that_is_killed_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "DATA", tmp_path)
+    monkeypatch.setattr(report, "results_dir", lambda name: tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    folder = tmp_path / "published" / "tiny"
+
+    def run(text):
+        for name in report.RUN:
+            (tmp_path / "run" / name).write_text(f"id\n{text}\n")
+        write_json(tmp_path / "run" / "summary.json", {"pairs": {text: {}}})
+        return report.publish("tiny")
+
+    (run("a") / "tuning_tests.csv").write_text("id\nt\n")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr(report, "write_json", lambda *args: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            run("b")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    run("b")
+    assert (folder / "tests.csv").read_text() == "id\nb\n"
+    assert (folder / "tuning_tests.csv").read_text() == "id\nt\n"  # no run of notebook 10
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
 
 
 def test_a_committed_picture_has_few_colours_and_looks_the_same():

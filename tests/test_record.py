@@ -483,3 +483,25 @@ def test_a_file_that_outgrows_its_limit_is_one_line_and_the_old_one_stays(tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert record.read_tensors(path, {"seed": 1})[0].keys() == ARRAYS.keys()
     assert sorted(os.listdir(tmp_path)) == ["x.json", "x.safetensors"]
+
+
+def test_a_folder_is_written_whole_or_stays_what_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "folder"
+
+    def write(name, fails=False):
+        with record.atomic_folder(path) as draft:
+            (draft / name).write_text(name)
+            if fails:
+                raise KeyboardInterrupt
+
+    write("one")
+    with pytest.raises(KeyboardInterrupt):
+        write("two", fails=True)
+    assert [file.name for file in path.iterdir()] == ["one"]
+    path.rename(tmp_path / ".folder.sparcom-old")  # killed between the two renames
+    with pytest.raises(KeyboardInterrupt):
+        write("two", fails=True)
+    assert [file.name for file in path.iterdir()] == ["one"]
+    write("two")
+    assert [file.name for file in path.iterdir()] == ["two"]
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]

@@ -7,11 +7,23 @@ import pandas as pd
 
 from ..record import read_json
 from ..study import ledger
+from ..study.summary import verified
 from ..study.tuned import CONTROL, CONTROLS, DEALT
 
 PUBLISHED = ("tests.csv", "verdicts.csv")
 TUNED = ("tuning_tests.csv", "tuning_verdicts.csv")  # the same of the claims about tunings
 JUDGED = ("supported", "mixed", "not supported")
+
+
+def published(folder, name: str) -> Path:
+    """The table `name` of a published folder, held against its summary (see `verified`)."""
+    said = "Publish the profile again, or take the folder from the repository."
+    return verified(Path(folder), name, said)
+
+
+def read(folder, *names) -> list[pd.DataFrame]:
+    """Tables of a published folder."""
+    return [pd.read_csv(published(folder, name)) for name in names]
 
 
 def rows_of(lines) -> str:
@@ -175,7 +187,7 @@ def answers(folders) -> str:
     """A Markdown row per question of ASKED, a column per pair of the published folders."""
     pairs, head = [], [""]
     for folder in map(Path, folders):
-        tests = pd.read_csv(folder / PUBLISHED[0])
+        (tests,) = read(folder, PUBLISHED[0])
         for pair, numbers in read_json(folder / "summary.json")["pairs"].items():
             head.append(f"`{pair}`")
             pairs.append((numbers, tests[tests["pair"] == pair]))
@@ -189,7 +201,7 @@ def compared(folders) -> str:
     """
     claims = ledger.read_ledger()
     headline = set(claims.loc[claims["headline"] == "yes", "id"])
-    found = {Path(f).name: _verdicts(Path(f) / PUBLISHED[1], headline) for f in folders}
+    found = {Path(f).name: _verdicts(f, headline) for f in folders}
     tiny = found.pop("tiny")
     kinds = {
         "supported in both": lambda own, other: own == other == "supported",
@@ -210,8 +222,8 @@ def compared(folders) -> str:
     return rows_of([*lines, ["asked of `tiny` alone", *map(_listed, left)]])
 
 
-def _verdicts(path, names) -> dict[tuple[str, str], str]:
-    table = pd.read_csv(path)
+def _verdicts(folder, names) -> dict[tuple[str, str], str]:
+    (table,) = read(folder, PUBLISHED[1])
     some = table[table["id"].isin(names)]
     return dict(zip(zip(some["id"], some["components"], strict=True), some["verdict"], strict=True))
 
@@ -265,7 +277,7 @@ def in_short(folder) -> str:
     """Did tuning help, did it move the sets further than its controls, and elsewhere? The real
     model's answers, and those of the pairs of the profile that the folder is of.
     """
-    tests, own = (pd.read_csv(Path(folder) / name) for name in (TUNED[0], PUBLISHED[0]))
+    tests, own = read(folder, TUNED[0], PUBLISHED[0])
     helped = _tests(tests[tests["half"] == "all"], "tuning-improves", "likelier")
     held = {pair: part["supported"].sum() for pair, part in helped.groupby("pair")}
     full = tests[tests["pair"] == "full"]
@@ -306,7 +318,7 @@ def _interval(effect, low, high) -> str:
 
 
 def _changes(folder) -> str:
-    tests, verdicts = (pd.read_csv(Path(folder) / name) for name in TUNED)
+    tests, verdicts = read(folder, *TUNED)
     verdicts = verdicts.set_index(["id", "components"])["verdict"]
     whole = tests[tests["half"] == "all"]
     heads = ["tuning", "mere training", "dealt answers"]
@@ -328,7 +340,7 @@ def claims_table(folders) -> str:
     """
     claims = ledger.read_ledger()
     claims = claims[claims["headline"] == "yes"]
-    parts = {Path(f).name: [pd.read_csv(Path(f) / name) for name in PUBLISHED] for f in folders}
+    parts = {Path(f).name: read(f, *PUBLISHED) for f in folders}
     head = ["claim"]
     for name, (tests, _) in parts.items():
         head += [f"verdict, {name}", *pd.unique(tests["pair"])]
@@ -352,7 +364,7 @@ def _others(folders) -> str:
     beside = set(claims.loc[claims["headline"] != "yes", "id"]) - newer
     said = []
     for folder in map(Path, folders):
-        found = _verdicts(folder / PUBLISHED[1], beside)
+        found = _verdicts(folder, beside)
         missed = [
             f"{verdict}: {_listed([key for key, one in found.items() if one == verdict])}"
             for verdict in JUDGED[1:]

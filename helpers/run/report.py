@@ -9,7 +9,16 @@ from statsmodels.stats.proportion import proportion_confint
 from ..config import load_profile
 from ..hexainst import human
 from ..paths import DATA, ROOT, checked, results_dir, short
-from ..record import UserError, atomic, read_json, read_record, write_json, write_table
+from ..record import (
+    UserError,
+    atomic,
+    atomic_folder,
+    read_json,
+    read_record,
+    sha256,
+    write_json,
+    write_table,
+)
 from ..study import dataset
 from ..study.summary import refuse_other, verified
 from . import findings
@@ -113,8 +122,9 @@ def review_table() -> str:
 
 def publish(profile: str) -> Path:
     """Copy a run's ledger and summary, which hold no text of others, to data/published/<profile>:
-    every test, every verdict, every headline number. The folder. What the whole chain and each of
-    its notebooks took is kept where a run of some notebooks does not say it.
+    every test, every verdict, every headline number. The folder, written whole or not at all; its
+    summary holds the tables' sha256. What the whole chain and each of its notebooks took, and the
+    tables of tunings, are kept where a run of some notebooks does not say it.
 
     Raises RecordMismatch for a run of other settings than the profile's, DamagedFile for tables
     that are not those of the run's summary.
@@ -122,20 +132,24 @@ def publish(profile: str) -> Path:
     folder, results = DATA / "published" / checked(profile, "profile"), results_dir(profile)
     path, summary = folder / "summary.json", read_record(results / "summary.json", {"pairs": dict})
     refuse_other(summary, load_profile(profile), results / "summary.json")
-    tests, verdicts = (pd.read_csv(verified(results, name)) for name in RUN)
-    write_table(folder / findings.PUBLISHED[0], tests)
-    write_table(folder / findings.PUBLISHED[1], verdicts)
-    for name in ("settings", "tables"):
-        summary.pop(name, None)
-    if "wall_seconds" not in summary and path.is_file():
-        before = read_json(path)
-        summary |= {name: before[name] for name in WHOLE if name in before}
-        if "seconds" in before:
-            summary["seconds"] = before["seconds"] | summary.get("seconds", {})
-    write_json(path, summary)
-    for name in findings.TUNED:
-        if (results / name).is_file():
-            write_table(folder / name, pd.read_csv(results / name))
+    named = zip(findings.PUBLISHED, RUN, strict=True)
+    tables = {name: pd.read_csv(verified(results, own)) for name, own in named}
+    summary.pop("settings", None)
+    with atomic_folder(folder) as draft:
+        if "wall_seconds" not in summary and path.is_file():
+            before = read_json(path)
+            summary |= {name: before[name] for name in WHOLE if name in before}
+            if "seconds" in before:
+                summary["seconds"] = before["seconds"] | summary.get("seconds", {})
+        for name in findings.TUNED:
+            if (results / name).is_file():
+                tables[name] = pd.read_csv(results / name)
+            elif (folder / name).is_file():
+                (tables[name],) = findings.read(folder, name)
+        for name, table in tables.items():
+            write_table(draft / name, table)
+        summary["tables"] = {name: sha256(draft / name) for name in tables}
+        write_json(draft / "summary.json", summary)
     return folder
 
 
@@ -144,9 +158,8 @@ def pages() -> dict[Path, str]:
     text}. Nothing is written.
     """
     readme, sheet = ROOT / "README.md", DATA / "README.md"
-    folders = sorted(
-        (DATA / "published").glob("*/"), key=lambda folder: (folder.name == "tiny", folder)
-    )
+    whole = [path.parent for path in (DATA / "published").glob("[!.]*/summary.json")]
+    folders = sorted(whole, key=lambda folder: (folder.name == "tiny", folder))
     shown = [folder for folder in folders if folder.name in SHOWN]
     blocks = {
         "tunings": findings.tunings(DATA / "published" / "tiny"),

@@ -25,7 +25,7 @@ from ..plots.explorer import explorer
 from ..record import (
     DamagedFile,
     UserError,
-    locked,
+    atomic_folder,
     read_json,
     write_json,
 )
@@ -33,7 +33,7 @@ from ..study import grid, ledger
 from ..study.study import studies
 from ..study.summary import verified
 from . import atlas_page
-from .findings import PUBLISHED, effect_cell
+from .findings import PUBLISHED, effect_cell, published
 from .render import Book, led, markdown, plain
 
 PAGES = Path(__file__).with_name("pages")
@@ -62,14 +62,12 @@ class Source:
     @cached_property
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame] | None:
         """(tests, verdicts) of the ledger: this machine's run, else what is published."""
-        for folder, names in (
-            (results_dir(self.name), ("claims.csv", "verdicts.csv")),
-            (DATA / "published" / self.name, PUBLISHED),
+        for folder, names, whole in (
+            (results_dir(self.name), ("claims.csv", "verdicts.csv"), verified),
+            (DATA / "published" / self.name, PUBLISHED, published),
         ):
             if all((folder / name).is_file() for name in names):
-                return tuple(
-                    _read(verified(folder, name), *TABLES[n]) for n, name in enumerate(names)
-                )
+                return tuple(_read(whole(folder, name), *TABLES[n]) for n, name in enumerate(names))
         return None
 
     @cached_property
@@ -402,35 +400,9 @@ def build(name: str, to: str | Path | None = None) -> Path:
     (default: data/results/site); the folder. The former site stays until the new one is whole.
     """
     target = Path(os.path.abspath(resolve(to) if to else DATA / "results" / "site"))
-    draft, old = (target.with_name(f".{target.name}.sparcom-{end}") for end in ("draft", "old"))
     ours(target)
     having = sources(name)
-    with locked(target):
-        try:
-            for left in (draft, old):
-                shutil.rmtree(left, ignore_errors=True)
-            draft.mkdir()
-            Site(draft, having).all()
-            ours(target)
-            _swap(draft, target, old)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {short(target)}: {error.strerror or error}. Free the disk or make "
-                "the folder writable, then run again; a former site is kept."
-            ) from error
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+    with atomic_folder(target) as draft:
+        Site(draft, having).all()
+        ours(target)
     return target
-
-
-def _swap(draft: Path, target: Path, old: Path) -> None:
-    """`draft` takes the place of `target`, which comes back should that fail."""
-    if target.exists():
-        os.rename(target, old)
-    try:
-        os.rename(draft, target)
-    except OSError:
-        if old.exists():
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -96,20 +96,20 @@ def read_parts(profile, notebooks) -> dict[str, dict]:
     return merged
 
 
-def verified(folder: Path, name: str) -> Path:
-    """The table `name` of a run's folder. Raises DamagedFile where it is missing, empty, or not the
-    one whose sha256 stands in the folder's summary.json under `tables`; a summary of a former
-    version has none, and its tables are taken as they are.
+def verified(folder: Path, name: str, remedy: str = "Run notebook 08 again.") -> Path:
+    """The table `name` of a run's folder. Raises DamagedFile, which ends with the `remedy`, where
+    it is missing, empty, or not the one whose sha256 stands in the folder's summary.json under
+    `tables`; a summary of a former version has none, and its tables are taken as they are.
     """
     path, summary = folder / name, folder / "summary.json"
     if not path.is_file() or not path.stat().st_size:
-        raise DamagedFile(f"{short(path)} is missing or empty. Run notebook 08 again.")
+        raise DamagedFile(f"{short(path)} is missing or empty. {remedy}")
     record = read_record(summary, {"pairs": dict}) if summary.is_file() else {}
     tables, found = record.get("tables", {}), sha256(path)
     if not isinstance(tables, dict) or tables.get(name, found) != found:
         raise DamagedFile(
-            f"{short(path)} was cut or changed: its sha256 is not the one in {short(summary)}. Run "
-            "notebook 08 again."
+            f"{short(path)} was cut or changed: its sha256 is not the one in {short(summary)}. "
+            f"{remedy}"
         )
     return path
 
