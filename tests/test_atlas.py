@@ -17,8 +17,9 @@ from helpers.capture.count import count
 from helpers.capture.interventions import ablate
 from helpers.config import Pair, Profile
 from helpers.hexainst.corpus import wordings
-from helpers.record import DamagedFile, NotTestable, RecordMismatch, UserError
-from helpers.study import atlas, quick
+from helpers.record import DamagedFile, NotTestable, RecordMismatch, UserError, read_json
+from helpers.run.__main__ import main
+from helpers.study import atlas, exports, quick
 from helpers.study.exports import sets_of_study
 from helpers.study.study import Study
 from tests.test_evaluate import TOKENIZER
@@ -454,6 +455,27 @@ def test_what_is_written_comes_back_and_is_made_once(monkeypatch, tmp_path):
         atlas.read("p")
     with pytest.raises(DamagedFile, match="missing"):
         atlas.read("q")
+
+
+def test_exported_sets_are_those_of_the_kept_atlas(monkeypatch, tmp_path):
+    study = study_of("llama", base=False)
+    monkeypatch.setattr(atlas, "results_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr(Study, "checkpoint", lambda *args: {"weights": "w"})
+    monkeypatch.setattr(Study, "close", lambda self: None)
+    monkeypatch.setattr("helpers.study.study.studies", lambda profile: {"pair": study})
+    share, line = 2 * SHARE, ["export", "--pair", "pair", "--format", "csv", "--to"]
+    assert main([*line, str(tmp_path / "default")]) == 0
+    atlas.write({"pair": study}, None, "frequency", share)
+    assert main([*line, str(tmp_path / "own")]) == 0
+    want = exports.members_table(exports.sets_of_study(study, "frequency", share))
+    found = pd.read_csv(tmp_path / "own" / "pair-sets.csv")
+    places = ["category", "layer", "neuron"]
+    assert found[places].to_numpy().tolist() == want[places].to_numpy().tolist()
+    records = [read_json(tmp_path / name / "pair-sets.json") for name in ("default", "own")]
+    assert [record["score"] for record in records] == ["contrast", "frequency"]
+    monkeypatch.setattr(Study, "checkpoint", lambda *args: {"weights": "others"})
+    assert main([*line, str(tmp_path / "stale")]) == 1
+    assert not (tmp_path / "stale").exists()
 
 
 def test_an_atlas_of_the_same_rows_under_other_labels_is_another(monkeypatch, tmp_path):

@@ -434,8 +434,8 @@ def run_validate(options) -> int:
     option("--to", help="folder for the sets"),
 )
 def run_export(options) -> int:
-    """Write HexaInst's AI half as Parquet with its data card; or the sets of a pair's atlas for
-    other programs."""
+    """Write HexaInst's AI half as Parquet with its data card; or the sets of a pair's atlas (of
+    its score and share, or the defaults where no atlas is made yet) for other programs."""
     sets = (options.pair, options.format, options.to)
     if (options.folder is None) != all(sets) or (options.folder and any(sets)):
         raise UserError("export: give a FOLDER (HexaInst), or --pair, --format and --to (sets).")
@@ -444,13 +444,14 @@ def run_export(options) -> int:
 
         print("\n".join(map(short, schema.export(options.folder))))
         return 0
-    from ..study import exports
+    from ..study import atlas, exports
     from ..study.study import studies
 
     every = studies(load_profile(options.profile))
     refuse_other(options.pair, every, "pair")
     with household():
-        found = exports.sets_of_study(every[options.pair])
+        study = every[options.pair]
+        found = exports.sets_of_study(study, *atlas.settings_kept(study))
     print(*map(short, exports.export(found, options.format, options.to)), sep="\n")
     return 0
 

@@ -434,6 +434,19 @@ def kept(study, *settings) -> pd.DataFrame:
     return finished(path, lambda: _read(path, want), made)
 
 
+def settings_kept(study) -> tuple[str, float | None]:
+    """(score, share) of the study's kept atlas; the defaults where none is made yet. Raises
+    RecordMismatch for an atlas made under other settings than the study's.
+    """
+    path = _path(study).with_suffix(".json")
+    if not path.is_file():
+        return "contrast", None
+    record = read_record(path, {"score": str, "top": int})
+    settings = record["score"], record.get("share")
+    verify(record, expected(study, *settings, record["top"]), path)
+    return settings
+
+
 def write(studies: dict, pair: str | None = None, *settings) -> list[Path]:
     """Make the atlas of every study {pair: Study} of a profile, or of one, and write
     data/results/<profile>/atlas.parquet and .csv, all finished pairs one below the other, with
