@@ -21,6 +21,7 @@ from helpers.hexainst.checkers import ARGUMENTS, CHECKERS, check, faults
 from helpers.hexainst.schema import CATEGORIES, HEXAINST, TAGS, load, load_hexainst, validate
 from helpers.paths import ROOT
 from helpers.record import UserError
+from helpers.run.__main__ import command_line, main
 
 
 def row(number=1, **changes):
@@ -360,8 +361,26 @@ def test_the_command_prints_every_fault_and_fails(tmp_path):
     assert "2 rows read, 2 faults" in done.stdout
     done = subprocess.run(command[:-1] + ["absent.jsonl"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: no file absent.jsonl")
+    assert done.stderr.startswith(f"error: no file {ROOT / 'absent.jsonl'}")
     assert "Traceback" not in done.stderr
+
+
+def test_a_path_of_the_command_line_is_from_the_current_folder(tmp_path, monkeypatch, capsys):
+    """Every option that is a path, of every command; a profile's are from the repository."""
+    write(tmp_path / "mine.jsonl", [row(1), row(2)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert main(["validate", "mine.jsonl", "--part"]) == 0
+    assert main(["validate", "none.jsonl"]) == 1
+    assert f"no file {tmp_path / 'none.jsonl'}:" in capsys.readouterr().err
+    lines = ["site --to", "train --out", "tune --out", "tune --local", "human --local", "export"]
+    lines += ["export --to", "count --job", "validate"]
+    for line in lines:
+        for path, meant in (("x", tmp_path / "x"), ("~/x", tmp_path / "home" / "x")):
+            said = command_line().parse_args([*line.split(), path])
+            assert meant in vars(said).values(), line
+    with pytest.raises(SystemExit):
+        command_line().parse_args(["site", "--to", ""])
 
 
 def frame_of(texts, categories=None):

@@ -174,7 +174,7 @@ def _lines(path):
     path = resolve(path)
     if not os.path.isfile(path):
         raise UserError(
-            f"no file {short(path)}: expected JSON lines of the HexaInst schema. "
+            f"no file {path}: expected JSON lines of the HexaInst schema. "
             "Check the path; `make hexainst-human` builds the human half."
             f"{'' if CLONE else ' HexaInst and the tiny world lie in a clone of the repository.'}"
         )

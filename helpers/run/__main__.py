@@ -57,11 +57,23 @@ def one_of(where: str) -> Callable[[str], str]:
     return choose
 
 
+def here(path: str) -> Path:
+    """A type for an option that is a path: from the current folder, where a profile's are from the
+    repository; `~` is the home.
+
+    >>> here("mine.jsonl") == Path.cwd() / "mine.jsonl"
+    True
+    """
+    if not path:
+        raise argparse.ArgumentTypeError("expected a path, found nothing")
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
 PROFILE = option("--profile", help="a name in notebooks/profiles (default: tiny)", default="tiny")
 BOOKS = option(
     "notebooks",
     nargs="*",
-    type=Path,
+    type=here,
     help="default: all",
     default=sorted(NOTEBOOKS.glob("*.ipynb")),
 )
@@ -69,6 +81,9 @@ TOGETHER = option(
     "--together", nargs="*", default=[], metavar="NAME", help="those that may run side by side"
 )
 PAIR = one_of("tinyworld.recipe:PAIRS")
+LOCAL = option(
+    "--local", type=here, help="folder that holds copies of the source files (for work offline)"
+)
 SEED = option("--seed", type=int, default=0)
 
 
@@ -134,13 +149,18 @@ def run_publish(options) -> int:
 @command(
     "site",
     PROFILE,
-    option("--to", metavar="FOLDER", help="new, empty, or a former site (data/results/site)"),
+    option(
+        "--to",
+        type=here,
+        metavar="FOLDER",
+        help="new, empty, or a former site (data/results/site)",
+    ),
 )
 def run_site(options) -> int:
     """Write a static site of a profile's findings, figures, notebooks and atlas."""
     from . import site
 
-    print(short(site.build(options.profile, options.to) / "index.html"))
+    print(site.build(options.profile, options.to) / "index.html")
     return 0
 
 
@@ -167,7 +187,7 @@ def run_plan(options) -> int:
 @command(
     "count",
     PROFILE,
-    option("--job", help=argparse.SUPPRESS),
+    option("--job", type=here, help=argparse.SUPPRESS),
     option(
         "--variants", nargs="+", choices=("base", "tuned"), help="default: those that a pair has"
     ),
@@ -285,7 +305,11 @@ def run_atlas(options) -> int:
     "train",
     option("--pair", type=PAIR),
     SEED,
-    option("--out", help="folder for base/ and tuned/ (default: data/models/<pair>[-s<seed>])"),
+    option(
+        "--out",
+        type=here,
+        help="folder for base/ and tuned/ (default: data/models/<pair>[-s<seed>])",
+    ),
     option("--device", default="cpu", help="cpu (default) or cuda"),
     option("--card", action="store_true", help="only write the table of data/models/README.md"),
 )
@@ -343,11 +367,11 @@ def run_trajectory(options) -> int:
         help="only tune these, to share the work; nothing is measured (default: all, and measure)",
     ),
     option("--gather", action="store_true", help="only make the rows to tune on, and count them"),
-    option("--local", help="folder that holds copies of the source files (for work offline)"),
+    LOCAL,
     option("--device", help="cpu, or cuda:0 (default: a GPU where there is one)"),
     option(
         "--out",
-        type=Path,
+        type=here,
         help="folder of the tables (default: beside the tunings; those of smollm2, all six "
         "finished, also go to data/tuning)",
     ),
@@ -385,7 +409,7 @@ def run_tune(options) -> int:
 
 @command(
     "human",
-    option("--local", help="folder that holds copies of the source files (for work offline)"),
+    LOCAL,
     option("--run-code", action="store_true", help="execute the CODE references, sandboxed"),
     option("--record", action="store_true", help="make this build the committed choice"),
 )
@@ -407,7 +431,7 @@ def run_human(options) -> int:
 
 @command(
     "validate",
-    option("file"),
+    option("file", type=here),
     option("--part", action="store_true", help="the file holds some categories only"),
     option("--run-code", action="store_true", help="also execute the CODE references, sandboxed"),
 )
@@ -427,11 +451,11 @@ def run_validate(options) -> int:
 
 @command(
     "export",
-    option("folder", nargs="?", help="HexaInst's AI half goes there"),
+    option("folder", nargs="?", type=here, help="HexaInst's AI half goes there"),
     PROFILE,
     option("--pair", help="a pair of the profile: its sets are written instead"),
     option("--format", type=one_of("study.exports:KINDS"), help="lsn, esft, safetensors or csv"),
-    option("--to", help="folder for the sets"),
+    option("--to", type=here, help="folder for the sets"),
 )
 def run_export(options) -> int:
     """Write HexaInst's AI half as Parquet with its data card; or the sets of a pair's atlas (of
@@ -442,7 +466,7 @@ def run_export(options) -> int:
     if options.folder:
         from ..hexainst import schema
 
-        print("\n".join(map(short, schema.export(options.folder))))
+        print(*schema.export(options.folder), sep="\n")
         return 0
     from ..study import atlas, exports
     from ..study.study import studies
@@ -452,7 +476,7 @@ def run_export(options) -> int:
     with household():
         study = every[options.pair]
         found = exports.sets_of_study(study, *atlas.settings_kept(study))
-    print(*map(short, exports.export(found, options.format, options.to)), sep="\n")
+    print(*exports.export(found, options.format, options.to), sep="\n")
     return 0
 
 
@@ -468,6 +492,7 @@ def command_line() -> argparse.ArgumentParser:
     """Every command with its options."""
     where = "Results go to data/results, figures to figures, under "
     where += f"the repository, {ROOT}." if CLONE else f"the current directory, {ROOT}."
+    where += " A path given here is from the current directory, one in a profile from there."
     parser = argparse.ArgumentParser(
         prog=COMMAND, description=__doc__.split(":")[0] + ".", epilog=where
     )
