@@ -15,7 +15,11 @@ from .paths import CLONE, NAME, PROFILES, ROOT, checked, profile_files, resolve,
 from .record import UserError
 
 SCORES = ("frequency", "lape", "contrast", "attribution", "contribution", "contribution-response")
-RESERVED = ("atlas", "chain", "claims", "grid", "notebooks", "summary", "trajectory")
+WRITTEN = (  # files and folders of a profile's results, by what stands before the first dot
+    *("atlas", "chain", "claims", "count", "grid", "notebooks", "summary", "trajectory"),
+    *("tuning_tests", "tuning_verdicts", "verdicts"),
+)
+BESIDE = ("bench", "planted", "plans", "site")  # what stands beside files and folders of profiles
 CORES = os.cpu_count() or 1
 LONGEST, DEEPEST = 2**16, 8  # of a profile: characters, and lists within lists
 DEVICES = re.compile(r"auto|balanced(_low_0)?|sequential|(cpu|cuda|mps|xpu)(:\d)?")
@@ -33,9 +37,13 @@ def _different(values):
     return values
 
 
+def _is_one_of(name, names) -> bool:
+    return name.casefold().partition(".")[0] in names
+
+
 def _unreserved(name):
-    if name.casefold().partition(".")[0] in RESERVED:
-        raise ValueError(f"expected another: {', '.join(RESERVED)} name folders of the results")
+    if _is_one_of(name, WRITTEN):
+        raise ValueError(f"expected another: {', '.join(WRITTEN)} name results of our own")
     return name
 
 
@@ -382,6 +390,11 @@ def load_profile(name: str, **overrides) -> Profile:
             "make one."
         )
     path = have[name]
+    if _is_one_of(name, BESIDE):
+        raise UserError(
+            f"a profile is named {name!r}, expected another: {', '.join(BESIDE)} name results of "
+            f"our own. Rename {short(path)}."
+        )
     given = {key: value for key, value in overrides.items() if value is not None}
     values, where = {"name": name} | _parsed(path) | given, short(path)
     if given:

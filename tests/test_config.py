@@ -115,10 +115,13 @@ def test_the_papers_families_are_one_word_away():
         (f"pairs: [{{name: {'a' * 300}, tuned: c}}]", "expected 1 to 64 letters"),
         ('pairs: [{name: "a\\n", tuned: c}]', "name is 'a\\n', expected 1 to 64"),
         ("pairs: [{name: Ä, tuned: c}]", "name is '\\xc4', expected 1 to 64"),
-        ("pairs: [{name: Summary, tuned: c}]", "name folders of the results"),
-        ("pairs: [{name: notebooks, tuned: c}]", "name folders of the results"),
-        ("pairs: [{name: grid, tuned: c}]", "name folders of the results"),
-        ("pairs: [{name: summary.json, tuned: c}]", "name folders of the results"),
+        ("pairs: [{name: Summary, tuned: c}]", "name results of our own"),
+        ("pairs: [{name: notebooks, tuned: c}]", "name results of our own"),
+        ("pairs: [{name: grid, tuned: c}]", "name results of our own"),
+        ("pairs: [{name: summary.json, tuned: c}]", "name results of our own"),
+        ("pairs: [{name: count.tokens.jsonl, tuned: c}]", "name results of our own"),
+        ("pairs: [{name: verdicts.csv, tuned: c}]", "name results of our own"),
+        ("pairs: [{name: tuning_tests.csv, tuned: c}]", "name results of our own"),
         ("pairs: [{name: d, tuned: c}, {name: D, tuned: e}]", "expected each once"),
         ("pairs: [{name: a, base: b, tuned: c, base_revision: 1234567}]", "expected text of 1"),
         ("pairs: [{name: a, base: data/x, tuned: c, base_revision: m}]", "expected a hub id"),
@@ -216,6 +219,14 @@ def test_a_missing_data_set_is_said(profiles):
     profiles(PAIR)
     with pytest.raises(UserError, match="dataset missing, expected text"):
         load_profile("mine")
+
+
+@pytest.mark.parametrize("name", ["site", "Bench.json", "plans.csv", "planted"])
+def test_a_profile_is_not_named_as_what_stands_beside_its_results(profiles, name):
+    profiles(f"dataset: a\n{PAIR}")
+    (paths.PROFILES / "mine.yaml").rename(paths.PROFILES / f"{name}.yaml")
+    with pytest.raises(UserError, match=f"named '{name}', .*name results of our own. Rename"):
+        load_profile(name)
 
 
 def test_every_fault_is_in_the_one_message(profiles):
