@@ -14,6 +14,7 @@ from helpers.capture.count import count_activations, count_encoded, count_groups
 from helpers.capture.counter import count_positive, count_routed, watching
 from helpers.capture.counts import Counts, Gathered
 from helpers.capture.losses import proven_head
+from helpers.capture.proofs import structure
 from helpers.capture.selfcheck import self_check
 from helpers.capture.sites import UnreadableModel, find_sites
 from helpers.capture.tokens import Encoded, token_batches
@@ -480,6 +481,18 @@ def test_a_model_that_is_built_otherwise_after_its_first_count_is_proven_again(
     spoil(model)
     with pytest.raises(UnreadableModel), count_activations(model):
         pass
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "gpt_oss"])
+def test_a_model_that_is_being_counted_is_built_as_before(family):
+    """Else what was proven would be proven again under the hooks of the count."""
+    model = zoo.build(family)
+    before = structure(model)
+    with count_activations(model) as counter:
+        assert structure(model) == before
+        ids = torch.ones(1, 3, dtype=torch.long)
+        counter(ids, torch.ones_like(ids), torch.ones_like(ids))
+    assert structure(model) == before
 
 
 def test_what_was_proven_of_a_head_is_proven_again_when_it_is_another():

@@ -4,6 +4,8 @@ from weakref import WeakKeyDictionary
 
 from .budget import state
 
+OBSERVER = "observer"  # what a bank of experts tells what it does while it is counted
+
 
 class Proofs:
     """Of each model what was found, as long as its structure is the same. While an intervention is
@@ -27,10 +29,12 @@ class Proofs:
 
 def structure(model) -> int:
     """A mark of a model's modules and of what they run: the forwards of their classes, and the
-    functions that stand in an instance alone. It keeps none of them in memory.
+    functions that stand in an instance alone, but for observers, which change nothing. It keeps
+    none of them in memory.
     """
     parts = []
     for module in model.modules():
-        own = [(name, id(value)) for name, value in vars(module).items() if callable(value)]
+        functions = [(name, value) for name, value in vars(module).items() if callable(value)]
+        own = [(name, id(value)) for name, value in functions if name != OBSERVER]
         parts.append((module, type(module), type(module).forward, *own))
     return hash(tuple(parts))
