@@ -23,7 +23,15 @@ from PIL import Image
 
 from helpers.config import Pair, load_profile
 from helpers.paths import ROOT
-from helpers.record import DamagedFile, RecordMismatch, UserError, read_json, sha256, write_json
+from helpers.record import (
+    DamagedFile,
+    RecordMismatch,
+    UserError,
+    read_json,
+    sealed,
+    sha256,
+    write_json,
+)
 from helpers.run import __main__ as command
 from helpers.run import chain, findings, notebook, plan, progress, report, stopping
 from helpers.study.summary import stamp
@@ -709,6 +717,7 @@ def test_what_the_whole_chain_took_outlives_a_run_of_some_notebooks(tmp_path, mo
         write_json(tmp_path / "run" / "summary.json", summary)
         published = read_json(report.publish("tiny") / "summary.json")
         assert published.pop("tables").keys() == {"tests.csv", "verdicts.csv"}
+        assert published.pop("record")
         assert published == known
 
 
@@ -723,7 +732,8 @@ def test_what_is_published_is_of_the_profile_and_whole(tmp_path, monkeypatch):
     write_json(tmp_path / "run" / "summary.json", found)  # threads decide nothing
     kept = read_json(report.publish("tiny") / "summary.json")
     made = {name: sha256(tmp_path / "published/tiny" / name) for name in findings.PUBLISHED}
-    assert kept == {key: found[key] for key in ("profile", "versions", "pairs")} | {"tables": made}
+    known = {key: found[key] for key in ("profile", "versions", "pairs")}
+    assert kept == sealed(known | {"tables": made})
     (tmp_path / "run" / "verdicts.csv").write_text("id\n")
     with pytest.raises(DamagedFile, match="verdicts.csv was cut or changed"):
         report.publish("tiny")
@@ -745,6 +755,16 @@ def test_a_published_table_that_was_edited_is_on_no_page(tmp_path, monkeypatch, 
     path = tmp_path / "data" / "published" / "tiny" / name
     path.write_text(path.read_text().replace("not supported", "supported").replace("True", "False"))
     with pytest.raises(DamagedFile, match=rf"{name} was cut or changed.* Publish the profile"):
+        report.pages()
+
+
+def test_a_published_number_that_was_edited_is_on_no_page(tmp_path, monkeypatch):
+    shutil.copytree(report.DATA / "published", tmp_path / "published")
+    monkeypatch.setattr(report, "DATA", tmp_path)
+    path = tmp_path / "published" / "smollm2" / "summary.json"
+    record = read_json(path)
+    write_json(path, record | {"wall_seconds": record["wall_seconds"] / 2})
+    with pytest.raises(DamagedFile, match="smollm2.summary.json was edited"):
         report.pages()
 
 

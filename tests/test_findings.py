@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers.record import write_json
+from helpers.record import sealed, write_json
 from helpers.run import findings
 from helpers.study import ledger
 
@@ -81,7 +81,7 @@ def test_each_answer_takes_its_numbers_from_their_own_keys(tmp_path):
         key = f"{at.replace('equal', 'parts')}.frequency.{part}"
         numbers |= {f"{key}.share": share, f"{key}.critical": 8.12 + n}
     numbers |= {"unique.neurons.share": 0.18, "unique.neurons.wordings_null": 0.05}
-    write_json(tmp_path / "summary.json", {"pairs": {"one": numbers}})
+    write_json(tmp_path / "summary.json", sealed({"pairs": {"one": numbers}}))
     other = table_of(("excess-smallest", "neurons", "all", None, 77.0, False)).assign(pair="two")
     pd.concat([table_of(*tests), other]).to_csv(tmp_path / "tests.csv")
     table = findings.answers([tmp_path])

@@ -370,7 +370,7 @@ def test_what_sets_cost_is_no_surer_for_copies_of_a_row(changed):
         widths["matter", copies] = np.ptp(
             alteration._critical(study, [pd.DataFrame(lines)])["critical_ci"]
         )
-        clusters = alteration.drawn_as_one(study)[0]
+        clusters = alteration.drawn_as_one(study)
         assert len(set(clusters)) == 2 * 6 * 24 // copies
         put = alteration._put(study, np.stack([drawn, drawn]), clusters)
         widths["transplant", copies] = np.ptp(put["effect_ci"])
@@ -381,14 +381,14 @@ def test_what_sets_cost_is_no_surer_for_copies_of_a_row(changed):
 def test_halves_have_random_sets_of_their_own(changed, monkeypatch):
     """Of one seed, sets of equal sizes would be held against the same random ones in both."""
     study, started = changed["pair"], []
-    real = alteration._rng
+    real = Study.rng
 
     def heard(study, half):
         rng = real(study, half)
         started.append((half, rng.bit_generator.state["state"]["state"]))
         return rng
 
-    monkeypatch.setattr(alteration, "_rng", heard)
+    monkeypatch.setattr(Study, "rng", heard)
     alteration._matter(study)
     alteration._transplants(study)
     assert {half for half, _ in started} == {"A", "B"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..record import read_json
+from ..record import read_record, refuse_edited
 from ..study import ledger
 from ..study.summary import verified
 from ..study.tuned import CONTROL, CONTROLS, DEALT
@@ -24,6 +24,14 @@ def published(folder, name: str) -> Path:
 def read(folder, *names) -> list[pd.DataFrame]:
     """Tables of a published folder."""
     return [pd.read_csv(published(folder, name)) for name in names]
+
+
+def summary(folder) -> dict:
+    """The summary of a published folder. Raises DamagedFile where it was edited."""
+    path = Path(folder) / "summary.json"
+    record = read_record(path, {"pairs": dict})
+    refuse_edited(record, path)
+    return record
 
 
 def rows_of(lines) -> str:
@@ -188,7 +196,7 @@ def answers(folders) -> str:
     pairs, head = [], [""]
     for folder in map(Path, folders):
         (tests,) = read(folder, PUBLISHED[0])
-        for pair, numbers in read_json(folder / "summary.json")["pairs"].items():
+        for pair, numbers in summary(folder)["pairs"].items():
             head.append(f"`{pair}`")
             pairs.append((numbers, tests[tests["pair"] == pair]))
     rows = [[said, *(_told(ask, *pair) for pair in pairs)] for said, ask in ASKED.items()]

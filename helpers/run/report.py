@@ -13,8 +13,8 @@ from ..record import (
     UserError,
     atomic,
     atomic_folder,
-    read_json,
     read_record,
+    sealed,
     sha256,
     write_json,
     write_table,
@@ -123,8 +123,9 @@ def review_table() -> str:
 def publish(profile: str) -> Path:
     """Copy a run's ledger and summary, which hold no text of others, to data/published/<profile>:
     every test, every verdict, every headline number. The folder, written whole or not at all; its
-    summary holds the tables' sha256. What the whole chain and each of its notebooks took, and the
-    tables of tunings, are kept where a run of some notebooks does not say it.
+    summary holds the tables' sha256, and a digest of itself. What the whole chain and each of its
+    notebooks took, and the tables of tunings, are kept where a run of some notebooks does not say
+    it.
 
     Raises RecordMismatch for a run of other settings than the profile's, DamagedFile for tables
     that are not those of the run's summary.
@@ -137,7 +138,7 @@ def publish(profile: str) -> Path:
     summary.pop("settings", None)
     with atomic_folder(folder) as draft:
         if "wall_seconds" not in summary and path.is_file():
-            before = read_json(path)
+            before = findings.summary(folder)
             summary |= {name: before[name] for name in WHOLE if name in before}
             if "seconds" in before:
                 summary["seconds"] = before["seconds"] | summary.get("seconds", {})
@@ -149,7 +150,7 @@ def publish(profile: str) -> Path:
         for name, table in tables.items():
             write_table(draft / name, table)
         summary["tables"] = {name: sha256(draft / name) for name in tables}
-        write_json(draft / "summary.json", summary)
+        write_json(draft / "summary.json", sealed(summary))
     return folder
 
 
@@ -163,7 +164,7 @@ def pages() -> dict[Path, str]:
     shown = [folder for folder in folders if folder.name in SHOWN]
     blocks = {
         "tunings": findings.tunings(DATA / "published" / "tiny"),
-        "cost": cost(*(read_json(DATA / "published" / n / "summary.json") for n in SHOWN[::-1])),
+        "cost": cost(*(findings.summary(DATA / "published" / name) for name in SHOWN[::-1])),
         "claims": findings.claims_table(shown),
         "compared": findings.compared(folders),
         "findings": findings.answers(shown),

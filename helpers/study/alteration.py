@@ -590,7 +590,7 @@ def _matter(study):
     """{(fate, half): DataFrame of row, category, size, difference, a line per measured row}."""
     found = {}
     for half in study.halves:
-        rng, other = _rng(study, half), study.other(half)
+        rng, other = study.rng(half), study.other(half)
         here, chosen = study.half(half).measured(), halves(study)[other]
         one, two = (
             consensus(sets(study, model)[chosen], study.labels[chosen], study.profile.tau)
@@ -608,10 +608,6 @@ def _matter(study):
     return found
 
 
-def _rng(study, half):
-    return np.random.default_rng([study.profile.seed, study.halves.index(half)])
-
-
 def _ablated(here, members, rng):
     """Own effect minus the controls' mean, per row."""
     mask, number = here.whole.counts().mask("neurons", members), here.profile.controls
@@ -625,7 +621,7 @@ def _critical(study, values):
         raise NotTestable("tuning left every category's set empty here.")
     table = pd.concat(values)
     difference, groups = table["difference"].to_numpy(float), table["category"].to_numpy(str)
-    clusters = drawn_as_one(study.take(table["row"].to_numpy(int)))[0]
+    clusters = drawn_as_one(study.take(table["row"].to_numpy(int)))
     found = bootstrap(lambda w: w @ difference / w.sum(1), groups, **_how(study), clusters=clusters)
     sizes = table.groupby("category")["size"].mean()
     return {
@@ -678,11 +674,9 @@ def transplanted(study):
         for half, parts in _pooled(study).items():
             of = [found[way, part][TENTH] for part in parts]
             values = np.concatenate([sign * (random - own) for own, random in of], axis=1)
-            clusters = [drawn_as_one(study.half(part).measured())[0] for part in parts]
-            yield (
-                f"transplant.{way}.{half}",
-                attempt(partial(_put, study, values, np.concatenate(clusters))),
-            )
+            rows = [drawn_as_one(study.half(part).measured()) for part in parts]
+            put = partial(_put, study, values, np.concatenate(rows))
+            yield f"transplant.{way}.{half}", attempt(put)
 
 
 def transplants_of_rows(study) -> dict[str, np.ndarray]:
@@ -724,7 +718,7 @@ def _transplants(study):
             chosen, here = halves(study)[study.other(half)], study.half(half).measured()
             order = np.argsort(-change[chosen].mean(0).ravel(), kind="stable")
             read = [here.encoded("reference", name) for name in names]
-            size, rng = study.profile.batch_tokens, _rng(study, half)
+            size, rng = study.profile.batch_tokens, study.rng(half)
 
             def loss(mask, host=host, donor=donor, read=read[0], size=size):
                 with transplant(host, donor, mask):

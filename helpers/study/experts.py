@@ -61,7 +61,7 @@ def _layer_of(part, half, used, category, layer, place, expert) -> list[dict]:
     expected = expected_at_usage(increase, np.broadcast_to(f, increase.shape), NEIGHBOURS)
     expected = np.where(expected.mean(0) > 0, expected, 0)  # what nothing uses costs nothing
     head = {"measured on": half, "category": category, "layer": layer, "n": len(increase)}
-    clusters = drawn_as_one(rows)[0]
+    clusters = drawn_as_one(rows)
     return [
         head
         | {"expert": e, "own": e == expert, "f": f[e], "increase": increase[:, e].mean()}

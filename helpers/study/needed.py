@@ -42,7 +42,7 @@ from .evaluate import (
 )
 from .experts import NEIGHBOURS
 from .scores import reference_activations, sets_of, standing, written
-from .sets import MASSIVE, drawn_as_one, largest_outputs
+from .sets import MASSIVE, clusters_of, drawn_as_one, largest_outputs
 from .summary import span
 
 STEPS = 3  # between sizes of set: of fewer, the second least may be the one jump
@@ -56,7 +56,7 @@ class Needed:
 
     def __init__(self, study):
         self.study, self.profile, self.numbers = study, study.profile, {}
-        self.halves, self.means, self.units = study.halves, {}, {}
+        self.halves, self.means = study.halves, {}
 
     # ---- sets, rows, controls
 
@@ -83,11 +83,8 @@ class Needed:
         """`number` random sets of the same layers for each category's mask; others for the sets
         that are measured on the other half.
         """
-        rng = self._rng(half)
+        rng = self.study.rng(half)
         return {c: [draw(mask, rng) for _ in range(number)] for c, mask in own.items()}
-
-    def _rng(self, half: str) -> np.random.Generator:
-        return np.random.default_rng([self.profile.seed, self.halves.index(half)])
 
     def levels(self, parts: dict):
         """Yield ("all" or a half, arrays, group of each row, half of each row) of {half: what
@@ -102,11 +99,11 @@ class Needed:
 
     def clusters(self, halves) -> np.ndarray:
         """What the rows that are measured of some halves are drawn with, see `drawn_as_one`."""
-        found = []
-        for half in halves:
-            names, self.units[half] = drawn_as_one(self.here(half))
-            found.append(names)
-        return np.concatenate(found)
+        return np.concatenate([drawn_as_one(self.here(half)) for half in halves])
+
+    def units(self) -> set[str]:
+        """What is drawn in the halves, {"wordings", "rows"}; see `clusters_of`."""
+        return {clusters_of(self.here(half))[1] for half in self.halves}
 
     def _against(self, own, half, number=None, operator="zero", variant="tuned", **options):
         """Own sets and random ones, each on its own category's rows alone."""
@@ -117,8 +114,7 @@ class Needed:
 
     def _critical(self, arrays, groups, kinds=("random",)) -> dict:
         controls = {kind: arrays[kind] for kind in kinds}
-        own, how = arrays["own"][:, 0], self._how(arrays)
-        return critical(own, controls, groups, *how)
+        return critical(arrays["own"][:, 0], controls, groups, *self._how(arrays))
 
     def _how(self, arrays) -> tuple:
         return self.profile.resamples, self.profile.seed, arrays["clusters"]
@@ -333,7 +329,7 @@ class Needed:
         for score in TESTED:
             parts = {}
             for half in self.halves:
-                sets, rng = self.sets(score, half), self._rng(half)
+                sets, rng = self.sets(score, half), self.study.rng(half)
                 drawn = spared(self.study.counts(), sets, self.profile.controls_elsewhere, rng)
                 masks = {
                     kind: dict(zip(self.study.categories, each, strict=True))
@@ -972,7 +968,7 @@ def sentences(found: dict) -> list[str]:
             said.append(f"{name}: losing them takes instruction gain away in {held}.{again}")
         said += [f"{name}: {line}" for line in (*_said_once(numbers), *_said_of_places(numbers))]
         said += [f"{name}: {alike}" for alike in same_experts(one)]
-        if "rows" in one.units.values():
+        if "rows" in one.units():
             said.append(
                 f"{name}: a category has fewer than five wordings in a half, so that rows of one "
                 "wording are taken for independent: intervals and p are too sure."

@@ -63,15 +63,13 @@ def clusters_of(study) -> tuple[np.ndarray | None, str]:
     return (None, "rows") if few else (clusters, "wordings")
 
 
-def drawn_as_one(study) -> tuple[np.ndarray, str]:
-    """(what each row is drawn with, str [I], units): as `clusters_of`, with the rows of two halves
-    apart, since they are measured under two sets; each row by itself where `units` says "rows".
+def drawn_as_one(study) -> np.ndarray:
+    """What each row is drawn with, str [I]: its cluster (`clusters_of`) or, without these, itself;
+    rows of two halves apart, since they are measured under two sets.
     """
-    clusters, units = clusters_of(study)
+    clusters, _ = clusters_of(study)
     names = study.places if clusters is None else clusters
-    return np.array(
-        [f"{fold}: {x}" for fold, x in zip(study.rows["fold"], names, strict=True)]
-    ), units
+    return np.array([f"{fold}: {x}" for fold, x in zip(study.rows["fold"], names, strict=True)])
 
 
 # ---- what is counted

@@ -178,6 +178,10 @@ class Study:
             )
         return self.once(("half", name), lambda: self.take(here))
 
+    def rng(self, half: str) -> np.random.Generator:
+        """What draws at random for one half: another one than the other half's."""
+        return np.random.default_rng([self.profile.seed, self.halves.index(half)])
+
     def other(self, name: str) -> str:
         """The half that has no part in `name`. Raises NotTestable if there is one half only."""
         if len(self.halves) != 2 or name not in self.halves:
