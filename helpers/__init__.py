@@ -1,8 +1,8 @@
 """SPARCOM: which neurons and experts of a language model serve which kind of instruction.
 
-The public face: `load_model`, `count`, `find_sets`, `overlap`, `ablation_table` (tables),
-`draw_sets`, `draw_ablation` (figures), `ablate` (a context). Everything else stands in the
-packages; see README.md in this folder.
+The public face: `load_model`, `count`, `compare_counts`, `find_sets`, `overlap`, `ablation_table`
+(tables), `draw_sets`, `draw_ablation` (figures), `ablate` (a context). Everything else stands in
+the packages; see README.md in this folder.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from importlib import import_module
 FACE = {
     "load_model": "capture.loading",
     "count": "study.quick",
+    "compare_counts": "study.quick",
     "find_sets": "study.quick",
     "overlap": "study.quick",
     "ablation_table": "study.own",

@@ -44,6 +44,30 @@ def test_overlap_finds_the_planted_gap_and_none_where_labels_are_random():
     assert helpers.overlap(counts, random, resamples=199).iloc[0]["p"] > 0.05
 
 
+def test_counts_of_two_models_are_compared_cell_by_cell():
+    """By hand: two texts of 4 and 2 tokens, two neurons in each of two experts, two experts."""
+    tokens, layers = np.array([4, 2], np.int32), {"expert": (5,)}
+    neurons = np.array([[[[4, 3], [2, 1]]], [[[2, 1], [0, 0]]]], np.uint16)
+    routed = np.array([[[4, 4]], [[2, 2]]], np.uint16)
+    one = Counts(tokens, {"expert": neurons}, routed, layers)
+    moved = neurons.copy()
+    moved[0, 0, 0, 1], moved[1, 0, 1, 0] = 1, 1  # by 2 of 4 tokens, by 1 of 2
+    other = Counts(tokens, {"expert": moved}, routed, layers)
+    table = helpers.compare_counts(one, other)
+    assert table.to_dict("list") == {
+        "kind": ["expert", "routed"],
+        "layer": [5, 5],
+        "cells": [8, 4],
+        "differ": [2 / 8, 0],
+        "shift": [(0.5 + 0.5) / 8, 0],
+    }
+    longer = Counts(tokens + 1, {"expert": moved}, routed, layers)
+    dense = Counts(tokens, {"dense": neurons[:, :, 0]}, None, {"dense": (5,)})
+    for counts, said in ((longer, "the same texts"), (dense, "one architecture"), (3, "found int")):
+        with pytest.raises(UserError, match=said):
+            helpers.compare_counts(one, counts)
+
+
 def test_bad_labels_are_one_clear_error():
     counts, labels = planted()
     with pytest.raises(UserError, match="39 labels for 40 texts"):

@@ -101,6 +101,43 @@ def test_each_answer_takes_its_numbers_from_their_own_keys(tmp_path):
     ]
 
 
+def test_in_brief_says_where_a_claim_is_shown_and_asks_most_categories(tmp_path):
+    claims = list(findings.SAID)
+    shown = {  # of each claim: in which pairs
+        claims[0]: {"one", "two"},
+        claims[1]: {"one"},
+        claims[2]: {"two"},
+        claims[3]: set(),
+        claims[4]: {"one", "two"},
+        claims[5]: set(),
+        claims[6]: {"one"},
+    }
+    assert set(shown) == set(claims)
+    rows = []
+    for (name, component), where in shown.items():
+        for pair in ("one", "two"):
+            most = 2 if pair in where else 1  # of three categories
+            if name.endswith("by-category"):
+                held = [("all", c, n < most) for n, c in enumerate(("A", "B", "C"))]
+                held += [("ai", c, pair not in where) for c in ("A", "B", "C")]
+            else:
+                held = [("all", None, True), ("ai", None, pair in where)]
+            rows += [(name, component, *of, 0.0, ok, pair) for *of, ok in held]
+            rows.append((name, "another component", "all", None, 0.0, pair not in where, pair))
+    table = table_of(*(row[:-1] for row in rows)).assign(pair=[row[-1] for row in rows])
+    for folder, pair in (("first", "one"), ("second", "two")):
+        (tmp_path / folder).mkdir()
+        table[table["pair"] == pair].to_csv(tmp_path / folder / "tests.csv")
+    said = findings.in_brief([tmp_path / "first", tmp_path / "second"])
+    texts = list(findings.SAID.values())
+    assert said.splitlines() == [
+        f"- **Shown in all of them:** {texts[0]}; {texts[4]}.",
+        f"- **Shown in `one` alone:** {texts[1]}; {texts[6]}.",
+        f"- **Shown in `two` alone:** {texts[2]}.",
+        f"- **Shown in none of them:** {texts[3]}; {texts[5]}.",
+    ]
+
+
 def test_every_verdict_of_the_tiny_models_stands_in_one_row_of_each_other_column(tmp_path):
     claims = ledger.read_ledger()
     names = claims.loc[claims["headline"] == "yes", "id"].tolist()[:6]

@@ -61,14 +61,25 @@ def answer(tests) -> str:
 
     Raises `KeyError` where there is no test.
     """
+    held = _held(tests)
+    if _by_category(tests):
+        return f"**in {held.sum()} of {len(held)} categories**"
+    return "**yes**" if held.all() else "**in part**" if held.any() else "**no**"
+
+
+def _held(tests) -> pd.Series:
+    """Which of one pair's tests of a claim are supported; of a claim about each category, those on
+    both halves together.
+    """
     if not len(tests):
         raise KeyError("no test")
-    by_category = tests[tests["category"].notna()]
-    if len(by_category):
-        held = by_category.loc[by_category["half"] == "all", "supported"]
-        return f"**in {held.sum()} of {len(held)} categories**"
-    held = tests["supported"]
-    return "**yes**" if held.all() else "**in part**" if held.any() else "**no**"
+    if _by_category(tests):
+        tests = tests[tests["category"].notna() & (tests["half"] == "all")]
+    return tests["supported"]
+
+
+def _by_category(tests) -> bool:
+    return tests["category"].notna().any()
 
 
 def _matching(numbers, keys) -> list:
@@ -201,6 +212,64 @@ def answers(folders) -> str:
             pairs.append((numbers, tests[tests["pair"] == pair]))
     rows = [[said, *(_told(ask, *pair) for pair in pairs)] for said, ask in ASKED.items()]
     return rows_of([head, *rows])
+
+
+SAID = {  # a claim and its components; what is shown where they hold
+    ("excess-smallest", "neurons"): (
+        "instructions of a category share neurons, beyond chance, length and words"
+    ),
+    ("critical-by-category", "frequency"): (
+        "the neurons that fire most often in a category are needed by it, in most categories"
+    ),
+    ("critical-by-category", "contribution"): (
+        "the neurons that contribute most to a category are needed by it, in most categories"
+    ),
+    ("specific-by-category", "frequency"): (
+        "the neurons that fire most often in a category serve it more than the others, in most "
+        "categories"
+    ),
+    ("specific-by-category", "contribution"): (
+        "the neurons that contribute most to a category serve it more than the others, in most "
+        "categories"
+    ),
+    ("readable-beyond", "neurons"): (
+        "neurons tell an instruction's category better than its words do"
+    ),
+    ("layer-pattern-learned", "neurons"): (
+        "the layer pattern that categories share is one that training made"
+    ),
+}
+
+
+def in_brief(folders) -> str:
+    """What of SAID is shown in every pair of the published folders, in some alone, in none: a
+    Markdown line each.
+    """
+    tests = pd.concat(read(folder, PUBLISHED[0])[0] for folder in folders)
+    pairs = tuple(pd.unique(tests["pair"]))
+    groups = {}
+    for claim, said in SAID.items():
+        mine = _tests(tests, *claim)
+        shown = tuple(pair for pair in pairs if _mostly(mine[mine["pair"] == pair]))
+        groups.setdefault(shown, []).append(said)
+    ordered = sorted(groups, key=len, reverse=True)
+    return "\n".join(
+        f"- **Shown in {_of(some, pairs)}:** {'; '.join(groups[some])}." for some in ordered
+    )
+
+
+def _of(some, pairs) -> str:
+    if some in (pairs, ()):
+        return "all of them" if some else "none of them"
+    return f"{' and '.join(f'`{name}`' for name in some)} alone"
+
+
+def _mostly(tests) -> bool:
+    """Whether each of one pair's tests of a claim is supported; of a claim about each category,
+    more than half of them.
+    """
+    held = _held(tests)
+    return held.mean() > 0.5 if _by_category(tests) else held.all()
 
 
 def compared(folders) -> str:

@@ -168,6 +168,7 @@ def pages() -> dict[Path, str]:
         "claims": findings.claims_table(shown),
         "compared": findings.compared(folders),
         "findings": findings.answers(shown),
+        "brief": findings.in_brief(shown),
         "plans": plans_table(),
     }
     return {

@@ -145,6 +145,49 @@ def overlap(
     return pd.DataFrame([{name: float(value) for name, value in row.items()}]).astype({"n": int})
 
 
+def compare_counts(counts: Counts, other: Counts) -> pd.DataFrame:
+    """How far two models' counts of the same texts lie apart, such as those of a model and of its
+    four-bit version: a row per kind (dense, shared, expert: neurons; routed: experts) and
+    layer, with cells (texts x components), differ
+    (the share of them that are not equal) and shift (the mean absolute difference of the frequency,
+    in [0, 1]).
+
+    Raises UserError for counts of other texts or of another architecture. (Ours.)
+
+    >>> from helpers import compare_counts, count, load_model
+    >>> texts = ["ada has a cat .", "what is 2 plus 3 ?"]
+    >>> base, tuned = (count(*load_model(f"data/models/tiny-dense/{kind}"), texts)
+    ...     for kind in ("base", "tuned"))
+    >>> table = compare_counts(base, tuned)
+    >>> table["layer"].tolist(), table["cells"].tolist()
+    ([0, 1, 2, 3], [1024, 1024, 1024, 1024])
+    >>> compare_counts(base, base)["differ"].tolist()
+    [0.0, 0.0, 0.0, 0.0]
+    """
+    mine, others = counts_of(counts).arrays(), counts_of(other).arrays()
+    shapes = [{name: a.shape[1:] for name, a in arrays.items()} for arrays in (mine, others)]
+    if shapes[0] != shapes[1] or counts.layers != other.layers:
+        raise UserError(
+            f"counts of components {shapes[0]} beside {shapes[1]}: expected those of one "
+            "architecture. Compare versions of one model."
+        )
+    if not np.array_equal(counts.tokens, other.tokens):
+        raise UserError(
+            f"counts of {len(counts.tokens)} texts beside {len(other.tokens)}, or of other tokens: "
+            "expected the same texts, read alike. Count both models on one list of texts."
+        )
+    rows = []
+    for name in [name for name in mine if name != "tokens"]:
+        kind = name.removeprefix("neurons.")
+        layers = counts.layers["expert" if kind == "routed" else kind]
+        for place, layer in enumerate(layers):
+            one, two = (arrays[name][:, place] for arrays in (mine, others))
+            apart = frequency(one, counts.tokens) - frequency(two, counts.tokens)
+            row = {"kind": kind, "layer": layer, "cells": one.size}
+            rows.append(row | {"differ": (one != two).mean(), "shift": np.abs(apart).mean()})
+    return pd.DataFrame(rows)
+
+
 def counts_of(counts) -> Counts:
     """Counts as they are; UserError for what is none."""
     if not isinstance(counts, Counts):
