@@ -266,8 +266,10 @@ def _of(some, pairs) -> str:
 
 def _mostly(tests) -> bool:
     """Whether each of one pair's tests of a claim is supported; of a claim about each category,
-    more than half of them.
+    more than half of them. What was not asked is not shown.
     """
+    if not len(tests):
+        return False
     held = _held(tests)
     return held.mean() > 0.5 if _by_category(tests) else held.all()
 

@@ -152,7 +152,8 @@ def compare_counts(counts: Counts, other: Counts) -> pd.DataFrame:
     (the share of them that are not equal) and shift (the mean absolute difference of the frequency,
     in [0, 1]).
 
-    Raises UserError for counts of other texts or of another architecture. (Ours.)
+    Raises UserError for counts of another architecture, and of texts of other numbers of tokens:
+    what a text says, counts do not know. (Ours.)
 
     >>> from helpers import compare_counts, count, load_model
     >>> texts = ["ada has a cat .", "what is 2 plus 3 ?"]
@@ -177,7 +178,9 @@ def compare_counts(counts: Counts, other: Counts) -> pd.DataFrame:
             "expected the same texts, read alike. Count both models on one list of texts."
         )
     rows = []
-    for name in [name for name in mine if name != "tokens"]:
+    for name in mine:
+        if name == "tokens":
+            continue
         kind = name.removeprefix("neurons.")
         layers = counts.layers["expert" if kind == "routed" else kind]
         for place, layer in enumerate(layers):
